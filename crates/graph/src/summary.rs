@@ -1,0 +1,113 @@
+//! What a graph costs: counts and the table that `runner plan` prints.
+
+use crate::{DecayClass, Graph, Op};
+
+/// Totals over a graph, per image where it says so.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// Trainable elements.
+    pub params: usize,
+    /// Trainable elements of convolutions.
+    pub conv_params: usize,
+    /// Trainable elements of batch normalisations.
+    pub norm_params: usize,
+    /// Trainable elements of the classifier.
+    pub linear_params: usize,
+    /// Elements under weight decay in the reference's rule (everything but the normalisations).
+    pub decayed_params: usize,
+    /// Elements of running means and variances.
+    pub running_statistics: usize,
+    /// Trainable tensors.
+    pub tensors: usize,
+    /// Convolutions.
+    pub convs: usize,
+    /// Multiply-adds of convolutions and classifier, for one image forward.
+    pub macs: usize,
+    /// Elements of all activations, for one image.
+    pub activations: usize,
+}
+
+/// A line of the summary table: one stage of the network.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// First part of the names, for example `layer1`.
+    pub name: String,
+    /// Shape at its end, H x W x C.
+    pub output: [usize; 3],
+    /// Trainable elements.
+    pub params: usize,
+    /// Multiply-adds for one image forward.
+    pub macs: usize,
+}
+
+impl Graph {
+    /// Multiply-adds of one node for one image.
+    fn macs(&self, index: usize) -> usize {
+        let node = &self.nodes()[index];
+        match node.op {
+            Op::Conv { weight, .. } | Op::Linear { weight, .. } => {
+                node.plane.pixels() * self.params()[weight.0].elements()
+            }
+            _ => 0,
+        }
+    }
+
+    /// Totals.
+    pub fn counts(&self) -> Counts {
+        let of = |keep: &dyn Fn(&crate::Param) -> bool| {
+            self.params()
+                .iter()
+                .filter(|p| keep(p))
+                .map(crate::Param::elements)
+                .sum()
+        };
+        let norm_params = of(&|p| p.decay == DecayClass::Norm);
+        let conv_params = of(&|p| p.shape.len() == 4);
+        let params: usize = of(&|_| true);
+        Counts {
+            params,
+            conv_params,
+            norm_params,
+            linear_params: params - conv_params - norm_params,
+            decayed_params: params - norm_params,
+            running_statistics: self.norms().iter().map(|n| 2 * n.channels).sum(),
+            tensors: self.params().len(),
+            convs: self
+                .nodes()
+                .iter()
+                .filter(|n| matches!(n.op, Op::Conv { .. }))
+                .count(),
+            macs: (0..self.nodes().len()).map(|i| self.macs(i)).sum(),
+            activations: self.nodes().iter().map(|n| n.plane.elements()).sum(),
+        }
+    }
+
+    /// The table: one row for each first part of the names, in order.
+    pub fn summary(&self) -> Vec<Row> {
+        let stage = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
+        let mut rows: Vec<Row> = vec![];
+        for (i, node) in self.nodes().iter().enumerate().skip(1) {
+            let name = stage(&node.name);
+            if rows.last().is_none_or(|r| r.name != name) {
+                rows.push(Row {
+                    name: name.clone(),
+                    output: [0; 3],
+                    params: 0,
+                    macs: 0,
+                });
+            }
+            let row = rows.last_mut().expect("a row was just pushed");
+            row.output = [node.plane.h, node.plane.w, node.plane.c];
+            row.macs += self.macs(i);
+            row.params += match node.op {
+                Op::Conv { weight, .. } => self.params()[weight.0].elements(),
+                Op::Linear { weight, bias } => {
+                    self.params()[weight.0].elements() + self.params()[bias.0].elements()
+                }
+                Op::BatchNorm { norm } => 2 * self.norms()[norm.0].channels,
+                _ => 0,
+            };
+        }
+        rows
+    }
+}

@@ -1,0 +1,207 @@
+//! The layers. Each is a type of no size; a generic method is a shell around one un-generic recording.
+
+use std::convert::Infallible;
+
+use dfdx::nn::modules::Repeated;
+use dfdx::nn::{Module, NonMutableModule};
+use dfdx::shapes::{Const, Dim, Shape};
+use graph::ValueId;
+
+use crate::recorder::{Act, Recorder};
+use crate::shape::Strided;
+
+/// What joins the input of a block to its output.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` does not lead from `{In}` to `{Out}`",
+    label = "this shortcut does not fit its block",
+    note = "a block that changes channels or resolution needs `Projection<I, O, S>`; `Identity` keeps the shape"
+)]
+pub trait Shortcut<In, Out> {
+    /// Records the shortcut.
+    fn shortcut(&self, x: In) -> Out;
+}
+
+/// The input itself.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Identity;
+
+impl<X> Shortcut<X, X> for Identity {
+    fn shortcut(&self, x: X) -> X {
+        x
+    }
+}
+
+/// A 1x1 convolution of stride `S` from `I` to `O` channels, and a normalisation.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Projection<const I: usize, const O: usize, const S: usize>;
+
+impl<H: Strided<S>, W: Strided<S>, const I: usize, const O: usize, const S: usize>
+    Shortcut<Act<(usize, H, W, Const<I>)>, Act<(usize, H::Out, W::Out, Const<O>)>>
+    for Projection<I, O, S>
+{
+    fn shortcut(&self, x: Act<(usize, H, W, Const<I>)>) -> Act<(usize, H::Out, W::Out, Const<O>)> {
+        let (n, h, w, _) = x.shape;
+        let id = x
+            .recorder()
+            .conv_bn(("downsample.0", "downsample.1"), x.id, O, (1, S), false);
+        x.then((n, h.strided(), w.strided(), Const), id)
+    }
+}
+
+/// Two 3x3 convolutions, the first of stride `S` (He et al. 2016, figure 2, left).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Basic<const I: usize, const O: usize, const S: usize, P>(P);
+
+/// 1x1, 3x3 and 1x1 convolutions by way of `M` channels. The stride is on the 3x3, as in v1.5 and the TPU
+/// reference; He et al. put it on the first 1x1.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Bottleneck<const I: usize, const M: usize, const O: usize, const S: usize, P>(P);
+
+fn basic(r: &mut Recorder, x: ValueId, out: usize, stride: usize) -> ValueId {
+    let y = r.conv_bn(("conv1", "bn1"), x, out, (3, stride), false);
+    let y = r.relu(y);
+    r.conv_bn(("conv2", "bn2"), y, out, (3, 1), true)
+}
+
+fn bottleneck(r: &mut Recorder, x: ValueId, mid: usize, out: usize, stride: usize) -> ValueId {
+    let y = r.conv_bn(("conv1", "bn1"), x, mid, (1, 1), false);
+    let y = r.relu(y);
+    let y = r.conv_bn(("conv2", "bn2"), y, mid, (3, stride), false);
+    let y = r.relu(y);
+    r.conv_bn(("conv3", "bn3"), y, out, (1, 1), true)
+}
+
+/// Records `branch`, the shortcut and their sum as the next block of the stage.
+fn block<X, Y, P>(
+    x: Act<X>,
+    shortcut: &P,
+    branch: impl FnOnce(&mut Recorder, ValueId) -> ValueId,
+) -> Act<Y>
+where
+    X: Shape,
+    Y: Shape,
+    P: Shortcut<Act<X>, Act<Y>>,
+{
+    x.recorder().open_block();
+    let main = branch(&mut x.recorder(), x.id);
+    let side = shortcut.shortcut(x);
+    let id = side.recorder().join(main, side.id);
+    side.recorder().close();
+    let shape = side.shape;
+    side.then(shape, id)
+}
+
+impl<H: Strided<S>, W: Strided<S>, P, const I: usize, const O: usize, const S: usize>
+    Module<Act<(usize, H, W, Const<I>)>> for Basic<I, O, S, P>
+where
+    P: Shortcut<Act<(usize, H, W, Const<I>)>, Act<(usize, H::Out, W::Out, Const<O>)>>,
+{
+    type Output = Act<(usize, H::Out, W::Out, Const<O>)>;
+    type Error = Infallible;
+
+    fn try_forward(&self, x: Act<(usize, H, W, Const<I>)>) -> Result<Self::Output, Infallible> {
+        Ok(block(x, &self.0, |r, x| basic(r, x, O, S)))
+    }
+}
+
+impl<
+    H: Strided<S>,
+    W: Strided<S>,
+    P,
+    const I: usize,
+    const M: usize,
+    const O: usize,
+    const S: usize,
+> Module<Act<(usize, H, W, Const<I>)>> for Bottleneck<I, M, O, S, P>
+where
+    P: Shortcut<Act<(usize, H, W, Const<I>)>, Act<(usize, H::Out, W::Out, Const<O>)>>,
+{
+    type Output = Act<(usize, H::Out, W::Out, Const<O>)>;
+    type Error = Infallible;
+
+    fn try_forward(&self, x: Act<(usize, H, W, Const<I>)>) -> Result<Self::Output, Infallible> {
+        Ok(block(x, &self.0, |r, x| bottleneck(r, x, M, O, S)))
+    }
+}
+
+/// 7x7 convolution of stride 2 to 64 channels, normalisation, ReLU, 3x3 max-pool of stride 2.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stem;
+
+impl<H: Strided<2, Out: Strided<2>>, W: Strided<2, Out: Strided<2>>>
+    Module<Act<(usize, H, W, Const<3>)>> for Stem
+{
+    type Output = Act<(
+        usize,
+        <H::Out as Strided<2>>::Out,
+        <W::Out as Strided<2>>::Out,
+        Const<64>,
+    )>;
+    type Error = Infallible;
+
+    fn try_forward(&self, x: Act<(usize, H, W, Const<3>)>) -> Result<Self::Output, Infallible> {
+        let (n, h, w, _) = x.shape;
+        let id = stem(&mut x.recorder(), x.id);
+        Ok(x.then((n, h.strided().strided(), w.strided().strided(), Const), id))
+    }
+}
+
+fn stem(r: &mut Recorder, x: ValueId) -> ValueId {
+    let y = r.conv_bn(("conv1", "bn1"), x, 64, (7, 2), false);
+    let y = r.relu(y);
+    r.max_pool(y)
+}
+
+/// Group `L` of a ResNet: a first block `F`, which may change the shape, and `N` blocks `R`, which keep it.
+#[derive(Clone, Debug)]
+pub struct Stage<F, R, const N: usize, const L: usize>(F, Repeated<R, N>);
+
+impl<F: Default, R: Default + Clone, const N: usize, const L: usize> Default for Stage<F, R, N, L> {
+    fn default() -> Self {
+        Self(
+            F::default(),
+            Repeated {
+                modules: vec![R::default(); N],
+            },
+        )
+    }
+}
+
+impl<X, F, R, const N: usize, const L: usize> Module<Act<X>> for Stage<F, R, N, L>
+where
+    X: Shape,
+    F: Module<Act<X>, Error = Infallible>,
+    Repeated<R, N>: Module<F::Output, Output = F::Output, Error = Infallible>,
+{
+    type Output = F::Output;
+    type Error = Infallible;
+
+    fn try_forward(&self, x: Act<X>) -> Result<Self::Output, Infallible> {
+        let stage = x.clone();
+        stage.recorder().open_stage(L);
+        let y = self.1.try_forward(self.0.try_forward(x)?)?;
+        stage.recorder().close();
+        Ok(y)
+    }
+}
+
+/// Mean over the plane, and a classifier from `I` channels to as many classes as it is told.
+#[derive(Clone, Copy, Debug)]
+pub struct Head<const I: usize>(pub usize);
+
+impl<H: Dim, W: Dim, const I: usize> Module<Act<(usize, H, W, Const<I>)>> for Head<I> {
+    type Output = Act<(usize, usize)>;
+    type Error = Infallible;
+
+    fn try_forward(&self, x: Act<(usize, H, W, Const<I>)>) -> Result<Self::Output, Infallible> {
+        let id = x.recorder().head(x.id, self.0);
+        let shape = (x.shape.0, self.0);
+        Ok(x.then(shape, id))
+    }
+}
+
+impl<const I: usize, const O: usize, const S: usize, P> NonMutableModule for Basic<I, O, S, P> {}
+impl<const I: usize, const M: usize, const O: usize, const S: usize, P> NonMutableModule
+    for Bottleneck<I, M, O, S, P>
+{
+}

@@ -1,0 +1,266 @@
+//! Counts against the reference table, names against torchvision's, and what must not compile.
+
+use graph::{Init, Op};
+use nn::{DEPTHS, RESOLUTIONS, Recipe, Unsupported, resnet};
+
+fn check_counts(recipe: Recipe, depth: usize, classes: usize, params: usize) {
+    let graph = resnet(depth, 224, classes, recipe).unwrap();
+    assert_eq!(
+        graph.counts().params,
+        params,
+        "{recipe:?} {depth} with {classes} classes"
+    );
+}
+
+/// notes/reference-spec.md §4.2: depth, trainable, conv, BN, linear, decayed, tensors, convs, MACs.
+const REFERENCE: [[usize; 9]; 6] = [
+    [
+        18,
+        11_693_736,
+        11_171_008,
+        9_728,
+        513_000,
+        11_684_008,
+        65,
+        21,
+        1_826_918_400,
+    ],
+    [
+        34,
+        21_801_896,
+        21_271_744,
+        17_152,
+        513_000,
+        21_784_744,
+        113,
+        37,
+        3_676_606_464,
+    ],
+    [
+        50,
+        25_557_032,
+        23_454_912,
+        53_120,
+        2_049_000,
+        25_503_912,
+        161,
+        53,
+        4_089_184_256,
+    ],
+    [
+        101,
+        44_549_160,
+        42_394_816,
+        105_344,
+        2_049_000,
+        44_443_816,
+        314,
+        104,
+        7_801_405_440,
+    ],
+    [
+        152,
+        60_192_808,
+        57_992_384,
+        151_424,
+        2_049_000,
+        60_041_384,
+        467,
+        155,
+        11_513_626_624,
+    ],
+    [
+        200,
+        64_673_832,
+        62_448_832,
+        176_000,
+        2_049_000,
+        64_497_832,
+        611,
+        203,
+        15_007_481_856,
+    ],
+];
+
+#[test]
+fn counts_equal_the_reference() {
+    for [
+        depth,
+        params,
+        conv,
+        norm,
+        linear,
+        decayed,
+        tensors,
+        convs,
+        macs,
+    ] in REFERENCE
+    {
+        let counts = resnet(depth, 224, 1000, Recipe::Tpu2018).unwrap().counts();
+        let ours = [
+            depth,
+            counts.params,
+            counts.conv_params,
+            counts.norm_params,
+            counts.linear_params,
+            counts.decayed_params,
+            counts.tensors,
+            counts.convs,
+            counts.macs,
+        ];
+        assert_eq!(
+            ours,
+            [
+                depth, params, conv, norm, linear, decayed, tensors, convs, macs
+            ]
+        );
+        assert_eq!(counts.running_statistics, norm);
+    }
+}
+
+#[test]
+fn counts_equal_torchvision() {
+    // torchvision 18/34 lack the projection of group 1; from 50 on both recipes are one network.
+    for (depth, params) in [
+        (18, 11_689_512),
+        (34, 21_797_672),
+        (50, 25_557_032),
+        (101, 44_549_160),
+    ] {
+        check_counts(Recipe::Torchvision, depth, 1000, params);
+    }
+    for (depth, params) in [(152, 60_192_808), (200, 64_673_832)] {
+        check_counts(Recipe::Torchvision, depth, 1000, params);
+    }
+}
+
+#[test]
+fn counts_of_ten_classes_equal_the_reference() {
+    let params = [
+        11_185_866, 21_294_026, 23_528_522, 42_520_650, 58_164_298, 62_645_322,
+    ];
+    for (depth, params) in DEPTHS.into_iter().zip(params) {
+        check_counts(Recipe::Tpu2018, depth, 10, params);
+    }
+}
+
+#[test]
+fn macs_follow_the_resolution() {
+    for (resolution, macs) in [
+        (128, 1_336_623_104),
+        (160, 2_087_321_600),
+        (192, 3_004_841_984),
+        (288, 6_758_334_464),
+        (320, 8_343_142_400),
+    ] {
+        assert_eq!(
+            resnet(50, resolution, 1000, Recipe::Tpu2018)
+                .unwrap()
+                .counts()
+                .macs,
+            macs
+        );
+    }
+}
+
+#[test]
+fn names_are_torchvisions() {
+    let graph = resnet(50, 224, 1000, Recipe::Torchvision).unwrap();
+    let names: Vec<_> = graph.params().iter().map(|p| p.name.as_str()).collect();
+    assert_eq!(
+        &names[..4],
+        [
+            "conv1.weight",
+            "bn1.weight",
+            "bn1.bias",
+            "layer1.0.conv1.weight"
+        ]
+    );
+    for name in [
+        "layer1.0.downsample.1.bias",
+        "layer4.2.conv3.weight",
+        "layer4.2.bn3.weight",
+        "fc.weight",
+        "fc.bias",
+    ] {
+        assert!(names.contains(&name), "{name} is missing");
+    }
+    let unique: std::collections::BTreeSet<_> = names.iter().collect();
+    assert_eq!(unique.len(), names.len());
+}
+
+#[test]
+fn recipes_start_and_pad_differently() {
+    let find = |recipe, name: &str| {
+        let graph = resnet(18, 224, 10, recipe).unwrap();
+        graph
+            .params()
+            .iter()
+            .find(|p| p.name == name)
+            .map(|p| p.init)
+    };
+    // §4.1: sigma of the 7x7x3 stem is 0.0824786, of 3x3x64 0.0416667.
+    let Some(Init::TruncatedNormal { std }) = find(Recipe::Tpu2018, "conv1.weight") else {
+        panic!("not truncated")
+    };
+    assert!((std - 0.0824786).abs() < 1e-7);
+    let Some(Init::Normal { std }) = find(Recipe::Torchvision, "layer1.0.conv1.weight") else {
+        panic!("not normal")
+    };
+    assert!((std - (2.0f64 / 576.0).sqrt()).abs() < 1e-12);
+    assert_eq!(
+        find(Recipe::Tpu2018, "layer1.0.bn2.weight"),
+        Some(Init::Constant(0.0))
+    );
+    assert_eq!(
+        find(Recipe::Tpu2018, "layer1.0.downsample.1.weight"),
+        Some(Init::Constant(1.0))
+    );
+    assert_eq!(
+        find(Recipe::Torchvision, "layer1.0.bn2.weight"),
+        Some(Init::Constant(1.0))
+    );
+    assert_eq!(
+        find(Recipe::Torchvision, "layer1.0.downsample.1.weight"),
+        None
+    );
+    assert_eq!(find(Recipe::Tpu2018, "fc.bias"), Some(Init::Constant(0.0)));
+    for (recipe, pad) in [(Recipe::Tpu2018, 0), (Recipe::Torchvision, 1)] {
+        let graph = resnet(50, 224, 10, recipe).unwrap();
+        let pools = graph.nodes().iter().filter_map(|n| match n.op {
+            Op::MaxPool { pad_before, .. } => Some(pad_before),
+            _ => None,
+        });
+        assert_eq!(pools.collect::<Vec<_>>(), [pad]);
+    }
+}
+
+#[test]
+fn every_resolution_ends_in_a_pooled_plane() {
+    for &resolution in RESOLUTIONS {
+        let graph = resnet(18, resolution, 10, Recipe::Tpu2018).unwrap();
+        let last = graph.nodes().iter().rfind(|n| n.op == Op::Add).unwrap();
+        assert_eq!(
+            (last.plane.h, last.plane.w, last.plane.c),
+            (resolution / 32, resolution / 32, 512)
+        );
+    }
+}
+
+#[test]
+fn what_is_not_compiled_in_is_refused() {
+    assert_eq!(
+        resnet(51, 224, 10, Recipe::Tpu2018).unwrap_err(),
+        Unsupported::Depth(51)
+    );
+    let error = resnet(50, 223, 10, Recipe::Tpu2018).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "resolution 223 is not a multiple of 32 from 32 to 448"
+    );
+}
+
+#[test]
+fn mistakes_do_not_compile() {
+    trybuild::TestCases::new().compile_fail("tests/ui/*.rs");
+}

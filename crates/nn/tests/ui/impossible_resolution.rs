@@ -1,0 +1,6 @@
+//! 223 pixels cannot be halved.
+use nn::{Head, Recipe, Stem, record};
+
+fn main() {
+    record::<_, 223>(&(Stem, Head::<64>(10)), Recipe::Tpu2018);
+}
