@@ -1,1 +1,175 @@
-//! x
+//! Records become batches: parse, decode, crop, resize, flip, order.
+//!
+//! [`train`] gives endless shuffled batches from a [`Cursor`] on, [`eval`] every image once in file order. The order is
+//! a pure function of the seed, the epoch and the shards, and augmentation one of the seed, the epoch and the record;
+//! so neither threads nor a resume can change a batch.
+//!
+//! This crate knows no tensors and does not normalise: pixels leave it in the range 0..255.
+
+mod crop;
+mod decode;
+mod error;
+mod example;
+mod jpeg;
+mod loader;
+mod order;
+mod random;
+mod resize;
+
+pub use error::{Error, Reason};
+pub use loader::{Loader, eval, train};
+pub use order::Cursor;
+
+use std::path::{Path, PathBuf};
+
+/// What batches are made of.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where samples come from.
+    pub source: Source,
+    /// Height and width of the images in a batch, in pixels.
+    pub resolution: usize,
+    /// Images in a batch.
+    pub batch_size: usize,
+    /// Decides order, crops, flips and noise.
+    pub seed: u64,
+    /// Labels are below it.
+    pub classes: usize,
+    /// How training crops.
+    pub crop: Crop,
+    /// How crops are brought to the resolution.
+    pub resize: Resize,
+    /// Whether training mirrors every other image, at random.
+    pub flip: bool,
+    /// Side of the crop in the middle as a part of the shorter side; for evaluation and [`Crop::None`].
+    pub crop_ratio: f64,
+    /// Bad records that a loader may meet, each time it meets them, before it stops.
+    pub max_bad_records: u64,
+    /// Threads that decode; 0 for one per core.
+    pub threads: usize,
+}
+
+/// Where samples come from.
+#[derive(Clone, Debug)]
+pub enum Source {
+    /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG) and `image/class/label`.
+    TfRecord {
+        /// The files; their order does not matter.
+        shards: Vec<PathBuf>,
+        /// Subtracted from the stored label to give the class.
+        label_offset: i64,
+        /// Shards that training reads side by side, at most.
+        lanes: usize,
+        /// Consecutive records of a lane that training shuffles; a lane holds as many in memory.
+        shuffle_window: usize,
+    },
+    /// Uniform noise with uniform labels, the same in every epoch; made at the resolution, neither cropped nor flipped.
+    Fake {
+        /// Examples in an epoch.
+        examples: u64,
+    },
+    /// Black images of class 0.
+    Zeros {
+        /// Examples in an epoch.
+        examples: u64,
+    },
+}
+
+/// How training crops.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Crop {
+    /// TensorFlow's sampler as the reference uses it: height and aspect uniform. A crop of the whole image becomes the
+    /// crop of evaluation, as in the reference; there grey files are an exception, here they are not.
+    Tf {
+        /// Least and greatest area as a part of the image's. In effect the least is at least 0.1.
+        area: [f64; 2],
+        /// Least and greatest width / height.
+        aspect: [f64; 2],
+    },
+    /// torchvision's `RandomResizedCrop`: area uniform, aspect log-uniform.
+    Torchvision {
+        /// Least and greatest area as a part of the image's.
+        area: [f64; 2],
+        /// Least and greatest width / height.
+        aspect: [f64; 2],
+    },
+    /// The crop of evaluation.
+    None,
+}
+
+/// How crops are brought to the resolution; all are bicubic, and they differ.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Resize {
+    /// Pillow's and torchvision's: antialiased, rounded to 8 bits.
+    Pillow,
+    /// `tf.image.resize` of TensorFlow 2: not antialiased, f32, not clamped.
+    Tf,
+    /// `resize_bicubic` of TensorFlow 1, the reference's: as [`Resize::Tf`] with corner origin and a = -0.75.
+    Tf1,
+}
+
+/// Images as N H W C, RGB, in the range 0..255.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Pixels {
+    /// From [`Resize::Pillow`], [`Source::Fake`] and [`Source::Zeros`].
+    U8(Vec<u8>),
+    /// From [`Resize::Tf`] and [`Resize::Tf1`]; fractions, and values a little outside the range, do occur.
+    F32(Vec<f32>),
+}
+
+/// Images, labels and where the next batch starts.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Batch {
+    /// The images.
+    pub pixels: Pixels,
+    /// Class of each image.
+    pub labels: Vec<u32>,
+    /// Epoch of the last image, from 0.
+    pub epoch: u64,
+    /// Position after this batch, for [`train`].
+    pub cursor: Cursor,
+    /// Bad records that the loader has met so far.
+    pub bad_records: u64,
+}
+
+/// Counts the records of all shards by walking their headers.
+///
+/// # Errors
+/// A shard cannot be read or is damaged.
+pub fn count(shards: &[PathBuf]) -> Result<u64, Error> {
+    let mut total = 0;
+    for shard in shards {
+        total += store::tfrecord::count(shard)?;
+    }
+    Ok(total)
+}
+
+/// Sixteen hexadecimal digits that stand for the names and lengths of the shards, whatever their directory and order.
+///
+/// # Errors
+/// A shard's length cannot be read.
+pub fn fingerprint(shards: &[PathBuf]) -> Result<String, Error> {
+    let mut lines = Vec::new();
+    for shard in shards {
+        let name = shard.file_name().unwrap_or_default().to_string_lossy();
+        lines.push(format!("{name} {}\n", length(shard)?));
+    }
+    lines.sort();
+    // FNV-1a: it has to notice changes, not to withstand anyone.
+    let hash = lines
+        .concat()
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
+        });
+    Ok(format!("{hash:016x}"))
+}
+
+fn length(shard: &Path) -> Result<u64, Error> {
+    let metadata = std::fs::metadata(shard).map_err(|source| store::Error::Io {
+        action: "read the length",
+        path: shard.into(),
+        source,
+    })?;
+    Ok(metadata.len())
+}

@@ -1,1 +1,256 @@
-//! x
+//! Executes networks. One trait, [`Engine`]; [`cpu`] is fast, [`oracle`] is slow and obviously right.
+//!
+//! From the first step an engine owns the f32 master parameters, the momentum and the batch-norm statistics; it
+//! gives them back by name as a [`State`], which is the same on every engine. An engine knows nothing of files,
+//! schedules or epochs. This crate and the JPEG decoder are the only places where `unsafe` is allowed.
+
+pub mod cpu;
+mod init;
+mod labels;
+pub mod oracle;
+mod state;
+
+use std::fmt;
+
+pub use init::initial_state;
+pub use state::{MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
+
+/// Mean of each channel over ImageNet, 0..255 scale: 255 * (0.485, 0.456, 0.406).
+pub const MEAN: [f32; 3] = [123.675, 116.28, 103.53];
+/// Standard deviation of each channel over ImageNet, 0..255 scale: 255 * (0.229, 0.224, 0.225).
+pub const STD: [f32; 3] = [58.395, 57.12, 57.375];
+
+/// RGB images on the 0..255 scale, N x H x W x 3 without gaps. The engine subtracts [`MEAN`] and divides by [`STD`].
+#[derive(Clone, Copy, Debug)]
+pub enum Pixels<'a> {
+    /// Rounded to levels.
+    U8(&'a [u8]),
+    /// Not rounded, possibly a little below 0 or above 255.
+    F32(&'a [f32]),
+}
+
+impl Pixels<'_> {
+    /// Number of values.
+    pub fn len(&self) -> usize {
+        match self {
+            Pixels::U8(p) => p.len(),
+            Pixels::F32(p) => p.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A part of them.
+    fn slice(&self, range: std::ops::Range<usize>) -> Self {
+        match self {
+            Pixels::U8(p) => Pixels::U8(&p[range]),
+            Pixels::F32(p) => Pixels::F32(&p[range]),
+        }
+    }
+
+    fn get(&self, index: usize) -> f32 {
+        match self {
+            Pixels::U8(p) => f32::from(p[index]),
+            Pixels::F32(p) => p[index],
+        }
+    }
+}
+
+/// Images and the class of each.
+#[derive(Clone, Copy, Debug)]
+pub struct Batch<'a> {
+    /// The images.
+    pub pixels: Pixels<'a>,
+    /// Classes, each below the number of classes.
+    pub labels: &'a [u32],
+}
+
+impl<'a> Batch<'a> {
+    /// Number of images.
+    pub fn images(&self) -> usize {
+        self.labels.len()
+    }
+
+    /// The micro-batches of at most `size` images, in order.
+    fn micro_batches(self, size: usize) -> impl Iterator<Item = Batch<'a>> {
+        let per_image = self.pixels.len() / self.images().max(1);
+        (0..self.images()).step_by(size).map(move |from| {
+            let to = (from + size).min(self.images());
+            let (pixels, labels) = (self.pixels, self.labels);
+            Batch {
+                pixels: pixels.slice(from * per_image..to * per_image),
+                labels: &labels[from..to],
+            }
+        })
+    }
+}
+
+/// Which parameters weight decay acts on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decay {
+    /// Every parameter (torch.optim.SGD on all parameters).
+    All,
+    /// Everything but the normalisations, so the classifier's bias too (the reference).
+    NoNorm,
+    /// Convolution and classifier weights only.
+    NoNormNoBias,
+}
+
+impl Decay {
+    /// Whether it acts on parameters of this class.
+    pub fn covers(self, class: graph::DecayClass) -> bool {
+        match self {
+            Decay::All => true,
+            Decay::NoNorm => class != graph::DecayClass::Norm,
+            Decay::NoNormNoBias => class == graph::DecayClass::Weight,
+        }
+    }
+}
+
+/// What one update depends on besides the gradient.
+///
+/// The update is SGD with momentum m, which TensorFlow and PyTorch define alike: g = gradient + weight_decay * w;
+/// a = m a + g; w = w - lr a, or w = w - lr (g + m a) with Nesterov. The learning rate stays outside of a.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Hyper {
+    /// Learning rate.
+    pub lr: f64,
+    /// m.
+    pub momentum: f64,
+    /// Look ahead.
+    pub nesterov: bool,
+    /// Coefficient of w in the gradient (of half the squared norm in the loss).
+    pub weight_decay: f64,
+    /// Where it acts.
+    pub decay: Decay,
+    /// Share of the target spread over all classes (Szegedy et al. 2016, section 7).
+    pub label_smoothing: f64,
+}
+
+/// What a step saw. Sums, not means, so that partial batches add up exactly.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Metrics {
+    /// Images.
+    pub images: usize,
+    /// Sum of the cross-entropies, without weight decay.
+    pub loss_sum: f64,
+    /// Images whose class scored highest; the lowest class wins a tie.
+    pub top1: usize,
+    /// Images whose class had fewer than five classes strictly above it.
+    pub top5: usize,
+}
+
+impl Metrics {
+    /// Adds another step's sums.
+    pub fn add(&mut self, other: &Metrics) {
+        self.images += other.images;
+        self.loss_sum += other.loss_sum;
+        self.top1 += other.top1;
+        self.top5 += other.top5;
+    }
+
+    /// Mean cross-entropy.
+    pub fn loss(&self) -> f64 {
+        self.loss_sum / self.images as f64
+    }
+
+    /// Share of top-1 hits.
+    pub fn top1(&self) -> f64 {
+        self.top1 as f64 / self.images as f64
+    }
+
+    /// Share of top-5 hits.
+    pub fn top5(&self) -> f64 {
+        self.top5 as f64 / self.images as f64
+    }
+}
+
+/// What an engine cannot do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// A tensor that the network has is not in the state.
+    MissingTensor {
+        /// Its name.
+        name: String,
+    },
+    /// A tensor of another shape than the network's.
+    Shape {
+        /// Its name.
+        name: String,
+        /// What the network has.
+        expected: Vec<usize>,
+        /// What was found.
+        found: Vec<usize>,
+    },
+    /// A tensor that the network does not have.
+    UnknownTensor {
+        /// Its name.
+        name: String,
+    },
+    /// The machine refused memory.
+    OutOfMemory {
+        /// How much was asked for.
+        bytes: usize,
+    },
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::MissingTensor { name } => write!(f, "tensor {name} is missing"),
+            Error::Shape {
+                name,
+                expected,
+                found,
+            } => {
+                write!(
+                    f,
+                    "tensor {name} has shape {found:?}, the network has {expected:?}"
+                )
+            }
+            Error::UnknownTensor { name } => {
+                write!(f, "tensor {name} does not belong to the network")
+            }
+            Error::OutOfMemory { bytes } => {
+                write!(
+                    f,
+                    "no memory for {} MiB of activations\nhint: a smaller train.bn_batch needs less",
+                    bytes >> 20
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// A device that executes one network.
+pub trait Engine {
+    /// What it runs on, for people.
+    fn describe(&self) -> String;
+
+    /// Takes over parameters and running statistics; momentum starts at zero where the state has none.
+    ///
+    /// # Errors
+    /// If a tensor is missing, unknown or of another shape. The engine is then unchanged.
+    fn load(&mut self, state: &State) -> Result<(), Error>;
+
+    /// Parameters, running statistics and momentum as they are now.
+    fn state(&self) -> State;
+
+    /// One update from one global batch. The batch runs as micro-batches of the engine's normalisation batch, the
+    /// gradient is the mean over all images, and running statistics move once, by the mean over the micro-batches.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error>;
+
+    /// Scores a batch of any size with the running statistics; the loss is without label smoothing.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error>;
+}

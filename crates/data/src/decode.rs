@@ -1,0 +1,156 @@
+//! One sample becomes one image and its label.
+
+use store::tfrecord::Record;
+
+use crate::crop::{self, Rect};
+use crate::error::Reason;
+use crate::order::{Content, Sample};
+use crate::random::{Purpose, Random};
+use crate::{Config, Crop, Pixels, Resize, Source};
+use crate::{example, jpeg, resize};
+
+/// Whether crops and flips are drawn or the middle is taken.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Mode {
+    Train,
+    Eval,
+}
+
+/// The place of one image in a batch.
+pub(crate) enum Slot<'a> {
+    U8(&'a mut [u8]),
+    F32(&'a mut [f32]),
+}
+
+impl Pixels {
+    /// Black images of this many values in all, of the type that the configuration gives.
+    pub(crate) fn new(config: &Config, values: usize) -> Self {
+        match (&config.source, config.resize) {
+            (Source::TfRecord { .. }, Resize::Tf | Resize::Tf1) => Self::F32(vec![0.0; values]),
+            _ => Self::U8(vec![0; values]),
+        }
+    }
+
+    /// The images from the `first` on, of `len` values each.
+    pub(crate) fn slots(&mut self, len: usize, first: usize) -> Vec<Slot<'_>> {
+        match self {
+            Self::U8(p) => p[first * len..]
+                .chunks_exact_mut(len)
+                .map(Slot::U8)
+                .collect(),
+            Self::F32(p) => p[first * len..]
+                .chunks_exact_mut(len)
+                .map(Slot::F32)
+                .collect(),
+        }
+    }
+
+    /// Moves the image at `from` to `to`.
+    pub(crate) fn shift(&mut self, len: usize, from: usize, to: usize) {
+        let range = from * len..(from + 1) * len;
+        match self {
+            Self::U8(p) => p.copy_within(range, to * len),
+            Self::F32(p) => p.copy_within(range, to * len),
+        }
+    }
+
+    /// Keeps the first images.
+    pub(crate) fn truncate(&mut self, len: usize, images: usize) {
+        match self {
+            Self::U8(p) => p.truncate(images * len),
+            Self::F32(p) => p.truncate(images * len),
+        }
+    }
+}
+
+/// Writes the image into its slot, which is black, and returns the label.
+pub(crate) fn decode(
+    config: &Config,
+    mode: Mode,
+    sample: &Sample,
+    slot: Slot<'_>,
+) -> Result<u32, Reason> {
+    match &sample.content {
+        Content::Zeros => Ok(0),
+        Content::Fake { index } => {
+            let purpose = Purpose::Fake { index: *index };
+            // The same in every epoch, as a dataset is.
+            let mut random = Random::new(config.seed, 0, purpose);
+            let label = random.below(config.classes as u64) as u32;
+            match slot {
+                Slot::U8(pixels) => random.fill(pixels),
+                Slot::F32(_) => unreachable!("noise is made in u8"),
+            }
+            Ok(label)
+        }
+        Content::Record { shard, record } => {
+            let purpose = Purpose::Augment {
+                shard: *shard,
+                record: record.index,
+            };
+            let mut random = Random::new(config.seed, sample.epoch, purpose);
+            decode_record(config, mode, record, &mut random, slot)
+        }
+    }
+}
+
+fn decode_record(
+    config: &Config,
+    mode: Mode,
+    record: &Record,
+    random: &mut Random,
+    slot: Slot<'_>,
+) -> Result<u32, Reason> {
+    if !record.verify() {
+        return Err(Reason::Checksum);
+    }
+    let example = example::parse(&record.bytes).map_err(Reason::Example)?;
+    let label = label(config, example.label)?;
+    let image = jpeg::decode(example.encoded).map_err(Reason::Jpeg)?;
+    let rect = match mode {
+        Mode::Train => train_crop(config, image.width, image.height, random),
+        Mode::Eval => crop::centre(image.width, image.height, config.crop_ratio),
+    };
+    let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
+    let size = config.resolution;
+    match (config.resize, slot) {
+        (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
+        (Resize::Tf, Slot::F32(out)) => resize::tf(&image, rect, size, flip, out),
+        (Resize::Tf1, Slot::F32(out)) => resize::tf1(&image, rect, size, flip, out),
+        _ => unreachable!("Pixels::new chose the type by the resize mode"),
+    }
+    Ok(label)
+}
+
+fn label(config: &Config, stored: i64) -> Result<u32, Reason> {
+    let offset = match config.source {
+        Source::TfRecord { label_offset, .. } => label_offset,
+        Source::Fake { .. } | Source::Zeros { .. } => 0,
+    };
+    stored
+        .checked_sub(offset)
+        .and_then(|label| u32::try_from(label).ok())
+        .filter(|&label| (label as usize) < config.classes)
+        .ok_or(Reason::Label {
+            stored,
+            offset,
+            classes: config.classes,
+        })
+}
+
+fn train_crop(config: &Config, width: usize, height: usize, random: &mut Random) -> Rect {
+    match config.crop {
+        Crop::None => crop::centre(width, height, config.crop_ratio),
+        Crop::Torchvision { area, aspect } => {
+            crop::torchvision(width, height, area, aspect, random)
+        }
+        // The reference takes a crop of the whole image for a failed one, and the middle in its stead. (It fails to
+        // notice with grey files and squashes them; we treat them as any other.)
+        Crop::Tf { area, aspect } => match crop::tf(width, height, area, aspect, random) {
+            rect if rect == Rect::whole(width, height) => {
+                crop::centre(width, height, config.crop_ratio)
+            }
+            rect => rect,
+        },
+    }
+}

@@ -1,0 +1,126 @@
+use std::fmt;
+use std::path::PathBuf;
+
+/// Why no more batches come.
+#[derive(Debug)]
+pub enum Error {
+    /// A value of [`Config`](crate::Config) that cannot work.
+    Config(&'static str),
+    /// A shard cannot be read, or is damaged in a way that hides where its next record starts.
+    Store(store::Error),
+    /// A record that cannot be used, beyond those that `max_bad_records` lets pass.
+    Record {
+        /// The shard.
+        shard: PathBuf,
+        /// Index of the record in the shard, from 0.
+        record: u64,
+        /// Where it starts, in bytes.
+        offset: u64,
+        /// What is wrong with it.
+        reason: Reason,
+        /// Bad records so far, this one included.
+        bad: u64,
+        /// `max_bad_records`.
+        allowed: u64,
+    },
+    /// The dataset is empty.
+    NoRecords {
+        /// The shards that hold no records; none for a made-up dataset.
+        shards: Vec<PathBuf>,
+    },
+    /// A cursor that belongs to other shards or another configuration.
+    Cursor(String),
+    /// The operating system gives no more threads.
+    Threads(String),
+}
+
+/// What is wrong with a record.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Reason {
+    /// The payload's checksum does not match.
+    Checksum,
+    /// The payload is no `tf.Example` with an image and a label.
+    Example(String),
+    /// The label is outside 0..classes.
+    Label {
+        /// As stored.
+        stored: i64,
+        /// What is subtracted from it.
+        offset: i64,
+        /// Number of classes.
+        classes: usize,
+    },
+    /// The image cannot be decoded.
+    Jpeg(String),
+}
+
+impl From<store::Error> for Error {
+    fn from(error: store::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Config(what) => f.write_str(what),
+            Self::Store(error) => error.fmt(f),
+            Self::Record {
+                shard,
+                record,
+                offset,
+                reason,
+                bad,
+                allowed,
+            } => {
+                let shard = shard.display();
+                write!(f, "{shard}: record {record} at byte {offset}: {reason}")?;
+                if *allowed > 0 {
+                    write!(f, " (bad record {bad}, of {allowed} allowed)")?;
+                }
+                f.write_str("\nhint: ")?;
+                if matches!(reason, Reason::Label { .. }) {
+                    f.write_str("check model.classes and data.label_offset, or ")?;
+                }
+                f.write_str("let such records pass with a larger data.max_bad_records")
+            }
+            Self::NoRecords { shards } => match &shards[..] {
+                [] => f.write_str("the dataset holds no examples"),
+                [only] => write!(f, "{}: the shard holds no records", only.display()),
+                [first, rest @ ..] => write!(
+                    f,
+                    "{} and {} more: the shards hold no records",
+                    first.display(),
+                    rest.len()
+                ),
+            },
+            Self::Cursor(what) => write!(
+                f,
+                "the saved position does not fit the data: {what}\n\
+                 hint: the shards, data.lanes or data.shuffle_window have changed; start another run"
+            ),
+            Self::Threads(what) => write!(f, "cannot start threads: {what}"),
+        }
+    }
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Checksum => f.write_str("the checksum of the payload is wrong"),
+            Self::Example(what) => write!(f, "not a usable tf.Example: {what}"),
+            Self::Label {
+                stored,
+                offset,
+                classes,
+            } => write!(
+                f,
+                "the stored label {stored} less the offset {offset} is not in 0..{classes}"
+            ),
+            Self::Jpeg(what) => write!(f, "the image cannot be decoded: {what}"),
+        }
+    }
+}
+
+// Messages already hold their causes, so `source()` stays empty.
+impl std::error::Error for Error {}

@@ -1,0 +1,150 @@
+//! Real digits, noise, zeros, and what is known about shards without reading them.
+
+use data::{Config, Cursor, Error, Pixels, Resize, Source};
+
+use crate::{config, digits, labels, take, train};
+
+fn digits_config(pattern: &str) -> Config {
+    Config {
+        resolution: 32,
+        batch_size: 100,
+        classes: 10,
+        ..config(&digits(pattern), 64, 64)
+    }
+}
+
+#[test]
+fn digits_are_all_there() {
+    assert_eq!(data::count(&digits("train-*")).unwrap(), 1438);
+    assert_eq!(data::count(&digits("validation-*")).unwrap(), 359);
+    let batches: Vec<_> = data::eval(&digits_config("validation-*"))
+        .unwrap()
+        .map(Result::unwrap)
+        .collect();
+    assert_eq!(batches.len(), 4);
+    let labels = labels(&batches);
+    assert_eq!(labels.len(), 359);
+    assert!((0..10).all(|class| labels.contains(&class)));
+    // An epoch and a half with random crops: every image decodes.
+    assert_eq!(take(train(&digits_config("train-*")), 21).len(), 21);
+}
+
+/// Enlarging needs no antialiasing, so Pillow's filter and TensorFlow 2's are one but for rounding and the clamp.
+#[test]
+fn filters_agree_where_they_should() {
+    let pixels = |resize| {
+        let mut config = digits_config("validation-*");
+        config.resize = resize;
+        take(data::eval(&config).unwrap(), 1).remove(0).pixels
+    };
+    let Pixels::U8(pillow) = pixels(Resize::Pillow) else {
+        panic!("pillow gives u8")
+    };
+    let floats = |resize| match pixels(resize) {
+        Pixels::F32(values) => values,
+        Pixels::U8(_) => panic!("{resize:?} gives f32"),
+    };
+    let off = |values: &[f32]| {
+        let off = values.iter().zip(&pillow);
+        off.map(|(&a, &b)| f64::from((a - f32::from(b)).abs()))
+            .sum::<f64>()
+            / pillow.len() as f64
+    };
+    let (tf, tf1) = (floats(Resize::Tf), floats(Resize::Tf1));
+    // Rounding alone gives a quarter; Pillow also clamps between the passes.
+    assert!(off(&tf) < 0.4, "{}", off(&tf));
+    assert!(off(&tf1) > 1.0, "{}", off(&tf1));
+    assert!(tf1.iter().any(|&value| value < 0.0), "nothing is clamped");
+}
+
+fn made_up(source: Source) -> Config {
+    Config {
+        source,
+        ..config(&[], 1, 1)
+    }
+}
+
+#[test]
+fn noise_is_uniform_and_the_same_in_every_epoch() {
+    let config = made_up(Source::Fake { examples: 10 });
+    let batches = take(train(&config), 5);
+    let labels = labels(&batches);
+    assert_eq!(labels[..10], labels[10..]);
+    assert_eq!(batches[2].epoch, 1);
+    let Pixels::U8(first) = &batches[0].pixels else {
+        panic!("noise is u8")
+    };
+    let Pixels::U8(second) = &batches[1].pixels else {
+        panic!("noise is u8")
+    };
+    assert_eq!(first.len(), 4 * 16 * 16 * 3);
+    assert_ne!(first, second);
+    let mean = first.iter().map(|&v| f64::from(v)).sum::<f64>() / first.len() as f64;
+    // The deviation of one value is 74, that of the mean of 3072 is 1.33.
+    assert!((mean - 127.5).abs() < 6.7, "{mean}");
+    assert!(first.contains(&0) && first.contains(&255));
+}
+
+#[test]
+fn zeros_are_zero() {
+    let batch = take(train(&made_up(Source::Zeros { examples: 3 })), 1).remove(0);
+    assert_eq!(batch.pixels, Pixels::U8(vec![0; 4 * 16 * 16 * 3]));
+    assert_eq!((batch.labels, batch.epoch), (vec![0; 4], 1));
+}
+
+#[test]
+fn made_up_data_resumes_and_ends_as_records_do() {
+    for source in [
+        Source::Fake { examples: 10 },
+        Source::Zeros { examples: 10 },
+    ] {
+        let config = made_up(source);
+        let expected = take(train(&config), 6);
+        for (i, batch) in expected.iter().enumerate() {
+            let resumed = data::train(&config, batch.cursor.clone()).unwrap();
+            assert_eq!(take(resumed, 5 - i), expected[i + 1..]);
+        }
+        let sizes: Vec<usize> = data::eval(&config)
+            .unwrap()
+            .map(|batch| batch.unwrap().labels.len())
+            .collect();
+        assert_eq!(sizes, [4, 4, 2]);
+    }
+    let none = made_up(Source::Fake { examples: 0 });
+    let error = data::train(&none, Cursor::default()).unwrap_err();
+    assert_eq!(error.to_string(), "the dataset holds no examples");
+    let far = take(train(&made_up(Source::Zeros { examples: 10 })), 2).remove(1);
+    let few = made_up(Source::Zeros { examples: 5 });
+    assert!(matches!(
+        data::train(&few, far.cursor).unwrap_err(),
+        Error::Cursor(_)
+    ));
+}
+
+#[test]
+fn a_loader_dropped_early_stops() {
+    for batches in [0, 1] {
+        let loader = train(&made_up(Source::Fake { examples: 10 }));
+        drop(take(loader, batches));
+    }
+}
+
+#[test]
+fn fingerprints_notice_names_and_lengths_only() {
+    let write = |names: [&str; 2], bytes: &[u8]| {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = names.map(|name| dir.path().join(name));
+        store::write_atomic(&paths[0], &[bytes]).unwrap();
+        store::write_atomic(&paths[1], &[b"x"]).unwrap();
+        let [a, b] = paths;
+        let fingerprint = data::fingerprint(&[a.clone(), b.clone()]).unwrap();
+        assert_eq!(data::fingerprint(&[b, a]).unwrap(), fingerprint);
+        assert_eq!(fingerprint.len(), 16);
+        fingerprint
+    };
+    let reference = write(["a", "b"], b"12");
+    assert_eq!(write(["a", "b"], b"34"), reference);
+    assert_ne!(write(["a", "c"], b"12"), reference);
+    assert_ne!(write(["a", "b"], b"123"), reference);
+    assert!(data::fingerprint(&["absent".into()]).is_err());
+}

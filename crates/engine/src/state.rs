@@ -1,0 +1,62 @@
+//! Named tensors, as checkpoints hold them.
+
+use std::collections::BTreeMap;
+
+use graph::Graph;
+
+use crate::Error;
+
+/// Momentum of parameter `p` is named `optimizer.momentum.p`.
+pub const MOMENTUM_PREFIX: &str = "optimizer.momentum.";
+/// Suffix of a normalisation's running mean.
+pub const RUNNING_MEAN: &str = ".running_mean";
+/// Suffix of a normalisation's running (unbiased) variance.
+pub const RUNNING_VAR: &str = ".running_var";
+
+/// f32 values and their shape, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tensor {
+    /// Sizes, outermost first.
+    pub shape: Vec<usize>,
+    /// As many values as the product of the sizes.
+    pub values: Vec<f32>,
+}
+
+/// Everything that training changes in a network, by torchvision's names (`conv1.weight` OIHW, `fc.weight`
+/// `[classes, channels]`, `bn1.running_mean`, ..) and [`MOMENTUM_PREFIX`].
+pub type State = BTreeMap<String, Tensor>;
+
+/// Checks that `state` is one of `graph`'s: all parameters and statistics, momentum at will, nothing else.
+pub(crate) fn check(graph: &Graph, state: &State) -> Result<(), Error> {
+    let mut known: BTreeMap<String, (Vec<usize>, bool)> = BTreeMap::new();
+    for p in graph.params() {
+        known.insert(p.name.clone(), (p.shape.clone(), true));
+        known.insert(
+            format!("{MOMENTUM_PREFIX}{}", p.name),
+            (p.shape.clone(), false),
+        );
+    }
+    for n in graph.norms() {
+        for suffix in [RUNNING_MEAN, RUNNING_VAR] {
+            known.insert(format!("{}{suffix}", n.name), (vec![n.channels], true));
+        }
+    }
+    for (name, (shape, required)) in &known {
+        match state.get(name) {
+            Some(tensor) if tensor.shape != *shape => {
+                let (expected, found) = (shape.clone(), tensor.shape.clone());
+                return Err(Error::Shape {
+                    name: name.clone(),
+                    expected,
+                    found,
+                });
+            }
+            None if *required => return Err(Error::MissingTensor { name: name.clone() }),
+            _ => {}
+        }
+    }
+    match state.keys().find(|name| !known.contains_key(*name)) {
+        Some(name) => Err(Error::UnknownTensor { name: name.clone() }),
+        None => Ok(()),
+    }
+}

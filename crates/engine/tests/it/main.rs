@@ -1,0 +1,387 @@
+//! The engines against finite differences and against each other, on random small networks.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+use engine::cpu::Cpu;
+use engine::oracle::Oracle;
+use engine::{Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Pixels, State, initial_state};
+use graph::{Graph, Init, ParamId, Plane, ValueId};
+
+/// A small generator for test cases (xorshift).
+struct Random(u64);
+
+impl Random {
+    fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 33) as usize % n
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len())]
+    }
+}
+
+const NORMAL: Init = Init::Normal { std: 0.3 };
+
+fn conv_bn(
+    g: &mut Graph,
+    name: &str,
+    x: ValueId,
+    out: usize,
+    kernel: usize,
+    stride: usize,
+) -> ValueId {
+    let z = g.conv(&format!("{name}.conv"), x, out, kernel, stride, NORMAL);
+    g.batch_norm(&format!("{name}.bn"), z, 0.8)
+}
+
+/// relu(branch + shortcut), with a projection where the shape changes.
+fn block(
+    g: &mut Graph,
+    name: &str,
+    x: ValueId,
+    out: usize,
+    kernel: usize,
+    stride: usize,
+) -> ValueId {
+    let a = conv_bn(g, &format!("{name}.a"), x, out, kernel, stride);
+    let a = g.relu(&format!("{name}.a.relu"), a);
+    let main = conv_bn(g, &format!("{name}.b"), a, out, 3, 1);
+    let keeps = stride == 1 && g.plane(x).c == out;
+    let side = if keeps {
+        x
+    } else {
+        conv_bn(g, &format!("{name}.side"), x, out, 1, stride)
+    };
+    let sum = g.add(&format!("{name}.add"), main, side);
+    g.relu(&format!("{name}.relu"), sum)
+}
+
+/// Stem, perhaps a max-pool, two blocks, head; odd and even planes from `side` pixels on.
+fn random_graph(r: &mut Random, side: usize) -> Graph {
+    let plane = Plane {
+        h: side + r.below(9),
+        w: side + r.below(9),
+        c: 3,
+    };
+    let mut g = Graph::new(plane);
+    let (image, out, kernel, stride) = (
+        g.input(),
+        r.pick(&[4, 5]),
+        r.pick(&[1, 3, 7]),
+        r.pick(&[1, 2]),
+    );
+    let x = conv_bn(&mut g, "stem", image, out, kernel, stride);
+    let mut x = g.relu("stem.relu", x);
+    if r.below(2) == 0 {
+        x = g.max_pool("pool", x, r.below(2));
+    }
+    for name in ["one", "two"] {
+        let (out, kernel, stride) = (r.pick(&[4, 5, 8]), r.pick(&[1, 3]), r.pick(&[1, 2]));
+        x = block(&mut g, name, x, out, kernel, stride);
+    }
+    let x = g.avg_pool("pooled", x);
+    let classes = 2 + r.below(7);
+    g.linear("fc", x, classes, NORMAL, Init::Uniform { bound: 0.1 });
+    g
+}
+
+/// Images and labels of a batch.
+struct Data {
+    pixels: Vec<u8>,
+    labels: Vec<u32>,
+}
+
+impl Data {
+    fn new(r: &mut Random, graph: &Graph, images: usize) -> Self {
+        let values = graph.plane(graph.input()).elements() * images;
+        Self {
+            pixels: (0..values).map(|_| r.below(256) as u8).collect(),
+            labels: (0..images)
+                .map(|_| r.below(graph.classes()) as u32)
+                .collect(),
+        }
+    }
+
+    fn batch(&self) -> Batch<'_> {
+        Batch {
+            pixels: Pixels::U8(&self.pixels),
+            labels: &self.labels,
+        }
+    }
+}
+
+fn hyper() -> Hyper {
+    let (momentum, weight_decay) = (0.9, 1e-2);
+    Hyper {
+        lr: 0.1,
+        momentum,
+        nesterov: true,
+        weight_decay,
+        decay: Decay::NoNorm,
+        label_smoothing: 0.1,
+    }
+}
+
+#[test]
+fn oracle_gradients_pass_finite_differences() {
+    for seed in 0..12 {
+        let r = &mut Random::new(seed);
+        let graph = random_graph(r, 4);
+        let images = 2 + r.below(3);
+        let data = Data::new(r, &graph, images);
+        let mut oracle = Oracle::new(&graph, 8, &initial_state(&graph, seed)).unwrap();
+        let gradients = oracle.gradients(&data.batch(), 0.1);
+        for (p, gradient) in gradients.iter().enumerate() {
+            let scale = gradient.iter().map(|g| g * g).sum::<f64>().sqrt().max(1e-3);
+            for _ in 0..6 {
+                let (id, i, h) = (ParamId(p), r.below(gradient.len()), 1e-6);
+                let mut loss = |by| {
+                    oracle.nudge(id, i, by);
+                    let loss = oracle.training_loss(&data.batch(), 0.1);
+                    oracle.nudge(id, i, -by);
+                    loss
+                };
+                let slope = (loss(h) - loss(-h)) / (2.0 * h);
+                let name = &graph.params()[p].name;
+                // Differences of an f64 loss near 1 are good to 1e-16 / 2e-6; a kink within h is not met here.
+                let error = (slope - gradient[i]).abs() / scale;
+                assert!(
+                    error < 1e-6,
+                    "seed {seed}: {name}[{i}]: {} against {slope}",
+                    gradient[i]
+                );
+            }
+        }
+    }
+}
+
+/// The worst relative error of a tensor against the oracle's. Tensors whose values would be zero but for rounding
+/// (a bias that the next normalisation takes out again) count against 1e-2 a value, the size of the others.
+fn worst(ours: &State, truth: &State) -> (f64, String) {
+    assert!(ours.keys().eq(truth.keys()));
+    let error = |name: &String| {
+        let (a, b) = (&ours[name].values, &truth[name].values);
+        assert_eq!(ours[name].shape, truth[name].shape);
+        let square = |v: f64| v * v;
+        let gap: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+        let size: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
+        (gap / size.max(1e-4 * b.len() as f64)).sqrt()
+    };
+    let all = ours.keys().map(|name| (error(name), name.clone()));
+    all.max_by(|a, b| a.0.total_cmp(&b.0))
+        .expect("a network has tensors")
+}
+
+/// Steps and evaluates a random network on both engines.
+fn check_against_oracle(seed: u64, side: usize, images: usize, micro_batch: usize) {
+    let r = &mut Random::new(seed);
+    let graph = random_graph(r, side);
+    let data = Data::new(r, &graph, images);
+    let state = initial_state(&graph, seed);
+    let mut truth = Oracle::new(&graph, micro_batch, &state).unwrap();
+    let mut ours = Cpu::new(&graph, micro_batch, 2, &state).unwrap();
+    for step in 0..2 {
+        // Both start alike: networks this small amplify a last bit to 1e-1 within two steps.
+        ours.load(&truth.state()).unwrap();
+        let (a, b) = (
+            ours.train_step(&data.batch(), &hyper()),
+            truth.train_step(&data.batch(), &hyper()),
+        );
+        let (a, b) = (a.unwrap(), b.unwrap());
+        assert_eq!(
+            (a.images, a.top1, a.top5),
+            (b.images, b.top1, b.top5),
+            "seed {seed}, step {step}"
+        );
+        assert!(
+            (a.loss() - b.loss()).abs() < 1e-4 * b.loss(),
+            "seed {seed}: {} against {}",
+            a.loss(),
+            b.loss()
+        );
+        // Measured: 1e-5 at most (f32 against f64 through six normalisations); a wrong term shows as 1e-2 or more.
+        let (error, name) = worst(&ours.state(), &truth.state());
+        assert!(
+            error < 1e-4,
+            "seed {seed}, step {step}: {name} is off by {error}"
+        );
+    }
+    let (a, b) = (
+        ours.eval_step(&data.batch()).unwrap(),
+        truth.eval_step(&data.batch()).unwrap(),
+    );
+    assert!(
+        (a.loss() - b.loss()).abs() < 1e-3 * b.loss(),
+        "seed {seed}: {} against {}",
+        a.loss(),
+        b.loss()
+    );
+}
+
+#[test]
+fn cpu_equals_oracle_on_random_networks() {
+    for seed in 0..24 {
+        check_against_oracle(seed, 4, 4, 4);
+    }
+}
+
+#[test]
+fn cpu_equals_oracle_on_one_image() {
+    for seed in 100..108 {
+        // At 18 pixels the last plane still has 2 x 2: one value alone has no variance.
+        check_against_oracle(seed, 18, 1, 4);
+    }
+}
+
+#[test]
+fn cpu_equals_oracle_on_micro_batches_and_a_partial_one() {
+    for seed in 200..208 {
+        check_against_oracle(seed, 18, 7, 3);
+    }
+}
+
+/// State after three steps.
+fn trained(threads: usize) -> State {
+    let r = &mut Random::new(5);
+    let graph = nn_like_graph();
+    let data = Data::new(r, &graph, 10);
+    let mut cpu = Cpu::new(&graph, 4, threads, &initial_state(&graph, 5)).unwrap();
+    for _ in 0..3 {
+        cpu.train_step(&data.batch(), &hyper()).unwrap();
+    }
+    cpu.state()
+}
+
+/// Wide enough that every kernel has several tasks.
+fn nn_like_graph() -> Graph {
+    let mut g = Graph::new(Plane { h: 24, w: 24, c: 3 });
+    let image = g.input();
+    let x = conv_bn(&mut g, "stem", image, 64, 7, 2);
+    let x = g.relu("stem.relu", x);
+    let x = g.max_pool("pool", x, 0);
+    let x = block(&mut g, "one", x, 64, 3, 1);
+    let x = block(&mut g, "two", x, 160, 3, 2);
+    let x = g.avg_pool("pooled", x);
+    g.linear("fc", x, 100, NORMAL, NORMAL);
+    g
+}
+
+#[test]
+fn bits_do_not_depend_on_the_number_of_threads() {
+    let one = trained(1);
+    for threads in [2, 3] {
+        assert!(trained(threads) == one, "{threads} threads give other bits");
+    }
+}
+
+#[test]
+fn a_state_goes_round_without_loss() {
+    let r = &mut Random::new(9);
+    let graph = random_graph(r, 4);
+    let data = Data::new(r, &graph, 4);
+    let mut one = Cpu::new(&graph, 4, 1, &initial_state(&graph, 9)).unwrap();
+    one.train_step(&data.batch(), &hyper()).unwrap();
+    let mut two = Cpu::new(&graph, 4, 1, &one.state()).unwrap();
+    assert!(one.state() == two.state());
+    one.train_step(&data.batch(), &hyper()).unwrap();
+    two.train_step(&data.batch(), &hyper()).unwrap();
+    assert!(one.state() == two.state());
+}
+
+#[test]
+fn a_foreign_state_is_refused_by_name() {
+    let graph = random_graph(&mut Random::new(3), 4);
+    let good = initial_state(&graph, 0);
+    let check = |change: &dyn Fn(&mut State), expected: Error| {
+        let mut state = good.clone();
+        change(&mut state);
+        assert_eq!(Cpu::new(&graph, 2, 1, &state).err(), Some(expected));
+    };
+    let name = || "fc.bias".to_owned();
+    check(
+        &|s| drop(s.remove("fc.bias")),
+        Error::MissingTensor { name: name() },
+    );
+    let (expected, found) = (vec![graph.classes()], vec![1]);
+    let shape = Error::Shape {
+        name: name(),
+        expected,
+        found: found.clone(),
+    };
+    check(
+        &|s| {
+            drop(s.insert(
+                name(),
+                engine::Tensor {
+                    shape: found.clone(),
+                    values: vec![0.0],
+                },
+            ))
+        },
+        shape,
+    );
+    let tensor = engine::Tensor {
+        shape: vec![1],
+        values: vec![0.0],
+    };
+    let unknown = format!("{MOMENTUM_PREFIX}fc.gain");
+    let error = Error::UnknownTensor {
+        name: unknown.clone(),
+    };
+    check(&|s| drop(s.insert(unknown.clone(), tensor.clone())), error);
+}
+
+/// notes/reference-vectors.json "nesterov": constant gradient 0.5 at learning rate 0.1 from w = 1.
+#[test]
+fn updates_are_the_references() {
+    // With one class the loss has no gradient, so weight decay alone moves the bias: g = decay * w.
+    let mut g = Graph::new(Plane { h: 1, w: 1, c: 3 });
+    let image = g.input();
+    let x = g.avg_pool("pooled", image);
+    g.linear("fc", x, 2, Init::Constant(0.0), Init::Constant(1.0));
+    let (pixels, labels) = ([0u8; 3], [0u32]);
+    let batch = Batch {
+        pixels: Pixels::U8(&pixels),
+        labels: &labels,
+    };
+    // Equal logits, class 0 is right: the gradient of its bias is -0.5 as long as the logits stay near equal, so
+    // take one step at a time from a state whose momentum is the reference's.
+    for (momentum, w, expected) in [
+        (0.0, 1.0, 0.905),
+        (0.5, 0.905, 0.7695),
+        (0.95, 0.7695, 0.59755),
+    ] {
+        let mut state = initial_state(&g, 0);
+        // Class 1 is wrong and has gradient +0.5.
+        state.get_mut("fc.bias").unwrap().values = vec![w; 2];
+        let moving = engine::Tensor {
+            shape: vec![2],
+            values: vec![0.0, momentum],
+        };
+        state.insert(format!("{MOMENTUM_PREFIX}fc.bias"), moving);
+        for engine in [
+            &mut Cpu::new(&g, 1, 1, &state).unwrap() as &mut dyn Engine,
+            &mut Oracle::new(&g, 1, &state).unwrap(),
+        ] {
+            let hyper = Hyper {
+                weight_decay: 0.0,
+                label_smoothing: 0.0,
+                ..hyper()
+            };
+            engine.train_step(&batch, &hyper).unwrap();
+            let after = engine.state()["fc.bias"].values[1];
+            assert!(
+                (after - expected).abs() < 1e-6,
+                "{}: {after}, not {expected}",
+                engine.describe()
+            );
+        }
+    }
+}

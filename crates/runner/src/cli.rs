@@ -1,0 +1,87 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+const EXAMPLES: &str = "\
+Examples:
+  runner configs/quickstart.toml                          train on the digits in this repository
+  runner configs/quickstart.toml --set train.length=\"20 epochs\"
+                                                          go on from where it ended
+  runner plan configs/resnet50.toml                       what it would cost; touches nothing
+  runner eval runs/quickstart                             score its latest checkpoint
+  runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
+
+A run lives in runs/<name>. Starting it again resumes it; the resumed run computes the same bits as one that
+never stopped.
+
+Exit codes: 0 done, 2 the spec or the arguments are wrong, 3 the input data is wrong, 4 the run failed,
+75 interrupted and resumable (start it again).";
+
+/// Trains, evaluates and costs ResNet-18 to ResNet-200 on ImageNet-style data, driven by one TOML file.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES, args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(crate) struct Cli {
+    /// The TOML file that says everything about the run; it does what its `mode` says
+    #[arg(required = true, value_name = "CONFIG")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Change a key of the spec, for example --set train.batch_size=256; may be given often
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+
+    /// Put an earlier run of this name aside (runs/<name>.1, .2, ..) and start anew
+    #[arg(long)]
+    pub(crate) fresh: bool,
+
+    #[command(subcommand)]
+    pub(crate) command: Option<Command>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Say what a run would be and cost: parameters, multiply-adds, steps, memory; touch nothing
+    Plan(PlanArgs),
+    /// Print the resolved spec, defaults included, as TOML
+    Config(Spec),
+    /// Score a checkpoint on the evaluation set of its spec
+    Eval(EvalArgs),
+}
+
+/// A spec and what changes it.
+#[derive(Debug, Args)]
+pub(crate) struct Spec {
+    /// The TOML file
+    #[arg(value_name = "CONFIG")]
+    pub(crate) config: PathBuf,
+
+    /// Change a key of the spec, for example --set model.depth=18; may be given often
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanArgs {
+    #[command(flatten)]
+    pub(crate) spec: Spec,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// A run directory, a .safetensors file, or a run's checkpoints/latest or checkpoints/best
+    #[arg(value_name = "CHECKPOINT")]
+    pub(crate) checkpoint: PathBuf,
+
+    /// Change a key of the checkpoint's spec, for example --set data.eval='photos/val-*'; may be given often
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}

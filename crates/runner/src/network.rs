@@ -1,0 +1,70 @@
+//! Where a spec meets its network and its engine.
+
+use engine::State;
+use engine::cpu::Cpu;
+use graph::Graph;
+use spec::Run;
+
+use crate::failure::Failure;
+
+/// The network that a spec describes.
+pub(crate) fn network(run: &Run) -> Graph {
+    let recipe = match run.model.recipe {
+        spec::Recipe::Tpu2018 => nn::Recipe::Tpu2018,
+        spec::Recipe::Torchvision => nn::Recipe::Torchvision,
+    };
+    nn::resnet(
+        run.model.depth,
+        run.model.resolution,
+        run.model.classes,
+        recipe,
+    )
+    .expect("a checked spec names a depth and a resolution that are compiled in")
+}
+
+/// Threads that compute: what the spec says, or all cores.
+pub(crate) fn threads(run: &Run) -> usize {
+    match run.train.threads {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
+/// The engine that a spec asks for, with `state`, or with initial values where there is none.
+pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<Cpu, Failure> {
+    let state = state.unwrap_or_else(|| engine::initial_state(graph, run.seed));
+    Ok(Cpu::new(graph, run.train.bn_batch(), threads(run), &state)?)
+}
+
+/// `resnet50 (tpu2018), 224 px, 1000 classes`.
+pub(crate) fn title(run: &Run) -> String {
+    let recipe = match run.model.recipe {
+        spec::Recipe::Tpu2018 => "tpu2018",
+        spec::Recipe::Torchvision => "torchvision",
+    };
+    let m = &run.model;
+    format!(
+        "resnet{} ({recipe}), {} px, {} classes",
+        m.depth, m.resolution, m.classes
+    )
+}
+
+/// Names of the classes, from the file that the spec names.
+pub(crate) fn labels(run: &Run) -> Result<Option<Vec<String>>, Failure> {
+    let Some(path) = &run.model.labels else {
+        return Ok(None);
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Failure::Spec(format!(
+            "{path}: cannot read the labels: {e}\nhint: model.labels names a text file"
+        ))
+    })?;
+    let labels: Vec<String> = text.lines().map(str::to_owned).collect();
+    if labels.len() == run.model.classes {
+        return Ok(Some(labels));
+    }
+    let (found, classes) = (labels.len(), run.model.classes);
+    Err(Failure::Spec(format!(
+        "{path}: {found} labels, but model.classes is {classes}\nhint: one line for each class, in the order of the classes"
+    )))
+}

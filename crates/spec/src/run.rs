@@ -1,0 +1,520 @@
+//! What was written: the sections of a spec, their keys and defaults.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use serde::de::Error as _;
+use serde::{Deserialize, Deserializer, Serialize};
+
+use crate::length::{Length, Unit};
+
+/// The depths a network can have.
+pub(crate) const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
+
+/// A checked run, as written; lengths are not yet steps.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Run {
+    /// Name of the run: letters, digits, `.`, `_` and `-`.
+    pub name: String,
+    /// What to do.
+    #[serde(default)]
+    pub mode: Mode,
+    /// Where every random choice comes from.
+    #[serde(default)]
+    pub seed: u64,
+    /// Directory of checkpoints and metrics; `runs/<name>` if absent.
+    #[serde(default)]
+    pub run_dir: Option<String>,
+    /// The network.
+    #[serde(default)]
+    pub model: Model,
+    /// The images and what is done to them.
+    #[serde(default)]
+    pub data: Data,
+    /// How long, in what batches and on what.
+    #[serde(default)]
+    pub train: Train,
+    /// From gradients to parameters.
+    #[serde(default)]
+    pub optimizer: Optimizer,
+    /// The learning rate over time.
+    #[serde(default)]
+    pub schedule: Schedule,
+    /// What is minimised.
+    #[serde(default)]
+    pub loss: Loss,
+    /// Evaluation.
+    #[serde(default)]
+    pub eval: Eval,
+    /// Checkpoints.
+    #[serde(default)]
+    pub checkpoint: Checkpoint,
+}
+
+/// What a run does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mode {
+    /// Train, and evaluate on the way and at the end.
+    #[default]
+    TrainAndEval,
+    /// Train only.
+    Train,
+    /// Evaluate the latest checkpoint.
+    Eval,
+}
+
+/// `[model]`: the network.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Model {
+    /// Layers with weights: 18, 34, 50, 101, 152 or 200.
+    pub depth: usize,
+    /// Side of the square images in pixels: a multiple of 32 from 32 to 448.
+    pub resolution: usize,
+    /// Number of classes, at least 2.
+    pub classes: usize,
+    /// Whose details to follow where the well-known implementations differ.
+    pub recipe: Recipe,
+    /// Text file with one label per line, in the order of the classes.
+    pub labels: Option<String>,
+}
+
+/// Whose padding, shortcuts and initial values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Recipe {
+    /// The TPU reference of 2018.
+    Tpu2018,
+    /// torchvision.
+    Torchvision,
+}
+
+/// `[data]`: the images and what is done to them.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Data {
+    /// Where images come from.
+    pub source: Source,
+    /// Glob of the training shards.
+    pub train: Option<String>,
+    /// Glob of the evaluation shards.
+    pub eval: Option<String>,
+    /// The stored label of class 0.
+    pub label_offset: i64,
+    /// How a training crop is chosen.
+    pub crop: Crop,
+    /// Smallest and largest area of a training crop, as a fraction of the image.
+    #[serde(deserialize_with = "pair")]
+    pub crop_area: [f64; 2],
+    /// Smallest and largest width over height of a training crop.
+    #[serde(deserialize_with = "pair")]
+    pub crop_aspect: [f64; 2],
+    /// Whether half of the training images are mirrored.
+    pub flip: bool,
+    /// Whose resampling.
+    pub resize: Resize,
+    /// Shards read side by side, at least 1.
+    pub lanes: usize,
+    /// Records of a lane that are shuffled among themselves, at least 1.
+    pub shuffle_window: usize,
+    /// Number of training examples; needed only where it cannot be counted.
+    pub train_examples: Option<u64>,
+    /// Number of evaluation examples; needed only where it cannot be counted. The made-up sources use at most 256.
+    pub eval_examples: Option<u64>,
+    /// Unreadable records that are counted and passed over before the run stops.
+    pub max_bad_records: u64,
+}
+
+/// Exactly two numbers; serde alone would take the first two of more.
+fn pair<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[f64; 2], D::Error> {
+    let numbers = Vec::deserialize(deserializer)?;
+    numbers.try_into().map_err(|numbers: Vec<f64>| {
+        D::Error::custom(format_args!("expected two numbers, not {}", numbers.len()))
+    })
+}
+
+/// Where images come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Source {
+    /// TFRecord shards of JPEG images.
+    Tfrecord,
+    /// Noise with labels.
+    Fake,
+    /// Black images, all of class 0.
+    Zeros,
+}
+
+/// How a training crop is chosen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Crop {
+    /// As TensorFlow's `sample_distorted_bounding_box`.
+    Tf,
+    /// As torchvision's `RandomResizedCrop`.
+    Torchvision,
+    /// The whole image.
+    None,
+}
+
+/// Whose resampling.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Resize {
+    /// Pillow's, which smooths when it shrinks and rounds to whole values.
+    Pillow,
+    /// TensorFlow 2's.
+    Tf,
+    /// TensorFlow 1's, with its corner convention.
+    Tf1,
+}
+
+/// `[train]`: how long, in what batches and on what.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Train {
+    /// Images of a step, over all devices.
+    pub batch_size: usize,
+    /// Images that a batch normalisation sees together; divides `batch_size`. 128, or `batch_size` when that is less,
+    /// if absent.
+    pub bn_batch: Option<usize>,
+    /// How long to train, from the first step of the run.
+    pub length: Length,
+    /// Number format of activations.
+    pub precision: Precision,
+    /// Where to compute.
+    pub device: Device,
+    /// CPU threads; 0 means all cores.
+    pub threads: usize,
+}
+
+/// Number format of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32 bits.
+    F32,
+}
+
+/// Where to compute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Device {
+    /// The best there is.
+    Auto,
+    /// The CPU.
+    Cpu,
+}
+
+/// `[optimizer]`: from gradients to parameters.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Optimizer {
+    /// The rule.
+    pub kind: OptimizerKind,
+    /// Share of the last update kept in the next, from 0 to below 1.
+    pub momentum: f64,
+    /// Whether the gradient is taken ahead (Nesterov).
+    pub nesterov: bool,
+    /// Factor of half the squared parameters in the loss, 0 or more.
+    pub weight_decay: f64,
+    /// Which parameters decay.
+    pub decay: Decay,
+}
+
+/// The rule of an optimizer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OptimizerKind {
+    /// Stochastic gradient descent with momentum.
+    Sgd,
+}
+
+/// Which parameters decay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decay {
+    /// Every parameter, as in torchvision's training script.
+    All,
+    /// All but scale and shift of batch normalisations, as in the reference.
+    NoNorm,
+    /// Convolution and linear weights only.
+    NoNormNoBias,
+}
+
+/// `[schedule]`: the learning rate over time.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Schedule {
+    /// The shape after the warmup.
+    pub kind: ScheduleKind,
+    /// Learning rate per 256 images of the batch, above 0.
+    pub base_lr: f64,
+    /// Linear rise from 0 to the full rate.
+    pub warmup: Length,
+    /// When a step schedule multiplies the rate by `factor`; increasing.
+    pub milestones: Vec<Length>,
+    /// What a step schedule multiplies by, above 0.
+    pub factor: f64,
+}
+
+/// The shape of the learning rate after the warmup.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScheduleKind {
+    /// Constant between milestones.
+    Step,
+    /// Half a cosine from the full rate to 0 at the end of the run.
+    Cosine,
+    /// The full rate throughout.
+    Constant,
+}
+
+/// `[loss]`: what is minimised.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Loss {
+    /// Share of the target that is spread over all classes, from 0 to below 1.
+    pub label_smoothing: f64,
+}
+
+/// `[eval]`: evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Eval {
+    /// How often.
+    pub every: Length,
+    /// Side of the central crop over the shorter side of the image, above 0 and at most 1.
+    pub crop_ratio: f64,
+}
+
+/// `[checkpoint]`: checkpoints.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Checkpoint {
+    /// How often.
+    pub every: Length,
+    /// How many of the latest are kept, at least 1; the best by top1 is kept besides.
+    pub keep: usize,
+}
+
+const fn epochs(value: f64) -> Length {
+    Length {
+        value,
+        unit: Unit::Epochs,
+    }
+}
+
+impl Default for Model {
+    fn default() -> Self {
+        Self {
+            depth: 50,
+            resolution: 224,
+            classes: 1000,
+            recipe: Recipe::Tpu2018,
+            labels: None,
+        }
+    }
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            source: Source::Tfrecord,
+            train: None,
+            eval: None,
+            label_offset: 1,
+            crop: Crop::Tf,
+            crop_area: [0.08, 1.0],
+            crop_aspect: [0.75, 1.333_333_3],
+            flip: true,
+            resize: Resize::Pillow,
+            lanes: 64,
+            shuffle_window: 64,
+            train_examples: None,
+            eval_examples: None,
+            max_bad_records: 0,
+        }
+    }
+}
+
+impl Default for Train {
+    fn default() -> Self {
+        Self {
+            batch_size: 1024,
+            bn_batch: None,
+            length: Length {
+                value: 112_590.0,
+                unit: Unit::Steps,
+            },
+            precision: Precision::F32,
+            device: Device::Auto,
+            threads: 0,
+        }
+    }
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Self {
+            kind: OptimizerKind::Sgd,
+            momentum: 0.9,
+            nesterov: true,
+            weight_decay: 1e-4,
+            decay: Decay::NoNorm,
+        }
+    }
+}
+
+impl Default for Schedule {
+    fn default() -> Self {
+        Self {
+            kind: ScheduleKind::Step,
+            base_lr: 0.1,
+            warmup: epochs(5.0),
+            milestones: vec![epochs(30.0), epochs(60.0), epochs(80.0)],
+            factor: 0.1,
+        }
+    }
+}
+
+impl Default for Eval {
+    fn default() -> Self {
+        Self {
+            every: epochs(1.0),
+            crop_ratio: 0.875,
+        }
+    }
+}
+
+impl Default for Checkpoint {
+    fn default() -> Self {
+        Self {
+            every: epochs(1.0),
+            keep: 3,
+        }
+    }
+}
+
+impl Data {
+    /// Number of training examples, where the spec says it; the made-up sources have ImageNet's 1281167.
+    pub fn train_examples(&self) -> Option<u64> {
+        self.train_examples.or(self.is_made_up().then_some(1_281_167))
+    }
+
+    /// Number of evaluation examples, where the spec says it. Noise has no accuracy: of the made-up sources 256 at
+    /// most are scored, which shows that evaluation runs and what it costs.
+    pub fn eval_examples(&self) -> Option<u64> {
+        match self.is_made_up() {
+            true => Some(self.eval_examples.unwrap_or(256).min(256)),
+            false => self.eval_examples,
+        }
+    }
+
+    fn is_made_up(&self) -> bool {
+        self.source != Source::Tfrecord
+    }
+}
+
+impl Train {
+    /// Images that a batch normalisation sees together.
+    pub fn bn_batch(&self) -> usize {
+        self.bn_batch.unwrap_or(self.batch_size.min(128))
+    }
+}
+
+/// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
+const FREE: [&str; 13] = [
+    "name",
+    "mode",
+    "run_dir",
+    "model.labels",
+    "data.train",
+    "data.eval",
+    "data.eval_examples",
+    "data.max_bad_records",
+    "train.device",
+    "train.threads",
+    "eval.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+];
+
+impl Run {
+    /// A run that says nothing but its name.
+    pub(crate) fn named(name: String) -> Self {
+        Self {
+            name,
+            mode: Mode::default(),
+            seed: 0,
+            run_dir: None,
+            model: Model::default(),
+            data: Data::default(),
+            train: Train::default(),
+            optimizer: Optimizer::default(),
+            schedule: Schedule::default(),
+            loss: Loss::default(),
+            eval: Eval::default(),
+            checkpoint: Checkpoint::default(),
+        }
+    }
+
+    /// The whole spec, defaults included, as TOML; [`crate::parse`] makes an equal run of it.
+    pub fn to_toml(&self) -> String {
+        toml::to_string(self).expect("keys are strings, and plain keys come before sections")
+    }
+
+    /// The directory of checkpoints and metrics.
+    pub fn run_dir(&self) -> PathBuf {
+        match &self.run_dir {
+            Some(dir) => dir.into(),
+            None => ["runs", &self.name].iter().collect(),
+        }
+    }
+
+    /// Every key that changes what is computed, dotted, with its value as text (`unset` where there is none): two
+    /// runs may share checkpoints only if these are equal.
+    pub fn computation(&self) -> BTreeMap<String, String> {
+        // Only the schedule can make the first steps depend on how many follow.
+        let schedule = [self.schedule.warmup];
+        let in_percent = schedule
+            .iter()
+            .chain(&self.schedule.milestones)
+            .any(|length| length.unit == Unit::Percent);
+        let length_matters = in_percent || self.schedule.kind == ScheduleKind::Cosine;
+
+        let mut resolved = self.clone();
+        resolved.train.bn_batch = Some(self.train.bn_batch());
+        resolved.data.train_examples = self.data.train_examples();
+        let tree = serde_json::to_value(resolved).expect("keys are strings");
+        let mut keys = BTreeMap::new();
+        flatten("", &tree, &mut keys);
+        keys.retain(|key, _| {
+            let is_free = FREE.contains(&key.as_str()) || key == "train.length" && !length_matters;
+            !is_free
+        });
+        keys
+    }
+}
+
+fn flatten(path: &str, value: &serde_json::Value, keys: &mut BTreeMap<String, String>) {
+    match value {
+        serde_json::Value::Object(section) => {
+            for (key, value) in section {
+                let path = match path {
+                    "" => key.clone(),
+                    section => format!("{section}.{key}"),
+                };
+                flatten(&path, value, keys);
+            }
+        }
+        serde_json::Value::Null => {
+            keys.insert(path.into(), "unset".into());
+        }
+        value => {
+            keys.insert(path.into(), value.to_string());
+        }
+    }
+}

@@ -1,0 +1,791 @@
+//! What a spec means, and the exact text of what is said about a wrong one.
+
+#![expect(clippy::unwrap_used, reason = "a test may stop")]
+
+use std::path::Path;
+
+use spec::{Crop, Decay, Device, Length, Mode, OptimizerKind, Precision, Recipe, Resize, Run};
+use spec::{ScheduleKind, Source, parse};
+
+/// A spec of noise: the shortest that is right.
+const FAKE: &str = "name = \"x\"\n[data]\nsource = \"fake\"\n";
+
+fn sets(texts: &[&str]) -> Vec<String> {
+    texts.iter().map(|text| text.to_string()).collect()
+}
+
+fn fake(set: &[&str]) -> Run {
+    parse(FAKE, "x.toml", &sets(set)).unwrap_or_else(|errors| panic!("{set:?}: {errors}"))
+}
+
+/// What is said about a text and arguments.
+fn check(text: &str, set: &[&str], expected: &str) {
+    let errors = parse(text, "x.toml", &sets(set)).unwrap_err();
+    assert_eq!(errors.to_string(), expected.trim_end(), "{text}{set:?}");
+}
+
+/// What is said about a single argument over a right spec, less the argument and the key themselves.
+fn check_set(set: &str, expected: &str) {
+    let errors = parse(FAKE, "x.toml", &sets(&[set])).unwrap_err();
+    let key = set.split('=').next().unwrap();
+    let said = format!("--set {set}: {key}: {expected}");
+    assert_eq!(errors.to_string(), said);
+}
+
+fn length(text: &str) -> Length {
+    text.parse().unwrap()
+}
+
+#[test]
+fn defaults() {
+    let run = fake(&[]);
+    assert_eq!(run.name, "x");
+    assert_eq!(run.mode, Mode::TrainAndEval);
+    assert_eq!(run.seed, 0);
+    assert_eq!(run.run_dir, None);
+    assert_eq!(run.run_dir(), Path::new("runs/x"));
+
+    assert_eq!(run.model.depth, 50);
+    assert_eq!(run.model.resolution, 224);
+    assert_eq!(run.model.classes, 1000);
+    assert_eq!(run.model.recipe, Recipe::Tpu2018);
+    assert_eq!(run.model.labels, None);
+
+    assert_eq!(run.data.train, None);
+    assert_eq!(run.data.eval, None);
+    assert_eq!(run.data.label_offset, 1);
+    assert_eq!(run.data.crop, Crop::Tf);
+    assert_eq!(run.data.crop_area, [0.08, 1.0]);
+    assert_eq!(run.data.crop_aspect, [0.75, 1.3333333]);
+    assert!(run.data.flip);
+    assert_eq!(run.data.resize, Resize::Pillow);
+    assert_eq!(run.data.lanes, 64);
+    assert_eq!(run.data.shuffle_window, 64);
+    assert_eq!(run.data.train_examples, None);
+    assert_eq!(run.data.eval_examples, None);
+    assert_eq!(run.data.max_bad_records, 0);
+
+    assert_eq!(run.train.batch_size, 1024);
+    assert_eq!(run.train.bn_batch, None);
+    assert_eq!(run.train.bn_batch(), 128);
+    assert_eq!(run.train.length, length("112590 steps"));
+    assert_eq!(run.train.precision, Precision::F32);
+    assert_eq!(run.train.device, Device::Auto);
+    assert_eq!(run.train.threads, 0);
+
+    assert_eq!(run.optimizer.kind, OptimizerKind::Sgd);
+    assert_eq!(run.optimizer.momentum, 0.9);
+    assert!(run.optimizer.nesterov);
+    assert_eq!(run.optimizer.weight_decay, 1e-4);
+    assert_eq!(run.optimizer.decay, Decay::NoNorm);
+
+    assert_eq!(run.schedule.kind, ScheduleKind::Step);
+    assert_eq!(run.schedule.base_lr, 0.1);
+    assert_eq!(run.schedule.warmup, length("5 epochs"));
+    let milestones = ["30 epochs", "60 epochs", "80 epochs"].map(length);
+    assert_eq!(run.schedule.milestones, milestones);
+    assert_eq!(run.schedule.factor, 0.1);
+
+    assert_eq!(run.loss.label_smoothing, 0.0);
+    assert_eq!(run.eval.every, length("1 epoch"));
+    assert_eq!(run.eval.crop_ratio, 0.875);
+    assert_eq!(run.checkpoint.every, length("1 epoch"));
+    assert_eq!(run.checkpoint.keep, 3);
+}
+
+#[test]
+fn the_default_source_is_tfrecord() {
+    let text = "name = \"x\"\n[data]\ntrain = \"a-*\"\neval = \"b-*\"\n";
+    assert_eq!(
+        parse(text, "x.toml", &[]).unwrap().data.source,
+        Source::Tfrecord
+    );
+}
+
+#[test]
+fn only_made_up_sources_have_a_default_size() {
+    let examples = |set: &[&str]| {
+        let data = fake(set).data;
+        (data.train_examples(), data.eval_examples())
+    };
+    assert_eq!(examples(&[]), (Some(1_281_167), Some(256)));
+    assert_eq!(
+        examples(&["data.source=zeros"]),
+        (Some(1_281_167), Some(256))
+    );
+    assert_eq!(
+        examples(&["data.train_examples=7", "data.eval_examples=8"]),
+        (Some(7), Some(8))
+    );
+    let tfrecord = ["data.source=tfrecord", "data.train=a", "data.eval=b"];
+    assert_eq!(examples(&tfrecord), (None, None));
+}
+
+#[test]
+fn bn_batch_follows_a_small_batch() {
+    assert_eq!(fake(&["train.batch_size=32"]).train.bn_batch(), 32);
+    let set = ["train.batch_size=32", "train.bn_batch=8"];
+    assert_eq!(fake(&set).train.bn_batch(), 8);
+}
+
+#[test]
+fn arguments_win_over_the_file_and_the_last_wins() {
+    let text = format!("{FAKE}lanes = 2\nshuffle_window = 3\n");
+    let set = sets(&["data.lanes=4", "data.lanes=5", "seed = 0xff"]);
+    let run = parse(&text, "x.toml", &set).unwrap();
+    assert_eq!(
+        (run.data.lanes, run.data.shuffle_window, run.seed),
+        (5, 3, 255)
+    );
+}
+
+#[test]
+fn arguments_need_no_quotes() {
+    let run = fake(&[
+        "train.length=90 epochs",
+        "schedule.milestones=['1 epoch', \"50%\"]",
+        "data.train=path with spaces/*",
+        "model.recipe='torchvision'",
+        "schedule.base_lr=1",
+        "data.lanes=1_000",
+    ]);
+    assert_eq!(run.data.lanes, 1000);
+    assert_eq!(run.train.length, length("90 epochs"));
+    assert_eq!(
+        run.schedule.milestones,
+        [length("1 epoch"), length("50 percent")]
+    );
+    assert_eq!(run.data.train.as_deref(), Some("path with spaces/*"));
+    assert_eq!(run.model.recipe, Recipe::Torchvision);
+    assert_eq!(run.schedule.base_lr, 1.0);
+}
+
+#[test]
+fn every_way_to_write_a_section_is_read() {
+    for text in [
+        "name = 'x'\ndata.source = 'fake'\n",
+        "name = 'x'\ndata = { source = 'fake' }\n",
+        "name = 'x'\n[data]\nsource = 'fake'\n",
+    ] {
+        assert_eq!(parse(text, "x.toml", &[]).unwrap(), fake(&[]));
+    }
+    assert_eq!(fake(&["data={flip=false}"]), fake(&["data.flip=false"]));
+}
+
+#[test]
+fn a_resolved_spec_parses_back_to_an_equal_run() {
+    let seed = format!("seed={}", u64::MAX);
+    for set in [
+        &[][..],
+        &[
+            &seed,
+            "run_dir=elsewhere",
+            "mode=train",
+            "data.crop_area=[0.1, 0.3]",
+            "data.train_examples=12",
+            "train.bn_batch=64",
+            "optimizer.weight_decay=5e-5",
+            "schedule.milestones=[]",
+            "schedule.warmup=0.5 epochs",
+            "eval.every=50%",
+        ],
+    ] {
+        let run = fake(set);
+        assert_eq!(parse(&run.to_toml(), "spec.toml", &[]).unwrap(), run);
+    }
+    assert!(fake(&[]).to_toml().contains("every = \"1 epoch\"\n"));
+}
+
+#[test]
+fn unknown_key() {
+    check(
+        "name = \"x\"\n[data]\nsource = \"fake\"\n\n[train]\n  batchsize = 3\n",
+        &[],
+        "x.toml:6:3: train.batchsize: unknown key\nhint: did you mean train.batch_size?",
+    );
+}
+
+#[test]
+fn unknown_key_at_the_top() {
+    check(
+        &format!("sed = 1\n{FAKE}"),
+        &[],
+        "x.toml:1:1: sed: unknown key\nhint: did you mean seed?",
+    );
+}
+
+#[test]
+fn unknown_key_of_another_section() {
+    check(
+        &format!("{FAKE}[train]\nmomentum = 0.5\n"),
+        &[],
+        "x.toml:5:1: train.momentum: unknown key\nhint: did you mean optimizer.momentum?",
+    );
+    check(
+        &format!("base_lr = 0.5\n{FAKE}[train]\nseed = 1\n"),
+        &[],
+        "x.toml:1:1: base_lr: unknown key\nhint: did you mean schedule.base_lr?\n\
+         x.toml:6:1: train.seed: unknown key\nhint: did you mean seed, above all sections?",
+    );
+}
+
+#[test]
+fn unknown_key_like_no_other() {
+    check(
+        &format!("{FAKE}[checkpoint]\nzzz = 1\n"),
+        &[],
+        "x.toml:5:1: checkpoint.zzz: unknown key\nhint: the keys of [checkpoint] are every, keep",
+    );
+    check_set(
+        "zzz=1",
+        "unknown key\nhint: the keys outside sections are mode, name, run_dir, seed",
+    );
+}
+
+#[test]
+fn unknown_section() {
+    check(
+        &format!("{FAKE}[optim]\nmomentum = 0.5\nlr = 1\n[zzz]\n"),
+        &[],
+        "x.toml:4:2: optim: unknown section\nhint: did you mean [optimizer]?\n\
+         x.toml:7:2: zzz: unknown section\n\
+         hint: the sections are checkpoint, data, eval, loss, model, optimizer, schedule, train",
+    );
+}
+
+#[test]
+fn wrong_type() {
+    check(
+        &format!("{FAKE}[train]\nbatch_size = \"abc\"\n"),
+        &[],
+        "x.toml:5:1: train.batch_size: expected a whole number from 0, not \"abc\"",
+    );
+}
+
+#[test]
+fn every_type_has_its_words() {
+    check_set(
+        "train.batch_size=1024.0",
+        "expected a whole number from 0, not 1024.0",
+    );
+    check_set("seed=-1", "expected a whole number from 0, not -1");
+    check_set(
+        "data.train_examples=-1",
+        "expected a whole number from 0, not -1",
+    );
+    check_set("data.label_offset=0.5", "expected a whole number, not 0.5");
+    check_set("schedule.base_lr=fast", "expected a number, not \"fast\"");
+    check_set("data.flip=1", "expected true or false, not 1");
+    check_set("data.crop_area=0.1", "expected a list, not 0.1");
+    check_set("data.crop_area=[0.1]", "expected two numbers, not 1");
+    check_set(
+        "data.crop_area=[0.1, 0.2, 0.3]",
+        "expected two numbers, not 3",
+    );
+    check_set(
+        "data.crop_area=[0.1, 'x']",
+        "element 2: expected a number, not \"x\"",
+    );
+    check_set("run_dir=['a']", "expected a string, not a list");
+    check_set(
+        "seed={a = 1}",
+        "expected a whole number from 0, not a table",
+    );
+    check_set("seed=1979-05-27", "no key is a date such as 1979-05-27");
+    check_set(
+        "seed=99999999999999999999",
+        "99999999999999999999 is too large",
+    );
+    check_set("schedule.base_lr=1e999", "1e999 is too large");
+    check_set(
+        "train=5",
+        "expected the section [train], not 5\nhint: write train.x = .., or x = .. below [train]",
+    );
+}
+
+#[test]
+fn text_without_quotes() {
+    check(
+        "name = 2018\n[data]\nsource = \"fake\"\n",
+        &[],
+        "x.toml:1:1: name: expected a string, not 2018\nhint: text is written in quotes",
+    );
+    check_set(
+        "name=2018",
+        "expected a string, not 2018\nhint: quote it for TOML and for the shell: --set 'name=\"..\"'",
+    );
+}
+
+#[test]
+fn wrong_choice() {
+    check(
+        &format!("{FAKE}crop = \"torch\"\n"),
+        &[],
+        "x.toml:4:1: data.crop: expected one of \"tf\", \"torchvision\", \"none\", not \"torch\"\n\
+         hint: did you mean \"torchvision\"?",
+    );
+    for (set, shown) in [
+        ("mode=3", "3"),
+        ("mode=true", "true"),
+        ("mode={eval = 1}", "a table"),
+    ] {
+        check_set(
+            set,
+            &format!("expected one of \"train_and_eval\", \"train\", \"eval\", not {shown}"),
+        );
+    }
+}
+
+#[test]
+fn wrong_length() {
+    const FORMS: &str = "expected a length such as \"90 epochs\", \"112590 steps\", \"1000 examples\" or \"50 percent\"";
+    check_set("train.length=90", &format!("{FORMS}, not 90"));
+    check_set("train.length=90 days", &format!("{FORMS}, not \"90 days\""));
+    check_set(
+        "schedule.milestones=['1 epoch', 2]",
+        &format!("element 2: {FORMS}, not 2"),
+    );
+}
+
+#[test]
+fn out_of_range() {
+    check(
+        &format!("{FAKE}[optimizer]\nmomentum = 1.0\n"),
+        &[],
+        "x.toml:5:1: optimizer.momentum: expected at least 0 and below 1, not 1.0",
+    );
+}
+
+#[test]
+fn every_range_is_checked() {
+    let plain = "letters, digits, '.', '_' and '-'";
+    check_set("name=a b", &format!("expected {plain}, not \"a b\""));
+    check_set("name=", &format!("expected {plain}, not \"\""));
+    check_set("name=..", &format!("expected {plain}, not \"..\""));
+    check_set("name=ä", &format!("expected {plain}, not \"ä\""));
+    check_set(
+        "model.depth=51",
+        "expected one of 18, 34, 50, 101, 152, 200, not 51",
+    );
+    for resolution in ["0", "31", "100", "480"] {
+        check_set(
+            &format!("model.resolution={resolution}"),
+            &format!("expected a multiple of 32 from 32 to 448, not {resolution}"),
+        );
+    }
+    check_set("model.classes=1", "expected at least 2, not 1");
+    for area in ["[0.0, 1.0]", "[0.5, 0.1]", "[0.1, 1.5]", "[NaN, 1.0]"] {
+        let toml = area.to_lowercase();
+        check_set(
+            &format!("data.crop_area={toml}"),
+            &format!("expected two increasing numbers above 0 and at most 1, not {area}"),
+        );
+    }
+    for aspect in ["[0.0, 1.0]", "[2.0, 1.0]", "[1.0, inf]"] {
+        check_set(
+            &format!("data.crop_aspect={aspect}"),
+            &format!("expected two increasing numbers above 0, not {aspect}"),
+        );
+    }
+    for key in [
+        "data.lanes",
+        "data.shuffle_window",
+        "data.train_examples",
+        "data.eval_examples",
+        "train.batch_size",
+        "train.bn_batch",
+        "checkpoint.keep",
+    ] {
+        check_set(&format!("{key}=0"), "expected at least 1, not 0");
+    }
+    for key in ["optimizer.momentum", "loss.label_smoothing"] {
+        for (toml, shown) in [("-0.1", "-0.1"), ("1", "1.0"), ("nan", "NaN")] {
+            check_set(
+                &format!("{key}={toml}"),
+                &format!("expected at least 0 and below 1, not {shown}"),
+            );
+        }
+    }
+    check_set(
+        "optimizer.weight_decay=-1.0",
+        "expected at least 0, not -1.0",
+    );
+    check_set("optimizer.weight_decay=inf", "expected at least 0, not inf");
+    for key in ["schedule.base_lr", "schedule.factor"] {
+        for (toml, shown) in [
+            ("0", "0.0"),
+            ("-1.5", "-1.5"),
+            ("nan", "NaN"),
+            ("inf", "inf"),
+        ] {
+            check_set(
+                &format!("{key}={toml}"),
+                &format!("expected above 0, not {shown}"),
+            );
+        }
+    }
+    for ratio in ["0.0", "1.1"] {
+        check_set(
+            &format!("eval.crop_ratio={ratio}"),
+            &format!("expected above 0 and at most 1, not {ratio}"),
+        );
+    }
+    for key in ["train.length", "eval.every", "checkpoint.every"] {
+        check_set(
+            &format!("{key}=0 epochs"),
+            "expected a length above 0, not \"0 epochs\"",
+        );
+    }
+    check_set(
+        "train.length=50%",
+        "expected steps, epochs or examples, of which the other lengths can be a percentage, not \"50 percent\"",
+    );
+}
+
+#[test]
+fn the_ends_of_ranges_are_inside() {
+    for set in [
+        "model.depth=200",
+        "model.resolution=32",
+        "model.resolution=448",
+        "model.classes=2",
+        "data.crop_area=[1, 1]",
+        "data.crop_aspect=[1, 1]",
+        "data.lanes=1",
+        "train.batch_size=1",
+        "optimizer.momentum=0",
+        "optimizer.weight_decay=0",
+        "schedule.warmup=0 epochs",
+        "schedule.milestones=[]",
+        "loss.label_smoothing=0",
+        "eval.crop_ratio=1",
+        "eval.every=100%",
+        "checkpoint.keep=1",
+        "name=A.b_c-9",
+    ] {
+        fake(&[set]);
+    }
+}
+
+#[test]
+fn milestones_increase() {
+    let refused = |set: &str, later: &str, earlier: &str| {
+        check_set(
+            &format!("schedule.milestones={set}"),
+            &format!("expected increasing lengths, but \"{later}\" follows \"{earlier}\""),
+        );
+    };
+    refused("['2 epochs', '1 epoch']", "1 epoch", "2 epochs");
+    refused("['2 epochs', '2 epochs']", "2 epochs", "2 epochs");
+    // Units are compared in steps where the number of examples is known.
+    refused("['2 epochs', '3 steps']", "3 steps", "2 epochs");
+    refused("['90%', '2 epochs']", "2 epochs", "90 percent");
+    fake(&["schedule.milestones=['3 steps', '2 epochs', '90%']"]);
+    // Only a step schedule has milestones.
+    fake(&[
+        "schedule.milestones=['2 epochs', '1 epoch']",
+        "schedule.kind=cosine",
+    ]);
+}
+
+#[test]
+fn three_at_once() {
+    check(
+        "name = \"x\"\n[model]\ndepth = 51\n[data]\nsource = \"fake\"\nlane = 3\n[loss]\nlabel_smoothing = \"much\"\n",
+        &["train.batch_size=0"],
+        "x.toml:3:1: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 51\n\
+         x.toml:6:1: data.lane: unknown key\nhint: did you mean data.lanes?\n\
+         x.toml:8:1: loss.label_smoothing: expected a number, not \"much\"\n\
+         --set train.batch_size=0: train.batch_size: expected at least 1, not 0",
+    );
+}
+
+#[test]
+fn set_with_an_unknown_key() {
+    check(
+        FAKE,
+        &[
+            "trian.batch_size=3",
+            "train.batchsize=4",
+            "train.batch_size.x=5",
+        ],
+        "--set trian.batch_size=3: trian: unknown section\nhint: did you mean [train]?\n\
+         --set train.batchsize=4: train.batchsize: unknown key\nhint: did you mean train.batch_size?\n\
+         --set train.batch_size.x=5: train.batch_size.x: unknown key\nhint: did you mean train.batch_size?",
+    );
+}
+
+#[test]
+fn set_without_a_value() {
+    check(
+        FAKE,
+        &["train.batch_size"],
+        "--set train.batch_size: no value\nhint: write section.key=value, such as train.batch_size=512",
+    );
+}
+
+#[test]
+fn set_without_a_key() {
+    check(
+        FAKE,
+        &["=3", "train.=3"],
+        "--set =3: unknown key\nhint: the keys outside sections are mode, name, run_dir, seed\n\
+         --set train.=3: train.: unknown key\n\
+         hint: the keys of [train] are batch_size, bn_batch, device, length, precision, threads",
+    );
+}
+
+#[test]
+fn a_wrong_value_that_an_argument_replaces_does_not_matter() {
+    let text = format!("{FAKE}lanes = \"many\"\n");
+    let run = parse(&text, "x.toml", &sets(&["data.lanes=2"])).unwrap();
+    assert_eq!(run.data.lanes, 2);
+}
+
+#[test]
+fn syntax_error() {
+    check(
+        "name = \"x\"\n[data\nsource = \"fake\"\n",
+        &["train.batch_size"],
+        "x.toml:2:6: not TOML: unclosed table, expected `]`\n\
+         --set train.batch_size: no value\nhint: write section.key=value, such as train.batch_size=512",
+    );
+}
+
+#[test]
+fn the_same_key_twice() {
+    check(
+        "name = \"x\"\nname = \"y\"\n",
+        &[],
+        "x.toml:2:1: not TOML: duplicate key",
+    );
+}
+
+#[test]
+fn columns_count_characters() {
+    check(
+        "name = \"ä\" [\n",
+        &[],
+        "x.toml:1:12: not TOML: unexpected key or value, expected newline, `#`",
+    );
+}
+
+#[test]
+fn bn_batch_that_does_not_divide() {
+    check(
+        &format!("{FAKE}[train]\nbatch_size = 100\nbn_batch = 32\n"),
+        &[],
+        "x.toml:6:1: train.bn_batch: 32 does not divide train.batch_size = 100\n\
+         hint: the nearest below is train.bn_batch = 25",
+    );
+    check_set(
+        "train.batch_size=1000",
+        "1000 is no multiple of the default train.bn_batch = 128\n\
+         hint: the nearest below is train.bn_batch = 125",
+    );
+}
+
+#[test]
+fn a_wrong_key_is_not_held_against_others() {
+    check(
+        &format!("{FAKE}[train]\nbatch_size = \"100\"\nbn_batch = 3\n"),
+        &[],
+        "x.toml:5:1: train.batch_size: expected a whole number from 0, not \"100\"",
+    );
+}
+
+#[test]
+fn missing_name() {
+    check(
+        "[data]\nsource = \"fake\"\n",
+        &[],
+        "x.toml: name: missing\nhint: write name = \"..\"; the run then lives in runs/<name>",
+    );
+    parse("data.source = 'fake'", "x.toml", &sets(&["name=y"])).unwrap();
+}
+
+#[test]
+fn missing_shards() {
+    let missing = |key: &str| {
+        format!(
+            "x.toml: {key}: missing\nhint: write {key} = \"path/to/shards-*\", or data.source = \"fake\" to do without data"
+        )
+    };
+    let both = format!("{}\n{}", missing("data.train"), missing("data.eval"));
+    check("name = 'x'", &[], &both);
+    check("name = 'x'", &["mode=train"], &missing("data.train"));
+    check("name = 'x'", &["mode=eval"], &missing("data.eval"));
+    check("name = 'x'", &["data.eval=a"], &missing("data.train"));
+}
+
+#[test]
+fn buckets_are_not_supported_yet() {
+    check(
+        "name = \"x\"\n[data]\ntrain = \"gs://bucket/train-*\"\neval = \"az://b/v-*\"\n",
+        &["run_dir=s3://b/c"],
+        "x.toml:3:1: data.train: gs:// is not supported yet\nhint: give a path on this machine\n\
+         x.toml:4:1: data.eval: az:// is not supported yet\nhint: give a path on this machine\n\
+         --set run_dir=s3://b/c: run_dir: s3:// is not supported yet\nhint: give a path on this machine",
+    );
+}
+
+#[test]
+fn what_is_not_supported_yet() {
+    check_set(
+        "data.source=bigtable",
+        "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"fake\", \"zeros\"",
+    );
+    for precision in ["bf16", "f16"] {
+        check_set(
+            &format!("train.precision={precision}"),
+            &format!(
+                "\"{precision}\" is not supported yet by the cpu engine\nhint: supported: \"f32\""
+            ),
+        );
+    }
+    for device in ["cuda", "cuda:1"] {
+        check_set(
+            &format!("train.device={device}"),
+            &format!("\"{device}\" is not supported yet\nhint: supported: \"auto\", \"cpu\""),
+        );
+    }
+    check_set(
+        "optimizer.kind=lars",
+        "\"lars\" is not supported yet\nhint: supported: \"sgd\"",
+    );
+    check_set(
+        "schedule.kind=polynomial",
+        "\"polynomial\" is not supported yet\nhint: supported: \"step\", \"cosine\", \"constant\"",
+    );
+    check_set("optimizer.kind=adam", "expected \"sgd\", not \"adam\"");
+}
+
+#[test]
+fn missing_file() {
+    let errors = spec::load(Path::new("no/such.toml"), &[]).unwrap_err();
+    let problem = &errors.0[0];
+    assert_eq!(errors.0.len(), 1);
+    assert_eq!((&*problem.origin, &*problem.key), ("no/such.toml", ""));
+    assert!(
+        problem.what.starts_with("cannot read the spec: "),
+        "{errors}"
+    );
+    assert!(problem.hint.is_some());
+}
+
+#[test]
+fn a_file_is_read() {
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("spec-a_file_is_read.toml");
+    write(&file, FAKE);
+    assert_eq!(spec::load(&file, &[]).unwrap(), fake(&[]));
+    write(&file, "name = 3\ndata.source = 'fake'");
+    let errors = spec::load(&file, &[]).unwrap_err();
+    assert_eq!(errors.0[0].origin, format!("{}:1:1", file.display()));
+}
+
+#[expect(
+    clippy::disallowed_methods,
+    reason = "a test's own file, in the build directory"
+)]
+fn write(file: &Path, text: &str) {
+    std::fs::write(file, text).unwrap();
+}
+
+/// Every key, another value than its default, and whether it changes what is computed.
+const KEYS: [(&str, &str, bool); 44] = [
+    ("name", "y", false),
+    ("mode", "train", false),
+    ("seed", "1", true),
+    ("run_dir", "d", false),
+    ("model.depth", "18", true),
+    ("model.resolution", "32", true),
+    ("model.classes", "10", true),
+    ("model.recipe", "torchvision", true),
+    ("model.labels", "l", false),
+    ("data.source", "zeros", true),
+    ("data.train", "t", false),
+    ("data.eval", "e", false),
+    ("data.label_offset", "0", true),
+    ("data.crop", "none", true),
+    ("data.crop_area", "[0.5, 1.0]", true),
+    ("data.crop_aspect", "[1.0, 1.0]", true),
+    ("data.flip", "false", true),
+    ("data.resize", "tf1", true),
+    ("data.lanes", "1", true),
+    ("data.shuffle_window", "1", true),
+    ("data.train_examples", "5", true),
+    ("data.eval_examples", "5", false),
+    ("data.max_bad_records", "5", false),
+    ("train.batch_size", "512", true),
+    ("train.bn_batch", "64", true),
+    ("train.length", "5 steps", false),
+    // The only choice so far is the default.
+    ("train.precision", "f32", true),
+    ("train.device", "cpu", false),
+    ("train.threads", "1", false),
+    ("optimizer.kind", "sgd", true),
+    ("optimizer.momentum", "0", true),
+    ("optimizer.nesterov", "false", true),
+    ("optimizer.weight_decay", "0", true),
+    ("optimizer.decay", "all", true),
+    ("schedule.kind", "constant", true),
+    ("schedule.base_lr", "1", true),
+    ("schedule.warmup", "0 steps", true),
+    ("schedule.milestones", "[]", true),
+    ("schedule.factor", "0.5", true),
+    ("loss.label_smoothing", "0.1", true),
+    ("eval.every", "5 steps", false),
+    ("eval.crop_ratio", "1", true),
+    ("checkpoint.every", "5 steps", false),
+    ("checkpoint.keep", "5", false),
+];
+
+#[test]
+fn every_key_is_computed_or_free() {
+    let tree = serde_json::to_value(fake(&[])).unwrap();
+    let mut written = vec![];
+    for (name, value) in tree.as_object().unwrap() {
+        match value.as_object() {
+            Some(section) => written.extend(section.keys().map(|key| format!("{name}.{key}"))),
+            None => written.push(name.clone()),
+        }
+    }
+    let mut listed: Vec<&str> = KEYS.iter().map(|(key, ..)| *key).collect();
+    written.sort();
+    listed.sort();
+    assert_eq!(
+        written, listed,
+        "classify the new key in KEYS and run::FREE"
+    );
+}
+
+#[test]
+fn the_computation_changes_with_what_is_computed_only() {
+    let base = fake(&[]).computation();
+    for (key, value, is_computed) in KEYS {
+        assert_eq!(base.contains_key(key), is_computed, "{key}");
+        let changed = fake(&[&format!("{key}={value}")]).computation();
+        let is_single = ["train.precision", "optimizer.kind"].contains(&key);
+        assert_eq!(changed != base, is_computed && !is_single, "{key}");
+    }
+}
+
+#[test]
+fn the_computation_is_resolved() {
+    let base = fake(&[]).computation();
+    assert_eq!(base["train.bn_batch"], "128");
+    assert_eq!(base["data.train_examples"], "1281167");
+    assert_eq!(base["data.source"], "\"fake\"");
+    assert_eq!(fake(&["train.bn_batch=128"]).computation(), base);
+}
+
+#[test]
+fn the_length_is_computed_where_the_schedule_depends_on_it() {
+    let has_length = |set: &[&str]| fake(set).computation().contains_key("train.length");
+    assert!(!has_length(&[]));
+    assert!(!has_length(&["schedule.kind=constant"]));
+    assert!(has_length(&["schedule.kind=cosine"]));
+    assert!(has_length(&["schedule.warmup=5%"]));
+    assert!(has_length(&["schedule.milestones=['1 epoch', '50%']"]));
+    assert!(!has_length(&["eval.every=5%"]));
+}

@@ -1,0 +1,201 @@
+//! `metrics.jsonl`: one JSON object per line.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write};
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// The numbers of one training step.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct StepMetrics {
+    /// Steps done, this one included.
+    pub step: u64,
+    /// Steps of the whole run.
+    #[serde(skip)]
+    pub total: u64,
+    /// Passes over the training set, as a fraction.
+    #[serde(with = "number")]
+    pub epoch: f64,
+    /// Mean loss of the batch.
+    #[serde(rename = "train/loss", with = "number")]
+    pub loss: f64,
+    /// Share of the batch whose likeliest class is right, from 0 to 1.
+    #[serde(rename = "train/top1", with = "number")]
+    pub top1: f64,
+    /// Learning rate of the step.
+    #[serde(rename = "train/lr", with = "number")]
+    pub lr: f64,
+    /// Images per second of the step.
+    #[serde(rename = "train/images_per_s", with = "number")]
+    pub images_per_s: f64,
+    /// Share of the step's time spent waiting for images, from 0 to 1.
+    #[serde(rename = "train/input_wait_fraction", with = "number")]
+    pub input_wait_fraction: f64,
+}
+
+/// The numbers of one evaluation.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct EvalMetrics {
+    /// Training steps done before it.
+    pub step: u64,
+    /// Passes over the training set before it, as a fraction.
+    #[serde(with = "number")]
+    pub epoch: f64,
+    /// Mean loss of the images.
+    #[serde(rename = "eval/loss", with = "number")]
+    pub loss: f64,
+    /// Share of the images whose likeliest class is right, from 0 to 1.
+    #[serde(rename = "eval/top1", with = "number")]
+    pub top1: f64,
+    /// Share of the images whose five likeliest classes have the right one, from 0 to 1.
+    #[serde(rename = "eval/top5", with = "number")]
+    pub top5: f64,
+    /// Number of images.
+    #[serde(rename = "eval/images")]
+    pub images: u64,
+    /// How long it took.
+    #[serde(skip)]
+    pub seconds: f64,
+}
+
+/// Numbers that JSON does not know, as the strings that most languages read.
+pub(crate) mod number {
+    use std::fmt;
+
+    use serde::de::{self, Visitor};
+    use serde::{Deserializer, Serializer};
+
+    pub(crate) fn serialize<S: Serializer>(value: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+        if value.is_nan() {
+            serializer.serialize_str("NaN")
+        } else if value.is_infinite() {
+            let is_positive = *value > 0.0;
+            serializer.serialize_str(if is_positive { "Infinity" } else { "-Infinity" })
+        } else {
+            serializer.serialize_f64(*value)
+        }
+    }
+
+    pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
+        struct Number;
+
+        impl Visitor<'_> for Number {
+            type Value = f64;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a number, \"NaN\", \"Infinity\" or \"-Infinity\"")
+            }
+
+            fn visit_f64<E: de::Error>(self, value: f64) -> Result<f64, E> {
+                Ok(value)
+            }
+
+            fn visit_u64<E: de::Error>(self, value: u64) -> Result<f64, E> {
+                Ok(value as f64)
+            }
+
+            fn visit_i64<E: de::Error>(self, value: i64) -> Result<f64, E> {
+                Ok(value as f64)
+            }
+
+            fn visit_str<E: de::Error>(self, text: &str) -> Result<f64, E> {
+                match text {
+                    "NaN" => Ok(f64::NAN),
+                    "Infinity" => Ok(f64::INFINITY),
+                    "-Infinity" => Ok(f64::NEG_INFINITY),
+                    other => Err(E::invalid_value(de::Unexpected::Str(other), &self)),
+                }
+            }
+        }
+
+        deserializer.deserialize_any(Number)
+    }
+}
+
+/// A file of lines that may come and go.
+pub(crate) struct MetricsFile {
+    path: PathBuf,
+    /// None while it cannot be opened.
+    file: Option<File>,
+    /// Bytes, all of them whole lines; the promise to a checkpoint, so it holds even while the file cannot be opened.
+    length: u64,
+}
+
+impl MetricsFile {
+    /// A file of which the first `length` bytes count; not opened yet.
+    pub(crate) fn new(path: PathBuf, length: u64) -> Self {
+        Self {
+            path,
+            file: None,
+            length,
+        }
+    }
+
+    pub(crate) fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Opens or makes the file and cuts it to its length; how long it was, if it was shorter.
+    pub(crate) fn open(&mut self) -> io::Result<Option<u64>> {
+        let mut options = OpenOptions::new();
+        let mut file = options
+            .create(true)
+            .read(true)
+            .append(true)
+            .open(&self.path)?;
+        let found = file.metadata()?.len();
+        let is_short = found < self.length;
+        let length = match is_short {
+            // What was being written when it was cut off is no line, and would spoil the next.
+            true => whole_lines(&mut file)?,
+            false => self.length,
+        };
+        file.set_len(length)?;
+        self.length = length;
+        self.file = Some(file);
+        Ok(is_short.then_some(found))
+    }
+
+    /// Appends a line.
+    pub(crate) fn write(&mut self, line: &impl Serialize) -> io::Result<()> {
+        let mut text = serde_json::to_string(line)?;
+        text.push('\n');
+        let Some(file) = &mut self.file else {
+            return Err(io::Error::other("it could not be opened"));
+        };
+        let written = file.write_all(text.as_bytes());
+        match written {
+            Ok(()) => self.length += text.len() as u64,
+            // A full disk may have taken half a line. Should this fail too, the failure is already counted.
+            Err(_) => drop(file.set_len(self.length)),
+        }
+        written
+    }
+
+    /// Forces the lines to the disk. A file that was lost since the last time is made anew.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        let Some(file) = &self.file else {
+            return self.open().map(|_| ());
+        };
+        file.sync_data()?;
+        // Writing to a file that someone removed succeeds, so ask for it by name.
+        let found = self.path.metadata().map(|m| m.len()).unwrap_or(0);
+        if found == self.length {
+            return Ok(());
+        }
+        let lost = format!("it has {found} bytes where {} were written", self.length);
+        self.file = None;
+        self.length = found;
+        self.open()?;
+        Err(io::Error::other(lost))
+    }
+}
+
+/// Length up to and with the last line's end.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
+    let mut text = vec![];
+    file.read_to_end(&mut text)?;
+    let end = text.iter().rposition(|&byte| byte == b'\n');
+    Ok(end.map_or(0, |end| end as u64 + 1))
+}

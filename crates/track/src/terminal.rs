@@ -1,0 +1,325 @@
+//! The terminal: a bar where there is one, else now and then a line. All of it goes to stderr.
+
+use std::io::{self, IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use crate::metrics::{EvalMetrics, StepMetrics};
+
+/// What the terminal is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Terminal {
+    /// A bar if stderr is a terminal, else lines.
+    Auto,
+    /// Nothing.
+    Quiet,
+}
+
+/// Between two lines about steps where there is no bar.
+const PACE: Duration = Duration::from_secs(10);
+/// Steps over which rates are smoothed.
+const SMOOTHING: f64 = 20.0;
+
+/// The terminal and what it shows.
+pub(crate) struct Screen {
+    kind: Kind,
+    images_per_s: Smoothed,
+    input_wait_fraction: Smoothed,
+}
+
+enum Kind {
+    Quiet,
+    Lines(Pace),
+    /// The bar, from the first step on.
+    Bar(Option<Bar>),
+}
+
+struct Bar {
+    bar: ProgressBar,
+    /// The first step of this process, and when it ended.
+    first: (u64, Instant),
+}
+
+impl Screen {
+    pub(crate) fn new(terminal: Terminal) -> Self {
+        let kind = match terminal {
+            Terminal::Quiet => Kind::Quiet,
+            Terminal::Auto if io::stderr().is_terminal() => Kind::Bar(None),
+            Terminal::Auto => Kind::Lines(Pace::default()),
+        };
+        Self {
+            kind,
+            images_per_s: Smoothed::default(),
+            input_wait_fraction: Smoothed::default(),
+        }
+    }
+
+    pub(crate) fn step(&mut self, m: &StepMetrics) {
+        let images_per_s = self.images_per_s.add(m.images_per_s);
+        let input_wait_fraction = self.input_wait_fraction.add(m.input_wait_fraction);
+        match &mut self.kind {
+            Kind::Quiet => {}
+            Kind::Lines(pace) => {
+                if pace.is_due(Instant::now()) {
+                    print(&step_line(m, images_per_s, input_wait_fraction));
+                }
+            }
+            Kind::Bar(bar) => {
+                let Bar { bar, first } = bar.get_or_insert_with(|| new_bar(m));
+                let steps = m.step.saturating_sub(first.0);
+                let left = m.total.saturating_sub(m.step);
+                let text = bar_text(m, images_per_s, input_wait_fraction);
+                let eta = eta_text(steps, first.1.elapsed(), left);
+                bar.set_message(format!("{text}  {eta}"));
+                bar.set_position(m.step);
+            }
+        }
+    }
+
+    /// Prints a line, above the bar if there is one.
+    pub(crate) fn line(&self, text: &str) {
+        match &self.kind {
+            Kind::Quiet => {}
+            Kind::Bar(Some(Bar { bar, .. })) => bar.println(text),
+            Kind::Lines(_) | Kind::Bar(None) => print(text),
+        }
+    }
+
+    /// Leaves the bar as it is and prints below it from now on.
+    pub(crate) fn finish(&mut self) {
+        if let Kind::Bar(bar) = &mut self.kind
+            && let Some(Bar { bar, .. }) = bar.take()
+        {
+            bar.abandon();
+            // The cursor stays behind the bar.
+            print("");
+        }
+    }
+}
+
+fn new_bar(m: &StepMetrics) -> Bar {
+    let style = ProgressStyle::with_template("{wide_bar} {msg}")
+        .expect("the template has only known fields");
+    let bar = ProgressBar::with_draw_target(Some(m.total), ProgressDrawTarget::stderr());
+    Bar {
+        bar: bar.with_style(style).with_position(m.step),
+        first: (m.step, Instant::now()),
+    }
+}
+
+/// Time to the end at the pace so far, evaluations and checkpoints included. indicatif's own estimate would take the
+/// steps before a resume for steps that took no time.
+fn eta_text(steps: u64, elapsed: Duration, left: u64) -> String {
+    if steps == 0 {
+        return "ETA ?".into();
+    }
+    let seconds = elapsed.as_secs_f64() / steps as f64 * left as f64;
+    // A Duration holds any whole number of seconds, and the cast stops at the largest.
+    let eta = HumanDuration(Duration::from_secs(seconds.round() as u64));
+    format!("ETA {eta:#}")
+}
+
+/// Prints a line; a terminal that went away is nobody's failure, and must not panic as `eprintln!` does.
+fn print(text: &str) {
+    let _ = writeln!(io::stderr(), "{text}");
+}
+
+/// A step in one line, with smoothed rates.
+fn step_line(m: &StepMetrics, images_per_s: f64, input_wait_fraction: f64) -> String {
+    let lr_digits = m.lr == 0.0 || m.lr >= 0.001;
+    let lr = match lr_digits {
+        true => format!("{:.4}", m.lr),
+        false => format!("{:.2e}", m.lr),
+    };
+    format!(
+        "step {}/{}  epoch {:.1}  loss {:.4}  top1 {:.3}  lr {lr}  {}",
+        m.step,
+        m.total,
+        m.epoch,
+        m.loss,
+        m.top1,
+        rates_text(images_per_s, input_wait_fraction),
+    )
+}
+
+/// What stands beside the bar: short, so that a terminal of 80 columns has room for the bar.
+fn bar_text(m: &StepMetrics, images_per_s: f64, input_wait_fraction: f64) -> String {
+    format!(
+        "{}/{}  loss {:.4}  top1 {:.3}  {}",
+        m.step,
+        m.total,
+        m.loss,
+        m.top1,
+        rates_text(images_per_s, input_wait_fraction),
+    )
+}
+
+fn rates_text(images_per_s: f64, input_wait_fraction: f64) -> String {
+    let decimals = if images_per_s < 10.0 { 1 } else { 0 };
+    let percent = 100.0 * input_wait_fraction;
+    format!("{images_per_s:.decimals$} images/s  input wait {percent:.0}%")
+}
+
+/// An evaluation in one line.
+pub(crate) fn eval_line(m: &EvalMetrics) -> String {
+    format!(
+        "eval at step {}  top1 {:.4}  top5 {:.4}  loss {:.4}  {} images in {:.1} s",
+        m.step, m.top1, m.top5, m.loss, m.images, m.seconds
+    )
+}
+
+/// Due at first, then at most every [`PACE`].
+#[derive(Default)]
+struct Pace {
+    last: Option<Instant>,
+}
+
+impl Pace {
+    fn is_due(&mut self, now: Instant) -> bool {
+        let is_due = self.last.is_none_or(|last| now - last >= PACE);
+        if is_due {
+            self.last = Some(now);
+        }
+        is_due
+    }
+}
+
+/// An exponential mean.
+#[derive(Default)]
+struct Smoothed {
+    mean: Option<f64>,
+}
+
+impl Smoothed {
+    /// Adds a value; the mean so far. A value that is no number would stay in the mean for ever and is left out.
+    fn add(&mut self, value: f64) -> f64 {
+        let mean = match self.mean {
+            Some(mean) if value.is_finite() => mean + (value - mean) / SMOOTHING,
+            Some(mean) => mean,
+            None => value,
+        };
+        if mean.is_finite() {
+            self.mean = Some(mean);
+        }
+        mean
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step() -> StepMetrics {
+        StepMetrics {
+            step: 120,
+            total: 345,
+            epoch: 5.34,
+            loss: 0.42131,
+            top1: 0.9123,
+            lr: 0.025,
+            images_per_s: 812.4,
+            input_wait_fraction: 0.012,
+        }
+    }
+
+    #[test]
+    fn a_step_in_one_line() {
+        assert_eq!(
+            step_line(&step(), 812.4, 0.012),
+            "step 120/345  epoch 5.3  loss 0.4213  top1 0.912  lr 0.0250  812 images/s  input wait 1%"
+        );
+    }
+
+    #[test]
+    fn a_step_beside_the_bar() {
+        let text = bar_text(&step(), 812.4, 0.012);
+        assert_eq!(
+            text,
+            "120/345  loss 0.4213  top1 0.912  812 images/s  input wait 1%"
+        );
+    }
+
+    #[test]
+    fn the_time_left_follows_the_pace_of_this_process() {
+        let check = |steps, seconds, left, expected| {
+            let elapsed = Duration::from_secs(seconds);
+            assert_eq!(eta_text(steps, elapsed, left), expected);
+        };
+        check(0, 0, 100, "ETA ?");
+        check(20, 4, 40, "ETA 8s");
+        check(1000, 600, 10_000, "ETA 2h");
+        check(10, 100, 0, "ETA 0s");
+        check(1, 1_000_000, 1000, "ETA 32y");
+        assert!(eta_text(1, Duration::MAX, u64::MAX).ends_with('y'));
+    }
+
+    #[test]
+    fn small_numbers_keep_their_digits() {
+        let m = StepMetrics {
+            lr: 0.000_012_3,
+            ..step()
+        };
+        assert_eq!(
+            step_line(&m, 3.12, 1.0),
+            "step 120/345  epoch 5.3  loss 0.4213  top1 0.912  lr 1.23e-5  3.1 images/s  input wait 100%"
+        );
+        let m = StepMetrics { lr: 0.0, ..step() };
+        assert!(step_line(&m, 3.0, 0.0).contains("  lr 0.0000  "));
+    }
+
+    #[test]
+    fn a_step_that_diverged_is_shown() {
+        let m = StepMetrics {
+            loss: f64::NAN,
+            ..step()
+        };
+        assert!(step_line(&m, 812.4, 0.0).contains("  loss NaN  "));
+    }
+
+    #[test]
+    fn an_evaluation_in_one_line() {
+        let m = EvalMetrics {
+            step: 120,
+            epoch: 5.0,
+            loss: 0.1203,
+            top1: 0.9611,
+            top5: 0.9972,
+            images: 359,
+            seconds: 0.41,
+        };
+        assert_eq!(
+            eval_line(&m),
+            "eval at step 120  top1 0.9611  top5 0.9972  loss 0.1203  359 images in 0.4 s"
+        );
+    }
+
+    #[test]
+    fn lines_keep_their_pace() {
+        let begin = Instant::now();
+        let mut pace = Pace::default();
+        let seconds = [0.0, 0.1, 9.9, 10.0, 19.9, 35.0, 44.0];
+        let due = seconds.map(|s| pace.is_due(begin + Duration::from_secs_f64(s)));
+        assert_eq!(due, [true, false, false, true, false, true, false]);
+    }
+
+    #[test]
+    fn rates_are_smoothed() {
+        let mut rate = Smoothed::default();
+        assert_eq!(rate.add(100.0), 100.0);
+        assert_eq!(rate.add(200.0), 105.0);
+        assert_eq!(rate.add(f64::INFINITY), 105.0);
+        let mut late = 0.0;
+        for _ in 0..20 {
+            late = rate.add(200.0);
+        }
+        assert!((160.0..170.0).contains(&late), "{late}");
+    }
+
+    #[test]
+    fn a_rate_begins_with_the_first_number() {
+        let mut rate = Smoothed::default();
+        assert!(rate.add(f64::NAN).is_nan());
+        assert_eq!(rate.add(100.0), 100.0);
+    }
+}

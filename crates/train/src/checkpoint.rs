@@ -1,0 +1,363 @@
+//! Checkpoints: everything a run needs to go on as if it had never stopped, in one safetensors file.
+//!
+//! Tensors are the engine's [`State`]: parameters by torchvision's names, `optimizer.momentum.*`, running statistics.
+//! The header's metadata has one entry, `runner`: [`Meta`] as JSON. A file is written beside its place, fsynced and
+//! renamed, so a file that has a checkpoint's name is whole.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
+
+use engine::{State, Tensor};
+use safetensors::SafeTensors;
+use safetensors::tensor::{Dtype, TensorView};
+use serde::{Deserialize, Serialize};
+use track::{Best, EvalSummary};
+
+use crate::Error;
+
+/// Version of [`Meta`] and of the tensors' names.
+const FORMAT: u32 = 1;
+/// The metadata's key.
+const KEY: &str = "runner";
+
+/// How far a run has come.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Updates made.
+    pub step: u64,
+    /// Position in the training data.
+    pub cursor: data::Cursor,
+    /// An evaluation of this step is still owed.
+    pub eval_pending: bool,
+    /// The last evaluation.
+    pub eval: Option<EvalSummary>,
+    /// The best evaluation.
+    pub best: Option<Best>,
+    /// Length of metrics.jsonl at this step.
+    pub metrics_bytes: u64,
+}
+
+/// What a checkpoint says about itself.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Meta {
+    /// Version of the format.
+    pub format: u32,
+    /// The resolved spec as TOML.
+    pub spec: String,
+    /// What decides the numbers, key by key; a resume needs the same.
+    pub computation: BTreeMap<String, String>,
+    /// Names of the classes, where the spec names a file of them.
+    pub labels: Option<Vec<String>>,
+    /// How far the run has come.
+    pub progress: Progress,
+}
+
+impl Meta {
+    /// Describes a checkpoint of this version.
+    pub fn new(
+        run: &spec::Run,
+        computation: BTreeMap<String, String>,
+        labels: Option<Vec<String>>,
+    ) -> Self {
+        Self {
+            format: FORMAT,
+            spec: run.to_toml(),
+            computation,
+            labels,
+            progress: Progress::default(),
+        }
+    }
+}
+
+/// The checkpoints of one run directory.
+#[derive(Clone, Debug)]
+pub struct Checkpoints {
+    dir: PathBuf,
+}
+
+fn file_name(step: u64) -> String {
+    format!("step-{step:010}.safetensors")
+}
+
+impl Checkpoints {
+    /// Those in `run_dir/checkpoints`, which need not exist yet.
+    pub fn of(run_dir: &Path) -> Self {
+        Self {
+            dir: run_dir.join("checkpoints"),
+        }
+    }
+
+    /// The steps that have a checkpoint, oldest first.
+    fn steps(&self) -> Vec<u64> {
+        let Ok(entries) = std::fs::read_dir(&self.dir) else {
+            return vec![];
+        };
+        let step = |name: &str| {
+            name.strip_prefix("step-")?
+                .strip_suffix(".safetensors")?
+                .parse()
+                .ok()
+        };
+        let mut steps: Vec<u64> = entries
+            .flatten()
+            .filter_map(|e| step(e.file_name().to_str()?))
+            .collect();
+        steps.sort_unstable();
+        steps
+    }
+
+    /// The file of the latest checkpoint.
+    pub fn latest(&self) -> Option<PathBuf> {
+        self.steps()
+            .last()
+            .map(|&step| self.dir.join(file_name(step)))
+    }
+
+    /// Writes a checkpoint, points `latest` to it and removes the oldest beyond `keep`; the best stays.
+    ///
+    /// # Errors
+    /// If the disk refuses. Earlier checkpoints are then untouched.
+    pub fn save(&self, meta: &Meta, state: &State, keep: usize) -> Result<(), Error> {
+        std::fs::create_dir_all(&self.dir)
+            .map_err(|source| Error::io("create", &self.dir, source))?;
+        let step = meta.progress.step;
+        store::write_atomic(&self.dir.join(file_name(step)), &[&encode(meta, state)])?;
+        self.point("latest", step)?;
+        let steps = self.steps();
+        let best = meta.progress.best.as_ref().map(|b| b.step);
+        for &old in steps
+            .iter()
+            .rev()
+            .skip(keep)
+            .filter(|&&old| Some(old) != best && old != step)
+        {
+            let path = self.dir.join(file_name(old));
+            std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))?;
+        }
+        Ok(())
+    }
+
+    /// Makes `name` (`latest` or `best`) a file that names the checkpoint of `step`.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn point(&self, name: &str, step: u64) -> Result<(), Error> {
+        Ok(store::write_atomic(
+            &self.dir.join(name),
+            &[file_name(step).as_bytes(), b"\n"],
+        )?)
+    }
+}
+
+/// A checkpoint by any of its names: the file, a pointer (`latest`, `best`) or a run directory.
+///
+/// # Errors
+/// If there is none.
+pub fn find(path: &Path) -> Result<PathBuf, Error> {
+    let none = || Error::NoCheckpoint { path: path.into() };
+    if path.is_dir() {
+        return Checkpoints::of(path).latest().ok_or_else(none);
+    }
+    if path.extension().is_some_and(|e| e == "safetensors") {
+        return if path.is_file() {
+            Ok(path.into())
+        } else {
+            Err(none())
+        };
+    }
+    let name = std::fs::read_to_string(path).map_err(|_| none())?;
+    let target = path.with_file_name(name.trim());
+    if target.is_file() {
+        Ok(target)
+    } else {
+        Err(none())
+    }
+}
+
+/// Reads a checkpoint.
+///
+/// # Errors
+/// If the file cannot be read, is no checkpoint, or is one of a later format.
+pub fn load(path: &Path) -> Result<(Meta, State), Error> {
+    let bytes = std::fs::read(path).map_err(|source| Error::io("read", path, source))?;
+    let damaged = |what: String| Error::Damaged {
+        path: path.into(),
+        what,
+    };
+    let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|e| damaged(e.to_string()))?;
+    let no_meta = || damaged("it has no metadata of a run".into());
+    let text = header
+        .metadata()
+        .as_ref()
+        .and_then(|m| m.get(KEY))
+        .ok_or_else(no_meta)?;
+    let version: Version = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+    if version.format > FORMAT {
+        return Err(Error::Format {
+            path: path.into(),
+            found: version.format,
+            known: FORMAT,
+        });
+    }
+    let meta = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+    let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
+    let mut state = State::new();
+    for (name, view) in tensors.tensors() {
+        if view.dtype() != Dtype::F32 {
+            return Err(damaged(format!(
+                "tensor {name} is {:?}, not F32",
+                view.dtype()
+            )));
+        }
+        let value = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("chunks of four bytes"));
+        let values = view.data().chunks_exact(4).map(value).collect();
+        state.insert(
+            name,
+            Tensor {
+                shape: view.shape().to_vec(),
+                values,
+            },
+        );
+    }
+    Ok((meta, state))
+}
+
+/// The part of the metadata that every version has.
+#[derive(Deserialize)]
+struct Version {
+    format: u32,
+}
+
+fn view(tensor: &Tensor) -> TensorView<'_> {
+    TensorView::new(
+        Dtype::F32,
+        tensor.shape.clone(),
+        bytemuck::cast_slice(&tensor.values),
+    )
+    .expect("a tensor has as many values as its shape says")
+}
+
+fn encode(meta: &Meta, state: &State) -> Vec<u8> {
+    let meta = serde_json::to_string(meta).expect("the metadata has string keys");
+    let metadata = HashMap::from([(KEY.to_owned(), meta)]);
+    let tensors = state.iter().map(|(name, t)| (name.as_str(), view(t)));
+    safetensors::serialize(tensors, Some(metadata)).expect("names are unique and sizes fit")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn meta(step: u64, best: Option<u64>) -> Meta {
+        let run = spec::parse("name = \"t\"\ndata.source = \"fake\"", "t.toml", &[])
+            .unwrap_or_else(|e| panic!("{e}"));
+        let mut meta = Meta::new(&run, run.computation(), None);
+        meta.progress.step = step;
+        meta.progress.best = best.map(|step| Best {
+            metric: "top1".into(),
+            value: 0.5,
+            step,
+        });
+        meta
+    }
+
+    fn state() -> State {
+        let values = vec![1.5, -0.0, f32::MIN_POSITIVE, 3.0e38];
+        State::from([(
+            "fc.weight".to_owned(),
+            Tensor {
+                shape: vec![2, 2],
+                values,
+            },
+        )])
+    }
+
+    #[test]
+    fn a_checkpoint_comes_back_as_it_was() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::of(dir.path());
+        checkpoints.save(&meta(7, None), &state(), 3).unwrap();
+        let path = find(dir.path()).unwrap();
+        assert_eq!(path.file_name().unwrap(), "step-0000000007.safetensors");
+        let (found, tensors) = load(&path).unwrap();
+        assert_eq!(found, meta(7, None));
+        assert!(
+            tensors["fc.weight"]
+                .values
+                .iter()
+                .map(|v| v.to_bits())
+                .eq(state()["fc.weight"].values.iter().map(|v| v.to_bits()))
+        );
+        let again = encode(&found, &tensors);
+        assert_eq!(
+            again,
+            std::fs::read(&path).unwrap(),
+            "equal runs write equal bytes"
+        );
+    }
+
+    #[test]
+    fn the_latest_and_the_best_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::of(dir.path());
+        for step in 1..=6 {
+            checkpoints
+                .save(&meta(step, (step > 2).then_some(2)), &state(), 2)
+                .unwrap();
+            if step == 2 {
+                checkpoints.point("best", 2).unwrap();
+            }
+        }
+        assert_eq!(checkpoints.steps(), [2, 5, 6]);
+        let name = |pointer| find(&dir.path().join("checkpoints").join(pointer)).unwrap();
+        assert!(name("best").ends_with("step-0000000002.safetensors"));
+        assert!(name("latest").ends_with("step-0000000006.safetensors"));
+    }
+
+    #[test]
+    fn half_a_file_beside_the_checkpoints_is_not_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let checkpoints = Checkpoints::of(dir.path());
+        checkpoints.save(&meta(3, None), &state(), 2).unwrap();
+        let torn = dir
+            .path()
+            .join("checkpoints/.step-0000000004.safetensors.tmp");
+        store::write_atomic(&torn, &[b"torn"]).unwrap();
+        assert!(
+            checkpoints
+                .latest()
+                .unwrap()
+                .ends_with("step-0000000003.safetensors")
+        );
+    }
+
+    fn check_damaged(bytes: &[u8], expected: &str) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        store::write_atomic(&path, &[bytes]).unwrap();
+        let error = load(&path).unwrap_err().to_string();
+        assert!(
+            error.contains(expected) && error.contains("x.safetensors"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn damaged_files_are_refused() {
+        let whole = encode(&meta(1, None), &state());
+        check_damaged(b"", "not a whole checkpoint");
+        check_damaged(&whole[..whole.len() - 1], "not a whole checkpoint");
+        let mut later = meta(1, None);
+        later.format = FORMAT + 1;
+        check_damaged(&encode(&later, &state()), "format 2");
+        let bare =
+            safetensors::serialize(std::iter::empty::<(&str, TensorView<'_>)>(), None).unwrap();
+        check_damaged(&bare, "no metadata of a run");
+    }
+
+    #[test]
+    fn no_checkpoint_says_where_it_looked() {
+        let error = find(Path::new("no/such/run")).unwrap_err().to_string();
+        assert!(error.starts_with("no/such/run: no checkpoint"), "{error}");
+    }
+}

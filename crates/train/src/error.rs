@@ -1,0 +1,158 @@
+//! Why a run cannot go on.
+
+use std::fmt;
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// Why a run cannot start or go on.
+#[derive(Debug)]
+pub enum Error {
+    /// The input.
+    Data(data::Error),
+    /// A file of the run.
+    Store(store::Error),
+    /// The device.
+    Engine(engine::Error),
+    /// The operating system refused.
+    Io {
+        /// The verb that failed.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// There is no checkpoint.
+    NoCheckpoint {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// A file that is not a whole checkpoint.
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        what: String,
+    },
+    /// A checkpoint of a later version of this program.
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+        /// The latest that can be read.
+        known: u32,
+    },
+    /// The directory holds a run that computes something else.
+    Different {
+        /// The run directory.
+        dir: PathBuf,
+        /// Key, value there and value here.
+        keys: Vec<(String, String, String)>,
+    },
+    /// The loss is not finite.
+    Diverged {
+        /// The update after which.
+        step: u64,
+    },
+    /// The shards hold another number of examples than the spec says.
+    Examples {
+        /// The key.
+        key: &'static str,
+        /// The spec's number.
+        expected: u64,
+        /// The shards'.
+        found: u64,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(action: &'static str, path: &Path, source: io::Error) -> Self {
+        Self::Io {
+            action,
+            path: path.into(),
+            source,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Data(e) => e.fmt(f),
+            Error::Store(e) => e.fmt(f),
+            Error::Engine(e) => e.fmt(f),
+            Error::Io {
+                action,
+                path,
+                source,
+            } => write!(f, "{}: cannot {action}: {source}", path.display()),
+            Error::NoCheckpoint { path } => write!(
+                f,
+                "{}: no checkpoint here\n\
+                 hint: name a run directory, a .safetensors file, or a run's checkpoints/latest or checkpoints/best",
+                path.display()
+            ),
+            Error::Damaged { path, what } => write!(
+                f,
+                "{}: not a whole checkpoint: {what}\nhint: remove it; the run goes on from the one before",
+                path.display()
+            ),
+            Error::Format { path, found, known } => write!(
+                f,
+                "{}: checkpoint of format {found}, this program reads up to {known}\nhint: use a newer runner",
+                path.display()
+            ),
+            Error::Different { dir, keys } => {
+                write!(
+                    f,
+                    "{}: holds a run that computes something else",
+                    dir.display()
+                )?;
+                for (key, there, here) in keys {
+                    write!(f, "\n  {key} is {there} there and {here} here")?;
+                }
+                write!(
+                    f,
+                    "\nhint: give this run another name (--set name=...), go on with the values there, \
+                     or put the old run aside with --fresh"
+                )
+            }
+            Error::Diverged { step } => write!(
+                f,
+                "the loss is not finite after step {step}\n\
+                 hint: a lower schedule.base_lr or a longer schedule.warmup; the last checkpoint is from before"
+            ),
+            Error::Examples {
+                key,
+                expected,
+                found,
+            } => {
+                write!(
+                    f,
+                    "{key} is {expected}, the shards hold {found}\nhint: set {key} to {found}, or remove it"
+                )
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl From<data::Error> for Error {
+    fn from(e: data::Error) -> Self {
+        Error::Data(e)
+    }
+}
+
+impl From<store::Error> for Error {
+    fn from(e: store::Error) -> Self {
+        Error::Store(e)
+    }
+}
+
+impl From<engine::Error> for Error {
+    fn from(e: engine::Error) -> Self {
+        Error::Engine(e)
+    }
+}

@@ -1,0 +1,141 @@
+//! The spec's `[data]` resolved: shards found and counted.
+
+use std::collections::BTreeMap;
+
+use spec::{Crop, Mode, Resize, Run, Source};
+
+use crate::Error;
+
+/// What is read, and how much of it there is.
+#[derive(Clone, Debug)]
+pub struct Input {
+    /// For training; none in mode `eval`.
+    pub train: Option<data::Config>,
+    /// For evaluation; none in mode `train`.
+    pub eval: Option<data::Config>,
+    /// Examples in an epoch.
+    pub train_examples: u64,
+    /// Stands for the training shards.
+    pub fingerprint: String,
+}
+
+impl Input {
+    /// Finds the shards and counts their records.
+    ///
+    /// # Errors
+    /// If a glob matches nothing, a shard is damaged, or a number of examples in the spec is wrong.
+    pub fn open(run: &Run) -> Result<Self, Error> {
+        let mut input = Self {
+            train: None,
+            eval: None,
+            train_examples: 0,
+            fingerprint: "made up".into(),
+        };
+        if run.mode != Mode::Eval {
+            let config = config(
+                run,
+                run.data.train.as_deref(),
+                run.train.batch_size,
+                run.data.train_examples(),
+            )?;
+            input.train_examples =
+                examples("data.train_examples", &config, run.data.train_examples())?;
+            if let data::Source::TfRecord { shards, .. } = &config.source {
+                input.fingerprint = data::fingerprint(shards)?;
+            }
+            input.train = Some(config);
+        }
+        if run.mode != Mode::Train {
+            input.eval = Some(eval_config(run)?);
+        }
+        Ok(input)
+    }
+
+    /// Everything that decides the numbers of a run on this input.
+    pub fn computation(&self, run: &Run) -> BTreeMap<String, String> {
+        let mut keys = run.computation();
+        keys.insert(
+            "data.train_examples".into(),
+            self.train_examples.to_string(),
+        );
+        keys.insert(
+            "data.train (names and sizes of the shards)".into(),
+            self.fingerprint.clone(),
+        );
+        keys
+    }
+}
+
+/// The evaluation set of `run`.
+///
+/// # Errors
+/// As [`Input::open`].
+pub fn eval_config(run: &Run) -> Result<data::Config, Error> {
+    let expected = run.data.eval_examples();
+    let config = config(
+        run,
+        run.data.eval.as_deref(),
+        run.train.bn_batch(),
+        expected,
+    )?;
+    examples("data.eval_examples", &config, expected)?;
+    Ok(config)
+}
+
+fn config(
+    run: &Run,
+    glob: Option<&str>,
+    batch_size: usize,
+    made_up: Option<u64>,
+) -> Result<data::Config, Error> {
+    let d = &run.data;
+    let examples = made_up.unwrap_or_default();
+    let source = match d.source {
+        Source::Tfrecord => data::Source::TfRecord {
+            shards: store::glob(glob.expect("a checked spec names the shards it needs"))?,
+            label_offset: d.label_offset,
+            lanes: d.lanes,
+            shuffle_window: d.shuffle_window,
+        },
+        Source::Fake => data::Source::Fake { examples },
+        Source::Zeros => data::Source::Zeros { examples },
+    };
+    let (area, aspect) = (d.crop_area, d.crop_aspect);
+    Ok(data::Config {
+        source,
+        resolution: run.model.resolution,
+        batch_size,
+        seed: run.seed,
+        classes: run.model.classes,
+        crop: match d.crop {
+            Crop::Tf => data::Crop::Tf { area, aspect },
+            Crop::Torchvision => data::Crop::Torchvision { area, aspect },
+            Crop::None => data::Crop::None,
+        },
+        resize: match d.resize {
+            Resize::Pillow => data::Resize::Pillow,
+            Resize::Tf => data::Resize::Tf,
+            Resize::Tf1 => data::Resize::Tf1,
+        },
+        flip: d.flip,
+        crop_ratio: run.eval.crop_ratio,
+        max_bad_records: d.max_bad_records,
+        threads: run.train.threads,
+    })
+}
+
+/// Counts the examples and holds the spec's number against them.
+fn examples(key: &'static str, config: &data::Config, expected: Option<u64>) -> Result<u64, Error> {
+    let found = match &config.source {
+        data::Source::TfRecord { shards, .. } => data::count(shards)?,
+        data::Source::Fake { examples } | data::Source::Zeros { examples } => *examples,
+    };
+    match expected {
+        Some(expected) if expected != found => Err(Error::Examples {
+            key,
+            expected,
+            found,
+        }),
+        _ => Ok(found),
+    }
+}

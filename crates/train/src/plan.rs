@@ -1,0 +1,222 @@
+//! What will happen, in steps: the spec's lengths resolved against the number of examples.
+
+use engine::{Decay, Hyper};
+use spec::{Length, LengthError, Mode, Run, ScheduleKind};
+
+/// A run in steps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Plan {
+    /// The step to train to, counted from the start of the run.
+    pub steps: u64,
+    /// Training examples, that is one epoch.
+    pub examples: u64,
+    /// Images in a step.
+    pub batch_size: u64,
+    /// Steps between evaluations; none if the run only trains.
+    pub eval_every: Option<u64>,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Learning rate after the warmup.
+    pub peak_lr: f64,
+    /// Length of the warmup in steps, not rounded: the reference's rate is linear in epochs.
+    pub warmup: f64,
+    shape: Shape,
+    hyper: Hyper,
+}
+
+/// The learning rate after the warmup.
+#[derive(Clone, Debug, PartialEq)]
+enum Shape {
+    /// `factor` at each of the steps.
+    Step { milestones: Vec<u64>, factor: f64 },
+    /// Half a cosine down to 0 at the end.
+    Cosine,
+    /// The peak.
+    Constant,
+}
+
+impl Plan {
+    /// Resolves the lengths of `run` for a training set of `examples`.
+    ///
+    /// # Errors
+    /// If the run's own length is a percentage.
+    pub fn new(run: &Run, examples: u64) -> Result<Self, LengthError> {
+        let batch_size = run.train.batch_size as u64;
+        let total = run.train.length.steps(examples, batch_size, None)?;
+        let steps = |length: &Length| length.steps(examples, batch_size, Some(total));
+        let shape = match run.schedule.kind {
+            ScheduleKind::Step => Shape::Step {
+                milestones: run
+                    .schedule
+                    .milestones
+                    .iter()
+                    .map(steps)
+                    .collect::<Result<_, _>>()?,
+                factor: run.schedule.factor,
+            },
+            ScheduleKind::Cosine => Shape::Cosine,
+            ScheduleKind::Constant => Shape::Constant,
+        };
+        let decay = match run.optimizer.decay {
+            spec::Decay::All => Decay::All,
+            spec::Decay::NoNorm => Decay::NoNorm,
+            spec::Decay::NoNormNoBias => Decay::NoNormNoBias,
+        };
+        let evaluates = run.mode != Mode::Train;
+        Ok(Self {
+            steps: total,
+            examples,
+            batch_size,
+            eval_every: if evaluates {
+                Some(steps(&run.eval.every)?.max(1))
+            } else {
+                None
+            },
+            checkpoint_every: steps(&run.checkpoint.every)?.max(1),
+            peak_lr: run.schedule.base_lr * batch_size as f64 / 256.0,
+            warmup: run
+                .schedule
+                .warmup
+                .exact_steps(examples, batch_size, Some(total))?,
+            shape,
+            hyper: Hyper {
+                lr: 0.0,
+                momentum: run.optimizer.momentum,
+                nesterov: run.optimizer.nesterov,
+                weight_decay: run.optimizer.weight_decay,
+                decay,
+                label_smoothing: run.loss.label_smoothing,
+            },
+        })
+    }
+
+    /// Learning rate of the update that follows `step` updates: linear from 0 through the warmup, then the shape
+    /// (the reference, whose first update has rate 0).
+    pub fn lr(&self, step: u64) -> f64 {
+        let at = step as f64;
+        if at < self.warmup {
+            return self.peak_lr * at / self.warmup;
+        }
+        match &self.shape {
+            Shape::Constant => self.peak_lr,
+            Shape::Step { milestones, factor } => {
+                let passed = milestones.iter().filter(|&&m| step >= m).count();
+                self.peak_lr * factor.powi(passed as i32)
+            }
+            Shape::Cosine => {
+                let done = (at - self.warmup) / (self.steps as f64 - self.warmup).max(1.0);
+                self.peak_lr * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
+            }
+        }
+    }
+
+    /// Everything the update after `step` updates depends on besides the gradient.
+    pub fn hyper(&self, step: u64) -> Hyper {
+        Hyper {
+            lr: self.lr(step),
+            ..self.hyper
+        }
+    }
+
+    /// Passes over the training set after `step` updates.
+    pub fn epoch(&self, step: u64) -> f64 {
+        (step * self.batch_size) as f64 / self.examples as f64
+    }
+
+    /// Whether an evaluation follows update number `step`; the last one always is followed by one.
+    pub fn is_eval_due(&self, step: u64) -> bool {
+        self.eval_every
+            .is_some_and(|every| step.is_multiple_of(every) || step == self.steps)
+    }
+
+    /// Whether a checkpoint follows update number `step`; every evaluation has one before it.
+    pub fn is_checkpoint_due(&self, step: u64) -> bool {
+        step.is_multiple_of(self.checkpoint_every) || step == self.steps || self.is_eval_due(step)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plan(text: &str, examples: u64) -> Plan {
+        let run = spec::parse(
+            &format!("name = \"t\"\ndata.source = \"fake\"\n{text}"),
+            "t.toml",
+            &[],
+        );
+        Plan::new(&run.unwrap_or_else(|e| panic!("{e}")), examples).unwrap()
+    }
+
+    fn close(ours: f64, expected: f64) {
+        assert!(
+            (ours - expected).abs() <= 1e-6 * expected,
+            "{ours} is not {expected}"
+        );
+    }
+
+    /// notes/reference-spec.md §6.1, computed in float32: batch 1024 and 4096.
+    #[test]
+    fn rates_are_the_references() {
+        let small = plan("train.batch_size = 1024", 1_281_167);
+        for (step, lr) in [
+            (1, 6.39417e-5),
+            (1000, 0.0639417),
+            (1251, 0.0799910724),
+            (1564, 0.100004829),
+            (6255, 0.399955362),
+            (6256, 0.4),
+            (37534, 0.4),
+            (37535, 0.04),
+            (75068, 0.04),
+            (75069, 0.004),
+            (100_091, 0.004),
+            (100_092, 0.0004),
+            (112_589, 0.0004),
+        ] {
+            close(small.lr(step), lr);
+        }
+        assert_eq!(small.lr(0), 0.0);
+        let large = plan("train.batch_size = 4096", 1_281_167);
+        for (step, lr) in [
+            (1, 1.02306728e-3),
+            (1563, 1.5990541),
+            (1564, 1.6),
+            (9383, 1.6),
+            (9384, 0.16),
+            (25_023, 0.0016),
+        ] {
+            close(large.lr(step), lr);
+        }
+    }
+
+    #[test]
+    fn a_cosine_ends_at_zero() {
+        let plan = plan(
+            "train.length = \"100 steps\"\ntrain.batch_size = 256\nschedule.kind = \"cosine\"\nschedule.warmup = \"20 steps\"",
+            2560,
+        );
+        close(plan.lr(10), 0.05);
+        close(plan.lr(20), 0.1);
+        close(plan.lr(60), 0.05);
+        assert!(plan.lr(100).abs() < 1e-12);
+    }
+
+    #[test]
+    fn what_is_due_when() {
+        let text = "train.length = \"10 epochs\"\ntrain.batch_size = 64\neval.every = \"2 epochs\"\ncheckpoint.every = \"30 steps\"";
+        let plan = plan(text, 1000);
+        // 10 epochs of 1000 by 64 are 156.25 steps.
+        assert_eq!(
+            (plan.steps, plan.eval_every, plan.checkpoint_every),
+            (157, Some(32), 30)
+        );
+        let due = |f: &dyn Fn(u64) -> bool| (1..=157).filter(|&s| f(s)).collect::<Vec<_>>();
+        assert_eq!(due(&|s| plan.is_eval_due(s)), [32, 64, 96, 128, 157]);
+        assert_eq!(
+            due(&|s| plan.is_checkpoint_due(s)),
+            [30, 32, 60, 64, 90, 96, 120, 128, 150, 157]
+        );
+        close(plan.epoch(157), 10.048);
+    }
+}
