@@ -82,13 +82,15 @@ impl Graph {
         }
     }
 
-    /// The table: one row for each first part of the names, in order.
+    /// The table: one row for each first part of the names, in order; normalisations and ReLUs belong to the row
+    /// before them.
     pub fn summary(&self) -> Vec<Row> {
         let stage = |name: &str| name.split('.').next().unwrap_or_default().to_owned();
         let mut rows: Vec<Row> = vec![];
         for (i, node) in self.nodes().iter().enumerate().skip(1) {
             let name = stage(&node.name);
-            if rows.last().is_none_or(|r| r.name != name) {
+            let is_part = matches!(node.op, Op::BatchNorm { .. } | Op::Relu);
+            if !is_part && rows.last().is_none_or(|r| r.name != name) {
                 rows.push(Row {
                     name: name.clone(),
                     output: [0; 3],

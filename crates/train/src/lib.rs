@@ -58,6 +58,7 @@ pub fn train(
     let mut pace = Pace::new(job.plan.batch_size);
     if at.eval_pending {
         evaluate(&job, engine, &mut at, trackers)?;
+        pace.resume();
     }
     while at.step < job.plan.steps {
         let batch = pace.wait_for(&mut batches)?;

@@ -1,0 +1,326 @@
+//! The program as its users meet it: the binary, real shards, kills and resumes.
+
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
+mod resume;
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The binary at the root of the repository, where the configs' paths start.
+fn runner(args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_runner"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    command.args(args).current_dir(root);
+    command
+}
+
+fn output(args: &[&str]) -> Output {
+    runner(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Runs to the expected exit code and returns what was printed: (stdout, stderr).
+fn check(args: &[&str], code: i32) -> (String, String) {
+    let output = output(args);
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(code), "{args:?}\n{out}{err}");
+    (out, err)
+}
+
+/// A directory for one run, and the arguments that send the quickstart there.
+struct Home {
+    dir: TempDir,
+}
+
+impl Home {
+    fn new() -> Self {
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("run")
+    }
+
+    fn args<'a>(&self, sets: &[&'a str]) -> Vec<std::borrow::Cow<'a, str>> {
+        let run_dir = format!("run_dir={}", self.path().display());
+        let mut args = vec![
+            "configs/quickstart.toml".into(),
+            "--set".into(),
+            run_dir.into(),
+        ];
+        for set in sets {
+            args.extend(["--set".into(), (*set).into()]);
+        }
+        args
+    }
+
+    fn check(&self, sets: &[&str], code: i32) -> (String, String) {
+        let args = self.args(sets);
+        check(&args.iter().map(AsRef::as_ref).collect::<Vec<&str>>(), code)
+    }
+}
+
+fn json(text: &str) -> Value {
+    serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
+}
+
+#[test]
+fn the_quickstart_learns_ends_goes_on_and_refuses_another_network() {
+    let home = Home::new();
+    let (out, _) = home.check(&[], 0);
+    let summary = json(&out);
+    assert_eq!(
+        summary,
+        json(&std::fs::read_to_string(home.path().join("summary.json")).unwrap())
+    );
+    assert_eq!(
+        (&summary["status"], &summary["step"]),
+        (&"done".into(), &338.into())
+    );
+    assert_eq!(summary["best"]["metric"], "top1");
+    assert!(
+        summary["best"]["value"].as_f64().unwrap() >= 0.97,
+        "{summary}"
+    );
+    assert!(summary["best"]["step"].as_u64().unwrap() <= 338);
+    for key in ["top1", "top5", "loss"] {
+        assert!(summary["eval"][key].is_f64(), "{summary}");
+    }
+    assert!(summary["images_per_s"].as_f64().unwrap() > 0.0);
+
+    let (again, said) = home.check(&[], 0);
+    assert!(
+        said.contains("is finished: 338 of 338 steps done"),
+        "{said}"
+    );
+    assert_eq!(again, out, "nothing is trained or lost");
+
+    let (longer, said) = home.check(&["train.length=340 steps"], 0);
+    assert!(said.contains("resuming at step 338 of 340"), "{said}");
+    assert_eq!(json(&longer)["step"], 340);
+
+    let (_, said) = home.check(&["model.depth=34"], 2);
+    let differs = format!(
+        "{}: holds a run that computes something else\n  model.depth is 18 there and 34 here\n",
+        home.path().display()
+    );
+    assert!(said.starts_with(&differs), "{said}");
+}
+
+fn plan(args: &[&str]) -> Value {
+    json(&check(&[&["plan", "--json"], args].concat(), 0).0)
+}
+
+#[test]
+fn plan_knows_the_reference_regime() {
+    let plan = plan(&["configs/resnet50.toml"]);
+    assert_eq!(plan["model"]["params"], 25_557_032);
+    assert_eq!(plan["model"]["macs_per_image"], 4_089_184_256_u64);
+    assert_eq!(plan["steps"]["total"], 112_590);
+    assert_eq!(plan["steps"]["peak_lr"], 0.4);
+    assert_eq!(plan["data"]["train_examples"], 1_281_167);
+    let memory = plan["memory"].as_object().unwrap();
+    let parts: u64 = memory
+        .iter()
+        .filter(|(k, _)| *k != "peak_bytes")
+        .map(|(_, v)| v.as_u64().unwrap())
+        .sum();
+    assert_eq!(memory["peak_bytes"], parts);
+}
+
+#[test]
+fn plan_counts_every_config() {
+    for (depth, params) in [
+        (18, 11_693_736),
+        (34, 21_801_896),
+        (101, 44_549_160),
+        (152, 60_192_808),
+        (200, 64_673_832),
+    ] {
+        let config = format!("configs/resnet{depth}.toml");
+        assert_eq!(plan(&[&config])["model"]["params"], params);
+    }
+    let torchvision = plan(&["configs/resnet18.toml", "--set", "model.recipe=torchvision"]);
+    assert_eq!(torchvision["model"]["params"], 11_689_512);
+}
+
+#[test]
+fn plan_as_text_is_a_table() {
+    let (out, _) = check(
+        &["plan", "configs/resnet18.toml", "--set", "train.threads=2"],
+        0,
+    );
+    let expected = "\
+resnet18: resnet18 (tpu2018), 224 px, 1000 classes
+
+                       output   parameters    multiply-adds
+  conv1        112 x 112 x 64        9,536      118,013,952
+  maxpool        56 x 56 x 64            0                0
+  layer1         56 x 56 x 64      152,192      475,267,072
+  layer2        28 x 28 x 128      525,568      411,041,792
+  layer3        14 x 14 x 256    2,099,712      411,041,792
+  layer4          7 x 7 x 512    8,393,728      411,041,792
+  avgpool         1 x 1 x 512            0                0
+  fc             1 x 1 x 1000      513,000          512,000
+  total                         11,693,736    1,826,918,400
+
+steps       112590 of 1024 images, 89.99 epochs of 1281167 examples
+batches     normalised 128 images at a time, 8 to a step
+rate        to 0.4 in 6256 steps
+evaluated   90 times on 50000 examples
+checkpoint  89 MiB, written 90 times to runs/resnet18
+";
+    assert!(out.starts_with(expected), "{out}");
+    assert!(
+        out.lines().last().unwrap().starts_with("memory      "),
+        "{out}"
+    );
+}
+
+#[test]
+fn plan_of_data_that_is_not_there_says_what_to_set() {
+    let sets = [
+        "plan",
+        "configs/quickstart.toml",
+        "--set",
+        "data.train=nowhere/train-*",
+    ];
+    check(&sets, 0); // the numbers are in the spec
+    let mut text = std::fs::read_to_string(
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/quickstart.toml"),
+    )
+    .unwrap();
+    text = text
+        .replace("train_examples = 1438\n", "")
+        .replace("data/digits/train-*", "nowhere/train-*");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("spec.toml");
+    std::fs::write(&path, text).unwrap();
+    let (_, said) = check(&["plan", path.to_str().unwrap()], 3);
+    assert!(
+        said.starts_with("nowhere/train-*: no file matches\nhint: "),
+        "{said}"
+    );
+}
+
+#[test]
+fn config_prints_a_spec_that_reads_back() {
+    let (out, _) = check(
+        &[
+            "config",
+            "configs/quickstart.toml",
+            "--set",
+            "train.batch_size=128",
+            "--set",
+            "train.bn_batch=32",
+        ],
+        0,
+    );
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("spec.toml");
+    std::fs::write(&path, &out).unwrap();
+    assert_eq!(check(&["config", path.to_str().unwrap()], 0).0, out);
+    assert!(out.contains("batch_size = 128"), "{out}");
+}
+
+#[test]
+fn a_wrong_spec_exits_2_with_every_problem() {
+    let home = Home::new();
+    let (out, said) = home.check(
+        &[
+            "train.batchsize=3",
+            "model.depth=51",
+            "schedule.factor=high",
+        ],
+        2,
+    );
+    assert_eq!(out, "");
+    for problem in [
+        "--set train.batchsize=3: train.batchsize: unknown key",
+        "hint: did you mean train.batch_size?",
+        "model.depth",
+        "schedule.factor",
+    ] {
+        assert!(said.contains(problem), "{problem} is missing in\n{said}");
+    }
+    assert!(!home.path().exists(), "nothing was touched");
+}
+
+#[test]
+fn wrong_data_exits_3() {
+    let check = |sets: &[&str], expected: &str| {
+        let home = Home::new();
+        let (_, said) = home.check(sets, 3);
+        assert!(said.contains(expected), "{expected} is missing in\n{said}");
+    };
+    check(
+        &["data.train=data/digits/nothing-*"],
+        "data/digits/nothing-*: no file matches\nhint: ",
+    );
+    check(
+        &["data.train_examples=1437"],
+        "data.train_examples is 1437, the shards hold 1438\nhint: ",
+    );
+    check(
+        &["data.train=data/digits/labels.txt"],
+        "data/digits/labels.txt: record 0 at byte 0: ",
+    );
+    check(&["data.label_offset=2"], "data/digits/train-0000");
+}
+
+#[test]
+fn labels_that_do_not_fit_the_classes_exit_2() {
+    let home = Home::new();
+    let (_, said) = home.check(&["model.classes=11"], 2);
+    assert_eq!(
+        said,
+        "data/digits/labels.txt: 10 labels, but model.classes is 11\n\
+         hint: one line for each class, in the order of the classes\n"
+    );
+}
+
+#[test]
+fn made_up_data_needs_no_files() {
+    for source in ["fake", "zeros"] {
+        let home = Home::new();
+        let dir = format!("run_dir={}", home.path().display());
+        let source = format!("data.source={source}");
+        let sets = [
+            &source,
+            "model.depth=18",
+            "model.resolution=32",
+            "train.length=2 steps",
+            "train.batch_size=8",
+            "train.bn_batch=4",
+            &dir,
+        ];
+        let mut args = vec!["configs/resnet50.toml"];
+        sets.iter().for_each(|set| args.extend(["--set", set]));
+        assert_eq!(json(&check(&args, 0).0)["step"], 2);
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let (out, _) = check(&["--help"], 0);
+    for line in [
+        "runner configs/quickstart.toml",
+        "Exit codes:",
+        "resumes it",
+        "--set <KEY=VALUE>",
+        "--fresh",
+        "plan",
+        "eval",
+    ] {
+        assert!(out.contains(line), "{line} is missing in\n{out}");
+    }
+}

@@ -1,0 +1,237 @@
+//! A run that was killed, in the middle of whatever, ends with the bits of one that was not.
+
+use std::fs;
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use serde_json::Value;
+
+use crate::{Home, json, runner, text};
+
+/// Three epochs of 359 images; checkpoints and evaluations at unequal steps, neither at the end of an epoch.
+const SETS: [&str; 8] = [
+    "data.train=data/digits/train-00000-*",
+    "data.train_examples=359",
+    "train.batch_size=48",
+    "train.bn_batch=24",
+    "train.length=23 steps",
+    "eval.every=7 steps",
+    "checkpoint.every=3 steps",
+    "data.flip=true",
+];
+
+/// What a finished run computed: the bits of all tensors, where it stands, and the metrics without the times.
+#[derive(PartialEq)]
+struct Computed {
+    tensors: Vec<(String, Vec<u32>)>,
+    progress: train::Progress,
+    metrics: Vec<(Value, Vec<(String, Value)>)>,
+}
+
+fn computed(home: &Home) -> Computed {
+    let (meta, state) = train::load(&train::find(&home.path()).unwrap()).unwrap();
+    let bits = |t: &engine::Tensor| t.values.iter().map(|v| v.to_bits()).collect();
+    let tensors = state
+        .iter()
+        .map(|(name, t)| (name.clone(), bits(t)))
+        .collect();
+    let metrics = fs::read_to_string(home.path().join("metrics.jsonl")).unwrap();
+    let timeless = |line: &str| {
+        let line = json(line);
+        let keys = line.as_object().unwrap().iter();
+        let of_time = ["step", "train/images_per_s", "train/input_wait_fraction"];
+        let kept = keys
+            .filter(|(k, _)| !of_time.contains(&k.as_str()))
+            .map(|(k, v)| (k.clone(), v.clone()));
+        (line["step"].clone(), kept.collect())
+    };
+    // The offset counts the digits of the rates too, which differ from run to run.
+    let progress = train::Progress {
+        metrics_bytes: 0,
+        ..meta.progress
+    };
+    Computed {
+        tensors,
+        progress,
+        metrics: metrics.lines().map(timeless).collect(),
+    }
+}
+
+fn assert_equal(ours: &Computed, straight: &Computed) {
+    for ((name, a), (_, b)) in ours.tensors.iter().zip(&straight.tensors) {
+        assert!(a == b, "{name} has other bits");
+    }
+    assert_eq!(ours.metrics, straight.metrics);
+    assert_eq!(ours.progress, straight.progress);
+    assert!(ours == straight);
+}
+
+/// The run that nobody disturbed, on one thread.
+fn straight() -> Computed {
+    let home = Home::new();
+    home.check(&[&SETS[..], &["train.threads=1"]].concat(), 0);
+    let computed = computed(&home);
+    assert_eq!(
+        computed.metrics.len(),
+        23 + 4,
+        "a line for each step and each evaluation"
+    );
+    computed
+}
+
+fn start(home: &Home, threads: usize) -> Child {
+    let threads = format!("train.threads={threads}");
+    let args = home.args(&[&SETS[..], &[&threads]].concat());
+    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    runner(&args)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Waits until `is_time`, then kills; false if the run ended by itself before.
+fn kill_when(mut child: Child, is_time: impl Fn() -> bool) -> bool {
+    loop {
+        if child.try_wait().unwrap().is_some() {
+            return false;
+        }
+        if is_time() {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            return true;
+        }
+        std::thread::sleep(Duration::from_micros(300));
+    }
+}
+
+fn lines(home: &Home) -> usize {
+    fs::read_to_string(home.path().join("metrics.jsonl")).map_or(0, |t| t.lines().count())
+}
+
+#[test]
+fn killed_between_checkpoints_at_any_step() {
+    let straight = straight();
+    for threads in [1, 2] {
+        let home = Home::new();
+        // In mid-epoch, right after an evaluation's line, and again before the next checkpoint.
+        for at in [2, 5, 9, 10, 17, 24] {
+            assert!(
+                kill_when(start(&home, threads), || lines(&home) >= at),
+                "the run was killed at line {at}"
+            );
+        }
+        home.check(&SETS, 0);
+        assert_equal(&computed(&home), &straight);
+    }
+}
+
+#[test]
+fn killed_while_a_checkpoint_is_written() {
+    let straight = straight();
+    let home = Home::new();
+    let mut torn = 0;
+    for step in [3, 7, 9, 14, 18] {
+        let name = format!("checkpoints/.step-{step:010}.safetensors.tmp");
+        let half = home.path().join(name);
+        if kill_when(start(&home, 2), || half.exists()) && half.exists() {
+            torn += 1;
+        }
+    }
+    assert!(torn > 0, "no run was killed before its file was renamed");
+    home.check(&SETS, 0);
+    assert_equal(&computed(&home), &straight);
+}
+
+fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill")
+        .args(["-s", name, &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[test]
+fn a_signal_ends_the_step_saves_and_exits_75() {
+    let straight = straight();
+    let home = Home::new();
+    for (name, at) in [("TERM", 4), ("INT", 12)] {
+        let child = start(&home, 2);
+        while lines(&home) < at {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        signal(&child, name);
+        let output = child.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(75), "{}", text(&output.stderr));
+        let summary = track::read_summary(&home.path()).unwrap();
+        assert_eq!(summary.status, "interrupted");
+        let (meta, _) = train::load(&train::find(&home.path()).unwrap()).unwrap();
+        assert_eq!(
+            meta.progress.step, summary.step,
+            "the step that was done is saved"
+        );
+    }
+    home.check(&SETS, 0);
+    assert_equal(&computed(&home), &straight);
+}
+
+#[test]
+fn a_directory_has_one_writer() {
+    let home = Home::new();
+    let mut child = start(&home, 1);
+    while lines(&home) < 1 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let (_, said) = home.check(&SETS, 4);
+    assert!(
+        said.contains("another process is writing to this directory\nhint: "),
+        "{said}"
+    );
+    child.kill().unwrap();
+    child.wait().unwrap();
+    home.check(&[&SETS[..], &["train.length=4 steps"]].concat(), 0);
+}
+
+#[test]
+fn fresh_puts_the_earlier_run_aside() {
+    let home = Home::new();
+    let sets = [&SETS[..], &["train.length=2 steps"]].concat();
+    home.check(&sets, 0);
+    let mut args = home.args(&[&sets[..], &["seed=1"]].concat());
+    args.push("--fresh".into());
+    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let (_, said) = crate::check(&args, 0);
+    let aside = format!("{}.1", home.path().display());
+    assert!(
+        said.starts_with(&format!("the earlier run is now {aside}\n")),
+        "{said}"
+    );
+    for (dir, seed) in [(aside, 0), (home.path().display().to_string(), 1)] {
+        let (meta, _) = train::load(&train::find(dir.as_ref()).unwrap()).unwrap();
+        assert!(meta.spec.contains(&format!("seed = {seed}\n")));
+    }
+}
+
+#[test]
+fn eval_scores_a_checkpoint_as_the_run_did() {
+    let home = Home::new();
+    let (out, _) = home.check(&[&SETS[..], &["train.length=3 steps"]].concat(), 0);
+    let dir = home.path();
+    for path in [
+        dir.clone(),
+        dir.join("checkpoints/latest"),
+        dir.join("checkpoints/best"),
+    ] {
+        let (scored, _) = crate::check(&["eval", "--json", path.to_str().unwrap()], 0);
+        let (scored, summary) = (json(&scored), json(&out));
+        for key in ["top1", "top5", "loss"] {
+            assert_eq!(scored[key], summary["eval"][key], "{key}");
+        }
+        assert_eq!(scored["images"], 359);
+    }
+    let (_, said) = crate::check(&["eval", "no/such/run"], 2);
+    assert!(
+        said.starts_with("no/such/run: no checkpoint here\nhint: "),
+        "{said}"
+    );
+}
