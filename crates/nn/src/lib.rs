@@ -2,7 +2,7 @@
 //!
 //! A layer is a zero-sized type that implements [`dfdx::nn::Module`] for the activations it accepts; dfdx's tuples
 //! and [`Repeated`] compose layers. A wrong channel count, a missing projection or a resolution that cannot be
-//! halved is a compile error. Running the typed forward once records a [`Graph`]; from there on nothing is generic.
+//! halved is a compile error. Running the typed forward once records a [`graph::Graph`]; from there on nothing is generic.
 //!
 //! The layers hold no parameters and compute nothing: engines execute the graph (docs/decisions/0001).
 //!

@@ -13,7 +13,7 @@ Examples:
   runner eval runs/quickstart                             score its latest checkpoint
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
 
-A run lives in runs/<name>. Starting it again resumes it; the resumed run computes the same bits as one that
+A run lives in runs/NAME. Starting it again resumes it; the resumed run computes the same bits as one that
 never stopped.
 
 Exit codes: 0 done, 2 the spec or the arguments are wrong, 3 the input data is wrong, 4 the run failed,
@@ -31,7 +31,7 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
-    /// Put an earlier run of this name aside (runs/<name>.1, .2, ..) and start anew
+    /// Put an earlier run of this name aside (runs/NAME.1, .2, ..) and start anew
     #[arg(long)]
     pub(crate) fresh: bool,
 

@@ -401,7 +401,8 @@ impl Default for Checkpoint {
 impl Data {
     /// Number of training examples, where the spec says it; the made-up sources have ImageNet's 1281167.
     pub fn train_examples(&self) -> Option<u64> {
-        self.train_examples.or(self.is_made_up().then_some(1_281_167))
+        self.train_examples
+            .or(self.is_made_up().then_some(1_281_167))
     }
 
     /// Number of evaluation examples, where the spec says it. Noise has no accuracy: of the made-up sources 256 at

@@ -1,6 +1,6 @@
 //! Bytes: where they live and how they are framed.
 //!
-//! Shards are found by [`glob`] and read by [`tfrecord`]; files are written whole or not at all by [`write_atomic`];
+//! Shards are found by [`glob()`] and read by [`tfrecord`]; files are written whole or not at all by [`write_atomic`];
 //! a run directory has one writer, who holds its [`Lease`]. Paths are local for now: bucket URLs are refused.
 //!
 //! This crate does not know what the bytes mean: no serde, no protocol buffers, no images.

@@ -1,5 +1,7 @@
 //! Counts against the reference table, names against torchvision's, and what must not compile.
 
+#![expect(clippy::unwrap_used, reason = "a test may panic")]
+
 use graph::{Init, Op};
 use nn::{DEPTHS, RESOLUTIONS, Recipe, Unsupported, resnet};
 

@@ -1,6 +1,10 @@
 //! The program as its users meet it: the binary, real shards, kills and resumes.
 
-#![expect(clippy::unwrap_used, reason = "a test may panic")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::disallowed_methods,
+    reason = "a test may panic and write specs"
+)]
 
 mod resume;
 
