@@ -1,6 +1,7 @@
 //! The front door: arguments in, exit code out.
 
 mod cli;
+mod config;
 mod evaluate;
 mod failure;
 mod network;
@@ -17,12 +18,13 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match (cli.command, cli.config) {
         (Some(Command::Plan(args)), _) => plan::plan(&args),
-        (Some(Command::Config(args)), _) => plan::config(&args),
+        (Some(Command::Config(args)), _) => config::config(&args),
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,
                 set: cli.set,
+                profile: cli.profile,
             },
             cli.fresh,
         ),

@@ -1,4 +1,4 @@
-//! `runner plan` and `runner config`: what a run is and costs, from the spec alone.
+//! `runner plan`: what a run is and costs, from the spec alone.
 
 use std::process::ExitCode;
 
@@ -8,19 +8,14 @@ use serde::Serialize;
 use spec::{Resize, Run, Source};
 use train::Plan;
 
-use crate::cli::{PlanArgs, Spec};
+use crate::cli::PlanArgs;
+use crate::config;
 use crate::failure::Failure;
 use crate::network;
 
-/// `runner config`.
-pub(crate) fn config(args: &Spec) -> Result<ExitCode, Failure> {
-    print!("{}", spec::load(&args.config, &args.set)?.to_toml());
-    Ok(ExitCode::SUCCESS)
-}
-
 /// `runner plan`.
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
-    let run = spec::load(&args.spec.config, &args.spec.set)?;
+    let run = config::load(&args.spec)?;
     let graph = network::network(&run);
     let report = Report::new(&run, &graph)?;
     if args.json {

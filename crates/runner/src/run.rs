@@ -12,13 +12,14 @@ use track::{Summary, Terminal, Trackers, read_summary};
 use train::{Checkpoints, Input, Job, Meta, Plan};
 
 use crate::cli::Spec;
+use crate::config;
 use crate::evaluate;
 use crate::failure::{Failure, INTERRUPTED};
 use crate::network;
 
 /// Does what the spec's `mode` says.
 pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
-    let run = spec::load(&args.config, &args.set)?;
+    let run = config::load(args)?;
     if run.mode == Mode::Eval {
         return evaluate::latest(&run);
     }
