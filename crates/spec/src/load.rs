@@ -352,7 +352,7 @@ impl<'a> Reader<'a> {
         for set in sets {
             self.begin(&format!("--set {set}"), Rank::Argument);
             match set.split_once('=') {
-                Some((key, text)) => self.assign(key.trim(), text.trim()),
+                Some((key, text)) => self.assign(key, text),
                 None => {
                     let hint = "write section.key=value, such as train.batch_size=512";
                     self.say(None, "", "no value".into(), Some(hint.into()));
@@ -363,6 +363,7 @@ impl<'a> Reader<'a> {
 
     /// Reads a dotted key and the text of its value.
     fn assign(&mut self, key: &str, text: &str) {
+        let (key, text) = (key.trim(), text.trim());
         let parsed = DeValue::parse(text).ok();
         let value = match parsed {
             Some(value) => value.into_inner(),

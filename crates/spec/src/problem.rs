@@ -5,8 +5,8 @@ use std::fmt;
 /// One thing that is wrong.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problem {
-    /// Where it was said: `configs/x.toml:14:1` (line and column count from 1), `--set train.batch_size=abc`, or the
-    /// file alone for what nobody said.
+    /// Where it was said: `configs/x.toml:14:1` (line and column count from 1), `environment variable RUNNER__SEED`,
+    /// `--set train.batch_size=abc`, `--profile x`, or the file alone for what nobody said.
     pub origin: String,
     /// The dotted key; empty where the problem is not one key's.
     pub key: String,
@@ -30,7 +30,8 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Everything that is wrong with a spec, in the order of the file, then of the `--set` arguments.
+/// Everything that is wrong with a spec: what a file extends before the file, then the environment, then the
+/// arguments; within a file in the order of its text, its profiles last.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Errors(pub Vec<Problem>);
 

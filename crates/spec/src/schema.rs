@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 use crate::run::Run;
 
 /// The JSON Schema (draft 2020-12) of spec files, as text: types, ranges, names and what they mean. What depends on
-/// several keys is known to [`crate::load`] only.
+/// several keys is known to [`crate::load()`] only.
 pub fn schema() -> String {
     let mut settings = SchemaSettings::draft2020_12();
     settings.inline_subschemas = true;

@@ -110,7 +110,7 @@ fn the_stronger_layer_wins() {
         ],
     );
     let environment = [
-        ("RUNNER__DATA__LABEL_OFFSET", "4"),
+        ("RUNNER__DATA__LABEL_OFFSET", " 4 "),
         ("RUNNER__MODEL__CLASSES", "4"),
         ("RUNNER__RUN_DIR", "some where"),
         ("OTHER__SEED", "4"),
