@@ -217,7 +217,7 @@ impl fmt::Display for Error {
             Error::OutOfMemory { bytes } => {
                 write!(
                     f,
-                    "no memory for {} MiB of activations\nhint: a smaller train.bn_batch needs less",
+                    "no memory for {} MiB more\nhint: a smaller train.bn_batch needs less; runner plan says how much",
                     bytes >> 20
                 )
             }

@@ -27,10 +27,8 @@ pub struct Progress {
     pub step: u64,
     /// Position in the training data.
     pub cursor: data::Cursor,
-    /// An evaluation of this step is still owed.
-    pub eval_pending: bool,
-    /// The last evaluation.
-    pub eval: Option<EvalSummary>,
+    /// The last evaluation, and the step that it scored.
+    pub eval: Option<(u64, EvalSummary)>,
     /// The best evaluation.
     pub best: Option<Best>,
     /// Length of metrics.jsonl at this step.
@@ -87,21 +85,20 @@ impl Checkpoints {
         }
     }
 
+    fn names(&self) -> impl Iterator<Item = String> + use<> {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+        entries.filter_map(|e| e.file_name().into_string().ok())
+    }
+
     /// The steps that have a checkpoint, oldest first.
     fn steps(&self) -> Vec<u64> {
-        let Ok(entries) = std::fs::read_dir(&self.dir) else {
-            return vec![];
-        };
-        let step = |name: &str| {
+        let step = |name: String| {
             name.strip_prefix("step-")?
                 .strip_suffix(".safetensors")?
                 .parse()
                 .ok()
         };
-        let mut steps: Vec<u64> = entries
-            .flatten()
-            .filter_map(|e| step(e.file_name().to_str()?))
-            .collect();
+        let mut steps: Vec<u64> = self.names().filter_map(step).collect();
         steps.sort_unstable();
         steps
     }
@@ -123,18 +120,22 @@ impl Checkpoints {
         let step = meta.progress.step;
         store::write_atomic(&self.dir.join(file_name(step)), &[&encode(meta, state)])?;
         self.point("latest", step)?;
-        let steps = self.steps();
         let best = meta.progress.best.as_ref().map(|b| b.step);
-        for &old in steps
-            .iter()
-            .rev()
-            .skip(keep)
-            .filter(|&&old| Some(old) != best && old != step)
-        {
-            let path = self.dir.join(file_name(old));
-            std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))?;
+        let steps = self.steps();
+        let old = steps.iter().rev().skip(keep);
+        for &old in old.filter(|&&old| Some(old) != best && old != step) {
+            self.remove(&file_name(old))?;
+        }
+        // What a kill in the middle of an earlier write has left.
+        for name in self.names().filter(|n| n.starts_with(".step-")) {
+            self.remove(&name)?;
         }
         Ok(())
+    }
+
+    fn remove(&self, name: &str) -> Result<(), Error> {
+        let path = self.dir.join(name);
+        std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))
     }
 
     /// Makes `name` (`latest` or `best`) a file that names the checkpoint of `step`.
@@ -329,6 +330,8 @@ mod tests {
                 .unwrap()
                 .ends_with("step-0000000003.safetensors")
         );
+        checkpoints.save(&meta(5, None), &state(), 2).unwrap();
+        assert!(!torn.exists(), "the next checkpoint sweeps it away");
     }
 
     fn check_damaged(bytes: &[u8], expected: &str) {

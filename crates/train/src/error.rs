@@ -43,10 +43,10 @@ pub enum Error {
         /// The latest that can be read.
         known: u32,
     },
-    /// The directory holds a run that computes something else.
+    /// A run directory or checkpoint of a run that computes something else.
     Different {
-        /// The run directory.
-        dir: PathBuf,
+        /// Which.
+        path: PathBuf,
         /// Key, value there and value here.
         keys: Vec<(String, String, String)>,
     },
@@ -103,11 +103,11 @@ impl fmt::Display for Error {
                 "{}: checkpoint of format {found}, this program reads up to {known}\nhint: use a newer runner",
                 path.display()
             ),
-            Error::Different { dir, keys } => {
+            Error::Different { path, keys } => {
                 write!(
                     f,
                     "{}: holds a run that computes something else",
-                    dir.display()
+                    path.display()
                 )?;
                 for (key, there, here) in keys {
                     write!(f, "\n  {key} is {there} there and {here} here")?;

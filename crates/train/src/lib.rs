@@ -6,18 +6,21 @@
 mod checkpoint;
 mod error;
 mod input;
+mod pace;
 mod plan;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use engine::{Engine, Metrics, Pixels};
-use track::{Best, EvalMetrics, EvalSummary, StepMetrics, Summary, Trackers};
+use track::{Best, EvalMetrics, EvalSummary, Trackers};
 
 pub use checkpoint::{Checkpoints, Meta, Progress, find, load};
 pub use error::Error;
 pub use input::{Input, eval_config};
+pub use pace::Pace;
 pub use plan::Plan;
 
 /// A run that is ready to go.
@@ -30,36 +33,46 @@ pub struct Job<'a> {
     pub checkpoints: &'a Checkpoints,
     /// How many of them stay.
     pub keep: usize,
-    /// What they say about the run; the progress in it is where the run starts.
+    /// What they say about the run.
     pub meta: Meta,
     /// Set from outside to stop after the current step.
     pub stop: &'a AtomicBool,
 }
 
-/// Trains from where the job's progress is to the end of its plan, or until it is told to stop.
+/// Why [`train`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The plan is done.
+    Done,
+    /// It was told to stop; what was done is saved.
+    Interrupted,
+}
+
+/// Trains from `at` to the end of the plan, or until it is told to stop; `at` moves along.
 ///
-/// Each step: update, log, checkpoint, evaluate. The checkpoint is written before its evaluation and says that one is
-/// owed, so a run that is killed at any moment loses at most the steps since the last checkpoint, and no evaluation.
+/// Each step: update, log, checkpoint, evaluate. The checkpoint is written before the evaluation of its step, and an
+/// evaluation that is due and not in the checkpoint is made up for at the start. So a run that is killed at any
+/// moment loses at most the steps since the last checkpoint, and no evaluation.
 ///
 /// # Errors
 /// If input, disk or engine fail, or the loss is not finite. What was saved stays.
 pub fn train(
     mut job: Job<'_>,
+    at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
-) -> Result<Summary, Error> {
+    pace: &mut Pace,
+) -> Result<Ended, Error> {
     let config = job
         .input
         .train
         .as_ref()
         .expect("a run that trains has training data");
-    let mut at = std::mem::take(&mut job.meta.progress);
     let mut batches = data::train(config, at.cursor.clone())?;
-    let mut pace = Pace::new(job.plan.batch_size);
-    if at.eval_pending {
-        evaluate(&job, engine, &mut at, trackers)?;
-        pace.resume();
+    if let Some(best) = &at.best {
+        job.checkpoints.point("best", best.step)?;
     }
+    evaluate_if_due(&job, at, engine, trackers)?;
     while at.step < job.plan.steps {
         let batch = pace.wait_for(&mut batches)?;
         let hyper = job.plan.hyper(at.step);
@@ -72,29 +85,30 @@ pub fn train(
         }
 
         let is_stopping = job.stop.load(Ordering::Relaxed);
-        at.eval_pending = job.plan.is_eval_due(at.step);
         if is_stopping || job.plan.is_checkpoint_due(at.step) {
             at.metrics_bytes = trackers.sync();
             job.meta.progress = at.clone();
             job.checkpoints.save(&job.meta, &engine.state(), job.keep)?;
         }
         if is_stopping {
-            return Ok(pace.summary("interrupted", &at));
+            return Ok(Ended::Interrupted);
         }
-        if at.eval_pending {
-            evaluate(&job, engine, &mut at, trackers)?;
-        }
-        pace.resume();
+        evaluate_if_due(&job, at, engine, trackers)?;
     }
-    Ok(pace.summary("done", &at))
+    Ok(Ended::Done)
 }
 
-fn evaluate(
+/// Evaluates if the plan says so and it has not been done.
+fn evaluate_if_due(
     job: &Job<'_>,
-    engine: &mut dyn Engine,
     at: &mut Progress,
+    engine: &mut dyn Engine,
     trackers: &mut Trackers,
 ) -> Result<(), Error> {
+    let is_done = at.eval.as_ref().is_some_and(|(step, _)| *step == at.step);
+    if is_done || !job.plan.is_eval_due(at.step) {
+        return Ok(());
+    }
     let config = job
         .input
         .eval
@@ -102,12 +116,12 @@ fn evaluate(
         .expect("a run that evaluates has evaluation data");
     let started = Instant::now();
     let metrics = score(config, engine)?;
-    at.eval_pending = false;
-    at.eval = Some(EvalSummary {
+    let summary = EvalSummary {
         top1: metrics.top1(),
         top5: metrics.top5(),
         loss: metrics.loss(),
-    });
+    };
+    at.eval = Some((at.step, summary));
     trackers.eval(&EvalMetrics {
         step: at.step,
         epoch: job.plan.epoch(at.step),
@@ -165,96 +179,44 @@ pub fn resume(dir: &Path, meta: &Meta) -> Result<Option<(Progress, engine::State
         return Ok(None);
     };
     let (found, state) = load(&path)?;
-    let value = |keys: &Meta, key: &str| {
-        keys.computation
-            .get(key)
-            .cloned()
-            .unwrap_or_else(|| "unset".into())
-    };
-    let mut keys: Vec<&String> = found
-        .computation
+    check_equal(dir, &found.computation, &meta.computation, |_| true)?;
+    Ok(Some((found.progress, state)))
+}
+
+/// Checks that the checkpoint at `path`, which says `meta`, holds the network of `run`.
+///
+/// # Errors
+/// Names the keys that differ.
+pub fn check_network(path: &Path, meta: &Meta, run: &spec::Run) -> Result<(), Error> {
+    let keys = ["model.depth", "model.classes", "model.recipe"];
+    check_equal(path, &meta.computation, &run.computation(), |key| {
+        keys.contains(&key)
+    })
+}
+
+fn check_equal(
+    at: &Path,
+    there: &BTreeMap<String, String>,
+    here: &BTreeMap<String, String>,
+    matters: impl Fn(&str) -> bool,
+) -> Result<(), Error> {
+    let keys: BTreeSet<&String> = there
         .keys()
-        .chain(meta.computation.keys())
+        .chain(here.keys())
+        .filter(|key| matters(key))
         .collect();
-    keys.sort();
-    keys.dedup();
-    let differing = keys
+    let value = |map: &BTreeMap<String, String>, key| {
+        map.get(key).cloned().unwrap_or_else(|| "unset".into())
+    };
+    let values = keys
         .into_iter()
-        .map(|key| (key.clone(), value(&found, key), value(meta, key)));
-    let differing: Vec<_> = differing.filter(|(_, there, here)| there != here).collect();
-    if differing.is_empty() {
-        Ok(Some((found.progress, state)))
-    } else {
-        Err(Error::Different {
-            dir: dir.into(),
-            keys: differing,
-        })
-    }
-}
-
-/// Time of this process, in steps and in waiting for input; evaluations and checkpoints do not count.
-struct Pace {
-    batch_size: u64,
-    steps: u64,
-    stepping: Duration,
-    waiting: Duration,
-    step_started: Instant,
-    step_waited: Duration,
-}
-
-impl Pace {
-    fn new(batch_size: u64) -> Self {
-        let zero = Duration::ZERO;
-        Self {
-            batch_size,
-            steps: 0,
-            stepping: zero,
-            waiting: zero,
-            step_started: Instant::now(),
-            step_waited: zero,
-        }
-    }
-
-    /// The clock runs again, after something that is no step.
-    fn resume(&mut self) {
-        self.step_started = Instant::now();
-    }
-
-    fn wait_for(&mut self, batches: &mut data::Loader) -> Result<data::Batch, Error> {
-        let started = Instant::now();
-        let batch = batches.next().expect("training data has no end")?;
-        self.step_waited = started.elapsed();
-        Ok(batch)
-    }
-
-    fn step(&mut self, plan: &Plan, step: u64, lr: f64, metrics: &Metrics) -> StepMetrics {
-        let taken = self.step_started.elapsed();
-        self.steps += 1;
-        self.stepping += taken;
-        self.waiting += self.step_waited;
-        StepMetrics {
-            step,
-            total: plan.steps,
-            epoch: plan.epoch(step),
-            loss: metrics.loss(),
-            top1: metrics.top1(),
-            lr,
-            images_per_s: self.batch_size as f64 / taken.as_secs_f64(),
-            input_wait_fraction: self.step_waited.as_secs_f64() / taken.as_secs_f64(),
-        }
-    }
-
-    fn summary(&self, status: &str, at: &Progress) -> Summary {
-        let seconds = self.stepping.as_secs_f64();
-        let per_second = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
-        Summary {
-            status: status.into(),
-            step: at.step,
-            eval: at.eval.clone(),
-            best: at.best.clone(),
-            images_per_s: per_second((self.steps * self.batch_size) as f64),
-            input_wait_fraction: per_second(self.waiting.as_secs_f64()),
-            reason: None,
-        }
+        .map(|key| (key.clone(), value(there, key), value(here, key)));
+    let keys: Vec<_> = values.filter(|(_, there, here)| there != here).collect();
+    match keys.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Different {
+            path: at.into(),
+            keys,
+        }),
     }
 }

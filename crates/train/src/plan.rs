@@ -123,16 +123,41 @@ impl Plan {
         (step * self.batch_size) as f64 / self.examples as f64
     }
 
+    /// How many evaluations there are.
+    pub fn evaluations(&self) -> u64 {
+        self.eval_every
+            .map_or(0, |every| self.steps.div_ceil(every))
+    }
+
+    /// How many checkpoints there are.
+    pub fn checkpoints(&self) -> u64 {
+        let (a, last) = (self.checkpoint_every, self.steps.saturating_sub(1));
+        let every = |n: u64| last / n;
+        let at_evaluations = self
+            .eval_every
+            .map_or(0, |b| every(b) - every(least_common_multiple(a, b)));
+        every(a) + at_evaluations + self.steps.min(1)
+    }
+
     /// Whether an evaluation follows update number `step`; the last one always is followed by one.
     pub fn is_eval_due(&self, step: u64) -> bool {
-        self.eval_every
-            .is_some_and(|every| step.is_multiple_of(every) || step == self.steps)
+        let is_due = |every: u64| step.is_multiple_of(every) || step == self.steps;
+        step > 0 && self.eval_every.is_some_and(is_due)
     }
 
     /// Whether a checkpoint follows update number `step`; every evaluation has one before it.
     pub fn is_checkpoint_due(&self, step: u64) -> bool {
         step.is_multiple_of(self.checkpoint_every) || step == self.steps || self.is_eval_due(step)
     }
+}
+
+/// Saturates, which is as good as never.
+fn least_common_multiple(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x).saturating_mul(b)
 }
 
 #[cfg(test)]
@@ -211,6 +236,7 @@ mod tests {
             (plan.steps, plan.eval_every, plan.checkpoint_every),
             (157, Some(32), 30)
         );
+        assert_eq!((plan.evaluations(), plan.checkpoints()), (5, 10));
         let due = |f: &dyn Fn(u64) -> bool| (1..=157).filter(|&s| f(s)).collect::<Vec<_>>();
         assert_eq!(due(&|s| plan.is_eval_due(s)), [32, 64, 96, 128, 157]);
         assert_eq!(

@@ -235,3 +235,60 @@ fn eval_scores_a_checkpoint_as_the_run_did() {
         "{said}"
     );
 }
+
+#[test]
+fn an_evaluation_that_is_owed_is_made_up_for() {
+    let home = Home::new();
+    let child = start(&home, 2);
+    while lines(&home) < 4 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    signal(&child, "TERM");
+    child.wait_with_output().unwrap();
+    let step = track::read_summary(&home.path()).unwrap().step;
+    // The run now ends where it was interrupted; a finished run is an evaluated run.
+    let length = format!("train.length={step} steps");
+    let (out, _) = home.check(&[&SETS[..], &[&length]].concat(), 0);
+    assert!(json(&out)["eval"]["top1"].is_f64(), "{out}");
+    // Training alone goes on from there, and leaves evaluation alone.
+    let longer = format!("train.length={} steps", step + 1);
+    let (out, _) = home.check(&[&SETS[..], &["mode=train", &longer]].concat(), 0);
+    assert_eq!(json(&out)["step"], step + 1);
+}
+
+#[test]
+fn a_run_that_fails_says_so_in_its_summary() {
+    let home = Home::new();
+    let sets = [
+        &SETS[..],
+        &["schedule.base_lr=1e30", "schedule.warmup=1 steps"],
+    ]
+    .concat();
+    let (_, said) = home.check(&sets, 4);
+    assert!(said.contains("the loss is not finite after step"), "{said}");
+    let summary = track::read_summary(&home.path()).unwrap();
+    assert_eq!(summary.status, "failed");
+    assert!(
+        summary
+            .reason
+            .unwrap()
+            .starts_with("the loss is not finite after step")
+    );
+}
+
+#[test]
+fn mode_eval_scores_the_latest_checkpoint_of_the_same_network_only() {
+    let home = Home::new();
+    let (out, _) = home.check(&[&SETS[..], &["train.length=2 steps"]].concat(), 0);
+    let (said, _) = home.check(&[&SETS[..], &["mode=eval"]].concat(), 0);
+    let top1 = format!("top1 {:.4}", json(&out)["eval"]["top1"].as_f64().unwrap());
+    assert!(said.contains(&top1), "{top1} is missing in {said}");
+    let (_, said) = home.check(
+        &[&SETS[..], &["mode=eval", "model.recipe=torchvision"]].concat(),
+        2,
+    );
+    assert!(
+        said.contains("model.recipe is \"tpu2018\" there and \"torchvision\" here"),
+        "{said}"
+    );
+}
