@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn deviations_are_as_asked() {
         check_deviation(Init::Normal { std: 0.01 }, 0.01);
-        // notes/reference-spec.md §4.1: cutting at two deviations leaves 0.8796 of one.
+        // docs/reference/spec.md §4.1: cutting at two deviations leaves 0.8796 of one.
         check_deviation(Init::TruncatedNormal { std: 0.5 }, 0.5 * 0.87962566);
         check_deviation(Init::Uniform { bound: 3.0 }, 3.0 / 3f64.sqrt());
     }

@@ -180,39 +180,34 @@ mod tests {
         );
     }
 
-    /// notes/reference-spec.md §6.1, computed in float32: batch 1024 and 4096.
+    /// docs/reference/vectors.json, `lr_step_schedule`: computed in float32, so good to 1e-6.
     #[test]
     fn rates_are_the_references() {
-        let small = plan("train.batch_size = 1024", 1_281_167);
-        for (step, lr) in [
-            (1, 6.39417e-5),
-            (1000, 0.0639417),
-            (1251, 0.0799910724),
-            (1564, 0.100004829),
-            (6255, 0.399955362),
-            (6256, 0.4),
-            (37534, 0.4),
-            (37535, 0.04),
-            (75068, 0.04),
-            (75069, 0.004),
-            (100_091, 0.004),
-            (100_092, 0.0004),
-            (112_589, 0.0004),
-        ] {
-            close(small.lr(step), lr);
+        let vectors = include_str!("../../../docs/reference/vectors.json");
+        let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+        let mut checked = 0;
+        for (batch, points) in vectors["lr_step_schedule"].as_object().unwrap() {
+            let plan = plan(&format!("train.batch_size = {batch}"), 1_281_167);
+            for point in points.as_array().unwrap() {
+                let step = point["step"].as_u64().unwrap();
+                close(plan.lr(step), point["lr"].as_f64().unwrap());
+                checked += 1;
+            }
         }
-        assert_eq!(small.lr(0), 0.0);
-        let large = plan("train.batch_size = 4096", 1_281_167);
-        for (step, lr) in [
-            (1, 1.02306728e-3),
-            (1563, 1.5990541),
-            (1564, 1.6),
-            (9383, 1.6),
-            (9384, 0.16),
-            (25_023, 0.0016),
-        ] {
-            close(large.lr(step), lr);
+        for (batch, milestones) in vectors["lr_boundaries"].as_object().unwrap() {
+            let plan = plan(&format!("train.batch_size = {batch}"), 1_281_167);
+            let phases = [1.0, 0.1, 0.01, 0.001];
+            for (milestone, factor) in milestones.as_array().unwrap().iter().zip(phases) {
+                let step = milestone[1].as_u64().unwrap();
+                close(plan.lr(step), plan.peak_lr * factor);
+                assert!(
+                    plan.lr(step - 1) != plan.lr(step),
+                    "batch {batch}: step {step} begins a phase"
+                );
+                checked += 1;
+            }
         }
+        assert!(checked > 100, "{checked} rates were found");
     }
 
     #[test]

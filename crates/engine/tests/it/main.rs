@@ -338,7 +338,7 @@ fn a_foreign_state_is_refused_by_name() {
     check(&|s| drop(s.insert(unknown.clone(), tensor.clone())), error);
 }
 
-/// notes/reference-vectors.json "nesterov": constant gradient 0.5 at learning rate 0.1 from w = 1.
+/// docs/reference/vectors.json "nesterov": constant gradient 0.5 at learning rate 0.1 from w = 1.
 #[test]
 fn updates_are_the_references() {
     // With one class the loss has no gradient, so weight decay alone moves the bias: g = decay * w.
