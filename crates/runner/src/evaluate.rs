@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::ExitCode;
+use std::sync::atomic::AtomicBool;
 use std::time::Instant;
 
 use engine::State;
@@ -17,7 +18,16 @@ use crate::{network, output};
 pub(crate) fn evaluate(args: &EvalArgs) -> Result<ExitCode, Failure> {
     let path = train::find(&args.checkpoint)?;
     let (meta, state) = train::load(&path)?;
-    let run = spec::parse(&meta.spec, &format!("{} (spec)", path.display()), &args.set)?;
+    let origin = format!("{} (spec)", path.display());
+    // A run that only trained need not have said what to evaluate on.
+    let sets: Vec<String> = args
+        .set
+        .iter()
+        .cloned()
+        .chain(["mode=eval".into()])
+        .collect();
+    let run = spec::parse(&meta.spec, &origin, &sets)?;
+    train::check_network(&path, &meta, &run)?;
     score(&path, &meta, state, &run, args.json)
 }
 
@@ -49,7 +59,7 @@ fn score(
         .collect();
     let mut engine = network::engine(run, &network::network(run), Some(state))?;
     let started = Instant::now();
-    let m = train::score(&config, &mut engine)?;
+    let m = train::score(&config, &mut engine, &AtomicBool::new(false))?.expect("nobody stops it");
     let (step, seconds) = (meta.progress.step, started.elapsed().as_secs_f64());
     let (checkpoint, images) = (path.display(), m.images);
     let (top1, top5, loss) = (m.top1(), m.top5(), m.loss());

@@ -46,7 +46,7 @@ impl From<train::Error> for Failure {
         let text = e.to_string();
         match e {
             Error::Different { .. } | Error::NoCheckpoint { .. } => Failure::Spec(text),
-            Error::Data(_) | Error::Examples { .. } => Failure::Input(text),
+            e if e.is_of_input() => Failure::Input(text),
             _ => Failure::Run(text),
         }
     }

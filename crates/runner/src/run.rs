@@ -99,7 +99,7 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
         Ended::Interrupted => {
             let (step, steps) = (at.step, plan.steps);
             eprintln!(
-                "interrupted at step {step} of {steps}, all of them saved; start it again to go on"
+                "interrupted at step {step} of {steps}, all of them saved; start it again (without --fresh) to go on"
             );
             print(&summary);
             Ok(ExitCode::from(INTERRUPTED))
@@ -110,7 +110,9 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
 /// The summary of a run that has nothing left to do.
 fn finished(dir: &Path, plan: &Plan, progress: &Progress) -> Option<Summary> {
     let is_at_end = progress.step >= plan.steps;
-    read_summary(dir).filter(|s| is_at_end && s.status == "done" && s.step == progress.step)
+    let summary = read_summary(dir).filter(|s| s.status == "done" && s.step == progress.step)?;
+    let is_evaluated = summary.eval.is_some() || !plan.is_eval_due(progress.step);
+    (is_at_end && is_evaluated).then_some(summary)
 }
 
 /// One line of JSON, the same as in summary.json.

@@ -69,16 +69,24 @@ pub fn train(
         .as_ref()
         .expect("a run that trains has training data");
     let mut batches = data::train(config, at.cursor.clone())?;
-    if let Some(best) = &at.best {
-        job.checkpoints.point("best", best.step)?;
+    job.checkpoints.point_to(at)?;
+    at.is_eval_due |= job.plan.is_eval_due(at.step);
+    if at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+        return Ok(Ended::Interrupted);
     }
-    evaluate_if_due(&job, at, engine, trackers)?;
     while at.step < job.plan.steps {
-        let batch = pace.wait_for(&mut batches)?;
+        let batch = match pace.wait_for(&mut batches) {
+            Ok(batch) => batch,
+            Err(error) => {
+                save(&mut job, at, engine, trackers)?;
+                return Err(error);
+            }
+        };
         let hyper = job.plan.hyper(at.step);
         let metrics = engine.train_step(&view(&batch), &hyper)?;
         at.step += 1;
         at.cursor = batch.cursor;
+        at.is_eval_due = job.plan.is_eval_due(at.step);
         trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics));
         if !metrics.loss().is_finite() {
             return Err(Error::Diverged { step: at.step });
@@ -86,76 +94,85 @@ pub fn train(
 
         let is_stopping = job.stop.load(Ordering::Relaxed);
         if is_stopping || job.plan.is_checkpoint_due(at.step) {
-            at.metrics_bytes = trackers.sync();
-            job.meta.progress = at.clone();
-            job.checkpoints.save(&job.meta, &engine.state(), job.keep)?;
+            save(&mut job, at, engine, trackers)?;
         }
-        if is_stopping {
+        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
             return Ok(Ended::Interrupted);
         }
-        evaluate_if_due(&job, at, engine, trackers)?;
     }
     Ok(Ended::Done)
 }
 
-/// Evaluates if the plan says so and it has not been done.
-fn evaluate_if_due(
+/// Writes a checkpoint of what has been done so far.
+fn save(
+    job: &mut Job<'_>,
+    at: &mut Progress,
+    engine: &dyn Engine,
+    trackers: &mut Trackers,
+) -> Result<(), Error> {
+    at.metrics_bytes = trackers.sync();
+    job.meta.progress = at.clone();
+    job.checkpoints.save(&job.meta, &engine.state(), job.keep)
+}
+
+/// Evaluates, unless this step has been evaluated or the run only trains; false if it was told to stop before the
+/// end.
+fn evaluate(
     job: &Job<'_>,
     at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
-) -> Result<(), Error> {
+) -> Result<bool, Error> {
     let is_done = at.eval.as_ref().is_some_and(|(step, _)| *step == at.step);
-    if is_done || !job.plan.is_eval_due(at.step) {
-        return Ok(());
-    }
-    let config = job
-        .input
-        .eval
-        .as_ref()
-        .expect("a run that evaluates has evaluation data");
-    let started = Instant::now();
-    let metrics = score(config, engine)?;
-    let summary = EvalSummary {
-        top1: metrics.top1(),
-        top5: metrics.top5(),
-        loss: metrics.loss(),
+    let Some(config) = job.input.eval.as_ref().filter(|_| !is_done) else {
+        return Ok(true);
     };
-    at.eval = Some((at.step, summary));
+    let started = Instant::now();
+    let Some(metrics) = score(config, engine, job.stop)? else {
+        return Ok(false);
+    };
+    let (loss, top1, top5) = (metrics.loss(), metrics.top1(), metrics.top5());
     trackers.eval(&EvalMetrics {
         step: at.step,
         epoch: job.plan.epoch(at.step),
-        loss: metrics.loss(),
-        top1: metrics.top1(),
-        top5: metrics.top5(),
+        loss,
+        top1,
+        top5,
         images: metrics.images as u64,
         seconds: started.elapsed().as_secs_f64(),
     });
-    if at
-        .best
-        .as_ref()
-        .is_none_or(|best| metrics.top1() > best.value)
-    {
+    at.eval = Some((at.step, EvalSummary { top1, top5, loss }));
+    if at.best.as_ref().is_none_or(|best| top1 > best.value) {
         at.best = Some(Best {
             metric: "top1".into(),
-            value: metrics.top1(),
+            value: top1,
             step: at.step,
         });
-        job.checkpoints.point("best", at.step)?;
+        job.checkpoints.point_to(at)?;
     }
-    Ok(())
+    Ok(true)
 }
 
-/// Scores a whole set, every image once; the last batch has what is left.
+/// Scores a whole set, every image once; the last batch has what is left. None if `stop` was set meanwhile.
 ///
 /// # Errors
-/// If input or engine fail.
-pub fn score(config: &data::Config, engine: &mut dyn Engine) -> Result<Metrics, Error> {
+/// If input or engine fail, or there is nothing to score.
+pub fn score(
+    config: &data::Config,
+    engine: &mut dyn Engine,
+    stop: &AtomicBool,
+) -> Result<Option<Metrics>, Error> {
     let mut total = Metrics::default();
     for batch in data::eval(config)? {
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
         total.add(&engine.eval_step(&view(&batch?))?);
     }
-    Ok(total)
+    match total.images {
+        0 => Err(Error::NothingScored),
+        _ => Ok(Some(total)),
+    }
 }
 
 /// A batch as the engine takes it.
@@ -175,12 +192,23 @@ fn view(batch: &data::Batch) -> engine::Batch<'_> {
 /// # Errors
 /// If the checkpoint cannot be read, or holds another computation; all differing keys are named.
 pub fn resume(dir: &Path, meta: &Meta) -> Result<Option<(Progress, engine::State)>, Error> {
-    let Some(path) = Checkpoints::of(dir).latest() else {
+    let Some(path) = Checkpoints::of(dir).latest()? else {
         return Ok(None);
     };
     let (found, state) = load(&path)?;
-    check_equal(dir, &found.computation, &meta.computation, |_| true)?;
+    check_equal(dir, &computation(&found), &meta.computation, |_| true)?;
     Ok(Some((found.progress, state)))
+}
+
+/// What a checkpoint computes; keys that its version of the program did not have are at their defaults, which keep
+/// what that version did.
+fn computation(meta: &Meta) -> BTreeMap<String, String> {
+    let mut keys = match spec::parse(&meta.spec, "checkpoint", &[]) {
+        Ok(run) => run.computation(),
+        Err(_) => BTreeMap::new(),
+    };
+    keys.extend(meta.computation.clone());
+    keys
 }
 
 /// Checks that the checkpoint at `path`, which says `meta`, holds the network of `run`.

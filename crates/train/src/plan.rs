@@ -120,7 +120,7 @@ impl Plan {
 
     /// Passes over the training set after `step` updates.
     pub fn epoch(&self, step: u64) -> f64 {
-        (step * self.batch_size) as f64 / self.examples as f64
+        step as f64 * self.batch_size as f64 / self.examples as f64
     }
 
     /// How many evaluations there are.
@@ -141,7 +141,7 @@ impl Plan {
 
     /// Whether an evaluation follows update number `step`; the last one always is followed by one.
     pub fn is_eval_due(&self, step: u64) -> bool {
-        let is_due = |every: u64| step.is_multiple_of(every) || step == self.steps;
+        let is_due = |every: u64| step.is_multiple_of(every) || step >= self.steps;
         step > 0 && self.eval_every.is_some_and(is_due)
     }
 
