@@ -4,6 +4,7 @@
 //! trackers can never stop it.
 
 mod checkpoint;
+mod compare;
 mod error;
 mod input;
 mod pace;
@@ -18,6 +19,7 @@ use engine::{Engine, Metrics, Pixels};
 use track::{Best, EvalMetrics, EvalSummary, Trackers};
 
 pub use checkpoint::{Checkpoints, Meta, Progress, find, load};
+pub use compare::{Comparison, compare};
 pub use error::Error;
 pub use input::{Input, eval_config};
 pub use pace::Pace;
