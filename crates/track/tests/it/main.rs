@@ -10,7 +10,8 @@ use std::fs;
 use std::path::Path;
 
 use track::{
-    Best, EvalMetrics, EvalSummary, StepMetrics, Summary, Terminal, Trackers, read_summary,
+    Best, Config, EvalMetrics, EvalSummary, Resume, StepMetrics, Summary, Terminal, Trackers,
+    read_summary,
 };
 
 fn step(step: u64) -> StepMetrics {
@@ -57,8 +58,12 @@ fn summary() -> Summary {
     }
 }
 
-fn open(dir: &Path, resume_at: Option<u64>) -> Trackers {
-    Trackers::open(dir, resume_at, Terminal::Quiet)
+fn open(dir: &Path, metrics_bytes: Option<u64>) -> Trackers {
+    let resume = metrics_bytes.map(|metrics_bytes| Resume {
+        step: 2,
+        metrics_bytes,
+    });
+    Trackers::open(dir, resume, &Config::default(), Terminal::Quiet)
 }
 
 fn metrics(dir: &Path) -> String {
