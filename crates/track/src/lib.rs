@@ -196,7 +196,7 @@ impl Trackers {
             mlflow.end(mlflow::status(s), Some(self.dir.join(summary::NAME)));
         }
         self.hear();
-        self.mlflow = None;
+        self.mlflow = None; // it is over
         self.screen.finish();
         if let Some(first) = &self.first {
             let text = format!(
@@ -254,6 +254,16 @@ impl Trackers {
             ));
             self.first = Some(failure);
         }
+    }
+}
+
+/// A run that has not been finished has failed.
+impl Drop for Trackers {
+    fn drop(&mut self) {
+        if let Some(mlflow) = &self.mlflow {
+            mlflow.end("FAILED", None);
+        }
+        self.hear();
     }
 }
 

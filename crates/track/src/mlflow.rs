@@ -94,7 +94,6 @@ pub(crate) struct Writer {
     failures: Receiver<String>,
     /// The answer that the last sync waited for in vain.
     owed: Option<Receiver<()>>,
-    is_over: bool,
 }
 
 impl Writer {
@@ -132,7 +131,6 @@ impl Writer {
             failed,
             failures,
             owed: None,
-            is_over: false,
         })
     }
 
@@ -146,7 +144,7 @@ impl Writer {
         match self.inbox.try_send(Message::Point(point)) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => self.fail(&dropped(step)),
-            Err(TrySendError::Disconnected(_)) => self.fail("its thread is gone"),
+            Err(TrySendError::Disconnected(_)) => self.fail(GONE),
         }
     }
 
@@ -172,19 +170,26 @@ impl Writer {
     }
 
     /// Writes what waits, ends the run with a status, and waits for that.
-    pub(crate) fn end(&mut self, status: &'static str, artifact: Option<PathBuf>) {
-        if self.is_over {
-            return;
-        }
-        self.is_over = true;
+    pub(crate) fn end(&self, status: &'static str, artifact: Option<PathBuf>) {
+        let lost =
+            || format!("locked for too long; the last numbers and the status {status} are lost");
         let (reply, answer) = mpsc::channel();
-        let end = Message::End(status, artifact, reply);
-        // A full inbox means that the thread has been waiting for its lock for long.
-        let sent = self.inbox.try_send(end).is_ok();
-        if !sent || answer.recv_timeout(END) == Err(RecvTimeoutError::Timeout) {
-            self.fail(&format!(
-                "locked for too long; the run's last numbers and its status {status} are lost"
-            ));
+        let deadline = Instant::now() + END;
+        let mut end = Message::End(status, artifact, reply);
+        loop {
+            match self.inbox.try_send(end) {
+                Ok(()) => break,
+                // The thread has been waiting for a lock for long.
+                Err(TrySendError::Full(unsent)) if Instant::now() < deadline => end = unsent,
+                Err(TrySendError::Full(_)) => return self.fail(&lost()),
+                Err(TrySendError::Disconnected(_)) => return self.fail(GONE),
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let left = deadline.saturating_duration_since(Instant::now());
+        // A failure to write hangs up and has said why.
+        if answer.recv_timeout(left) == Err(RecvTimeoutError::Timeout) {
+            self.fail(&lost());
         }
     }
 
@@ -199,12 +204,7 @@ impl Writer {
     }
 }
 
-/// A run that is dropped before its end has failed.
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.end("FAILED", None);
-    }
-}
+const GONE: &str = "its thread is gone";
 
 fn dropped(step: u64) -> String {
     format!("too much is waiting to be written; the numbers of step {step} are dropped")
@@ -613,4 +613,89 @@ fn git_tags(dir: &Path) -> Vec<(&'static str, String)> {
     let changes = git(&["status", "--porcelain", "--untracked-files=no"]);
     tags.extend(changes.map(|c| ("mlflow.source.git.dirty", (!c.is_empty()).to_string())));
     tags
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_that_is_not_finite_is_stored_as_mlflow_does() {
+        assert_eq!(stored(0.5), (0.5, false));
+        assert_eq!(stored(f64::NAN), (0.0, true));
+        assert_eq!(stored(f64::INFINITY), (1.797_693_134_862_315_7e308, false));
+        assert_eq!(
+            stored(f64::NEG_INFINITY),
+            (-1.797_693_134_862_315_7e308, false)
+        );
+    }
+
+    #[test]
+    fn a_text_is_cut_between_characters() {
+        assert_eq!(first("äöü", 2), "äö");
+        assert_eq!(first("äöü", 3), "äöü");
+        assert_eq!(first("", 0), "");
+    }
+
+    #[test]
+    fn a_summary_has_a_status() {
+        let check = |text: &str, expected| {
+            let summary = Summary {
+                status: text.into(),
+                step: 0,
+                eval: None,
+                best: None,
+                images_per_s: 0.0,
+                input_wait_fraction: 0.0,
+                reason: None,
+            };
+            assert_eq!(status(&summary), expected);
+        };
+        check("done", "FINISHED");
+        check("interrupted", "KILLED");
+        check("failed", "FAILED");
+    }
+
+    fn git(dir: &Path, arguments: &str) -> Option<String> {
+        let mut command = Command::new("git");
+        command.args(["-c", "user.name=x", "-c", "user.email=x@example.com", "-C"]);
+        let output = command.arg(dir).args(arguments.split(' ')).output().ok()?;
+        assert!(output.status.success(), "{output:?}");
+        Some(String::from_utf8(output.stdout).unwrap().trim().into())
+    }
+
+    #[test]
+    fn git_says_commit_branch_and_changes() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("file");
+        if git(dir.path(), "init --quiet --initial-branch=trunk").is_none() {
+            eprintln!("SKIP: there is no git; install it to test the tags that it gives");
+            return;
+        }
+        assert_eq!(git_tags(dir.path()), [], "there is no commit yet");
+        fs::write(&file, "one").unwrap();
+        git(dir.path(), "add file");
+        git(dir.path(), "commit --quiet --message=one");
+        let commit = git(dir.path(), "rev-parse HEAD").unwrap();
+        let tags = |branch: Option<&str>, is_dirty: &str| {
+            let commit = Some(("mlflow.source.git.commit", commit.clone()));
+            let branch = branch.map(|b| ("mlflow.source.git.branch", b.to_string()));
+            let dirty = Some(("mlflow.source.git.dirty", is_dirty.to_string()));
+            [commit, branch, dirty]
+                .into_iter()
+                .flatten()
+                .collect::<Vec<_>>()
+        };
+        fs::write(dir.path().join("untracked"), "").unwrap();
+        assert_eq!(git_tags(dir.path()), tags(Some("trunk"), "false"));
+        fs::write(&file, "two").unwrap();
+        assert_eq!(git_tags(dir.path()), tags(Some("trunk"), "true"));
+        git(dir.path(), "checkout --quiet --detach");
+        assert_eq!(git_tags(dir.path()), tags(None, "true"));
+    }
+
+    #[test]
+    fn without_git_there_are_no_tags() {
+        assert_eq!(git_tags(Path::new("/nowhere/at/all")), []);
+    }
 }

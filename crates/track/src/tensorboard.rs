@@ -63,18 +63,7 @@ impl EventFile {
 
     /// Appends one event with all numbers of a step.
     pub(crate) fn write(&mut self, step: u64, scalars: &[Scalar]) -> io::Result<()> {
-        let summary = scalars
-            .iter()
-            .fold(Message::default(), |summary, (tag, value)| {
-                let value = Message::default()
-                    .bytes(1, tag.as_bytes())
-                    .float(2, *value as f32);
-                summary.bytes(1, &value.0)
-            });
-        let event = Message::default()
-            .double(1, milliseconds() as f64 / 1000.0)
-            .uint(2, step)
-            .bytes(5, &summary.0);
+        let event = scalar_event(milliseconds() as f64 / 1000.0, step, scalars);
         self.append(&event)
     }
 
@@ -167,6 +156,20 @@ fn next(file: &mut impl Read, remaining: u64) -> io::Result<Option<Vec<u8>>> {
     file.read_exact(&mut payload)?;
     file.read_exact(&mut crc)?;
     Ok((masked_crc(&payload) == u32::from_le_bytes(crc)).then_some(payload))
+}
+
+fn scalar_event(seconds: f64, step: u64, scalars: &[Scalar]) -> Message {
+    let summary = scalars.iter().fold(Message::default(), |summary, scalar| {
+        let (tag, value) = *scalar;
+        let value = Message::default()
+            .bytes(1, tag.as_bytes())
+            .float(2, value as f32);
+        summary.bytes(1, &value.0)
+    });
+    Message::default()
+        .double(1, seconds)
+        .uint(2, step)
+        .bytes(5, &summary.0)
 }
 
 /// TFRecord framing: length, its checksum, payload, its checksum.
@@ -298,5 +301,133 @@ impl<'a> Fields<'a> {
         let (taken, rest) = self.0.split_at_checked(usize::try_from(length).ok()?)?;
         self.0 = rest;
         Some(taken)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RESUME: Resume = Resume {
+        step: 2,
+        metrics_bytes: 0,
+    };
+
+    fn event(step: u64, tag: &'static str) -> Vec<u8> {
+        record(&scalar_event(1.5, step, &[(tag, 0.5)]).0)
+    }
+
+    fn version() -> Vec<u8> {
+        let event = Message::default().double(1, 1.5).bytes(3, b"brain.Event:2");
+        record(&event.0)
+    }
+
+    /// Cuts a file of these records at [`RESUME`] and compares it with the first so many of them.
+    fn check(records: &[Vec<u8>], expected: usize) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("events.out.tfevents.1.x");
+        fs::write(&path, records.concat()).unwrap();
+        cut(dir.path(), Some(RESUME)).unwrap();
+        let kept = fs::read(&path).unwrap();
+        assert_eq!(kept, records[..expected].concat());
+    }
+
+    fn train(step: u64) -> Vec<u8> {
+        event(step, "train/loss")
+    }
+
+    fn eval(step: u64) -> Vec<u8> {
+        event(step, "eval/loss")
+    }
+
+    /// Written by the `RecordWriter` and the `Event` of the Python package tensorboard 2.21.0:
+    /// `Event(wall_time=1.5, step=300, summary=Summary(value=[Value(tag="train/loss", simple_value=0.5),
+    /// Value(tag="train/lr", simple_value=inf)]))`, `Event(wall_time=1.5, file_version="brain.Event:2")`.
+    #[test]
+    fn events_are_those_of_tensorboard() {
+        let hex = |bytes: Vec<u8>| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let scalars = [("train/loss", 0.5), ("train/lr", f64::INFINITY)];
+        assert_eq!(
+            hex(record(&scalar_event(1.5, 300, &scalars).0)),
+            "3200000000000000241956ec09000000000000f83f10ac022a240a110a0a747261696e2f6c6f7373150000003f0a0f0a08747261\
+             696e2f6c72150000807f7682dbd2"
+        );
+        assert_eq!(
+            hex(version()),
+            "1800000000000000a37f4b2209000000000000f83f1a0d627261696e2e4576656e743a322a28646c"
+        );
+    }
+
+    #[test]
+    fn a_cut_keeps_what_came_before_the_checkpoint() {
+        check(&[version(), train(1), eval(1), train(2)], 4);
+        check(&[version(), train(1), train(2), eval(2), train(3)], 3);
+        check(&[version(), train(1), train(2), train(3), train(4)], 3);
+        check(&[version(), train(3)], 1);
+        check(&[], 0);
+    }
+
+    #[test]
+    fn events_without_scalars_are_kept() {
+        let other = record(&Message::default().double(1, 1.5).uint(2, 9).0);
+        check(&[version(), other, train(2), train(3)], 3);
+    }
+
+    #[test]
+    fn a_torn_record_is_cut_off() {
+        for kept in 1..train(2).len() {
+            let torn = train(2)[..kept].to_vec();
+            check(&[version(), train(1), torn], 2);
+        }
+    }
+
+    #[test]
+    fn a_damaged_record_is_cut_off() {
+        // In the length, its checksum, the payload, its checksum.
+        for place in [0, 7, 9, 20, train(2).len() - 1] {
+            let mut damaged = train(2);
+            damaged[place] ^= 1;
+            check(&[version(), train(1), damaged, train(2)], 2);
+        }
+    }
+
+    #[test]
+    fn a_payload_that_is_no_event_is_cut_off() {
+        let cases: [&[u8]; 6] = [
+            b"\x80",                                         // a key without an end
+            b"\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff", // longer than any number
+            b"\x0b",                                         // a kind of field that is not used
+            b"\x09\x00",                                     // half a double
+            b"\x2a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",     // a summary of absurd length
+            b"\x2a\x05\x0a\x03\x0a\x01\xff",                 // a tag that is no text
+        ];
+        for payload in cases {
+            check(&[version(), record(payload), train(1)], 1);
+        }
+    }
+
+    #[test]
+    fn only_event_files_are_touched() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["events.out.tfevents.1.x", "metrics.jsonl"] {
+            fs::write(dir.path().join(name), train(3)).unwrap();
+        }
+        cut(dir.path(), Some(RESUME)).unwrap();
+        let length = |name: &str| fs::metadata(dir.path().join(name)).unwrap().len();
+        assert_eq!(length("events.out.tfevents.1.x"), 0);
+        assert_eq!(length("metrics.jsonl"), train(3).len() as u64);
+
+        cut(dir.path(), None).unwrap();
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().collect();
+        assert_eq!(left.len(), 1);
+    }
+
+    #[test]
+    fn two_starts_in_a_second_have_two_files() {
+        let dir = tempfile::tempdir().unwrap();
+        for _ in 0..3 {
+            EventFile::new(dir.path()).open().unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 3);
     }
 }
