@@ -128,7 +128,9 @@ impl Oracle {
                     pass.moments[norm.0] = moments;
                     y
                 }
-                (Op::Relu, Some((x, _))) => x.iter().map(|v| v.max(0.0)).collect(),
+                (Op::Relu, Some((x, _))) => {
+                    x.iter().map(|&v| if v < 0.0 { 0.0 } else { v }).collect()
+                }
                 (Op::Add, Some((a, _))) => a
                     .iter()
                     .zip(&pass.values[node.inputs[1].0])
@@ -249,7 +251,7 @@ impl Oracle {
                     self.norm_backward(norm, &pass.moments[norm.0], x, &dy, dx, &mut grads)
                 }
                 Op::Relu => (0..dy.len())
-                    .filter(|&j| x[j] > 0.0)
+                    .filter(|&j| x[j] > 0.0 || x[j].is_nan())
                     .for_each(|j| dx[j] += dy[j]),
                 Op::Add => {
                     for input in &node.inputs {

@@ -13,8 +13,8 @@ Examples:
   runner eval runs/quickstart                             score its latest checkpoint
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
 
-A run lives in runs/NAME. Starting it again resumes it; the resumed run computes the same bits as one that
-never stopped.
+A run lives in runs/NAME. Starting it again resumes it; on the same kind of CPU the resumed run computes the
+same bits as one that never stopped.
 
 Exit codes: 0 done, 2 the spec or the arguments are wrong, 3 the input data is wrong, 4 the run failed,
 75 interrupted and resumable (start it again).";

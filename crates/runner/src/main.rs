@@ -4,6 +4,7 @@ mod cli;
 mod evaluate;
 mod failure;
 mod network;
+mod output;
 mod plan;
 mod run;
 
