@@ -42,15 +42,17 @@ pub struct Config {
     pub tensorboard: bool,
 }
 
-/// Where a run goes on.
+/// The checkpoint at which a run goes on.
 ///
-/// A checkpoint is written after its step has been recorded and before the evaluation of that step. So what came before
-/// it are the training numbers of steps up to its own and the evaluations of earlier steps. All else is removed from
-/// `metrics.jsonl`, the event files and MLflow when the trackers open, and is written again by the run.
+/// What came before it are the training numbers of steps up to its own, the evaluations of earlier steps, and the
+/// evaluation of its own step if it says so. All else is removed from `metrics.jsonl`, the event files and MLflow when
+/// the trackers open; the run writes it again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Resume {
-    /// Steps done at the checkpoint.
+    /// Steps done.
     pub step: u64,
+    /// Whether the evaluation of that step was done too. Most checkpoints are written before it.
+    pub is_evaluated: bool,
     /// What [`Trackers::sync`] returned for the checkpoint.
     pub metrics_bytes: u64,
 }
@@ -58,7 +60,8 @@ pub struct Resume {
 impl Resume {
     /// Whether a number came before the checkpoint.
     fn keeps(&self, name: &str, step: u64) -> bool {
-        step < self.step || step == self.step && !name.starts_with("eval/")
+        let is_own = step == self.step && (self.is_evaluated || !name.starts_with("eval/"));
+        step < self.step || is_own
     }
 }
 

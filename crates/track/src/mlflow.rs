@@ -533,8 +533,8 @@ fn cut(db: &Transaction<'_>, run: &str, resume: Option<Resume>) -> rusqlite::Res
         // The rule is that of `Resume::keeps`.
         Some(resume) => db.execute(
             "DELETE FROM metrics
-             WHERE run_uuid = ?1 AND (step > ?2 OR step = ?2 AND substr(\"key\", 1, 5) = 'eval/')",
-            params![run, resume.step as i64],
+             WHERE run_uuid = ?1 AND (step > ?2 OR step = ?2 AND NOT ?3 AND substr(\"key\", 1, 5) = 'eval/')",
+            params![run, resume.step as i64, resume.is_evaluated],
         )?,
         None => {
             db.execute(

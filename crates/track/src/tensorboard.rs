@@ -310,6 +310,7 @@ mod tests {
 
     const RESUME: Resume = Resume {
         step: 2,
+        is_evaluated: false,
         metrics_bytes: 0,
     };
 
@@ -324,10 +325,14 @@ mod tests {
 
     /// Cuts a file of these records at [`RESUME`] and compares it with the first so many of them.
     fn check(records: &[Vec<u8>], expected: usize) {
+        check_at(RESUME, records, expected);
+    }
+
+    fn check_at(resume: Resume, records: &[Vec<u8>], expected: usize) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("events.out.tfevents.1.x");
         fs::write(&path, records.concat()).unwrap();
-        cut(dir.path(), Some(RESUME)).unwrap();
+        cut(dir.path(), Some(resume)).unwrap();
         let kept = fs::read(&path).unwrap();
         assert_eq!(kept, records[..expected].concat());
     }
@@ -365,6 +370,12 @@ mod tests {
         check(&[version(), train(1), train(2), train(3), train(4)], 3);
         check(&[version(), train(3)], 1);
         check(&[], 0);
+        let evaluated = Resume {
+            is_evaluated: true,
+            ..RESUME
+        };
+        check_at(evaluated, &[version(), train(2), eval(2), train(3)], 3);
+        check_at(evaluated, &[version(), train(2), eval(3)], 2);
     }
 
     #[test]

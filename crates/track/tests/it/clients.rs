@@ -176,6 +176,7 @@ fn mlflow_and_tensorboard_read_everything_back() {
     }
     let resume = Resume {
         step: 5,
+        is_evaluated: false,
         metrics_bytes: trackers.sync(),
     };
     let spec = json!({"spec.toml": "name = \"x\"\n"});

@@ -77,6 +77,7 @@ fn summary() -> Summary {
 fn open(dir: &Path, metrics_bytes: Option<u64>) -> Trackers {
     let resume = metrics_bytes.map(|metrics_bytes| Resume {
         step: 2,
+        is_evaluated: false,
         metrics_bytes,
     });
     Trackers::open(dir, resume, &Config::default(), Terminal::Quiet)

@@ -220,6 +220,7 @@ fn a_resume_cuts_what_came_after_the_checkpoint() {
     trackers.step(&step(2));
     let resume = Resume {
         step: 2,
+        is_evaluated: false,
         metrics_bytes: trackers.sync(),
     };
     trackers.eval(&eval(2));
@@ -262,6 +263,7 @@ fn a_resume_tells_what_changed_and_keeps_what_users_changed() {
     home.mlflow().experiment = "another".into();
     let resume = Resume {
         step: 345,
+        is_evaluated: false,
         metrics_bytes: 0,
     };
     home.open(Some(resume)).finish(&summary());
@@ -304,6 +306,7 @@ fn a_resume_in_an_empty_store_is_the_same_run() {
     fs::remove_dir_all(home.root.path().join("store")).unwrap();
     let resume = Resume {
         step: 2,
+        is_evaluated: false,
         metrics_bytes: 0,
     };
     let mut trackers = home.open(Some(resume));
@@ -555,6 +558,7 @@ fn columns_that_mlflow_adds_do_not_matter() {
     trackers.step(&step(1));
     let resume = Resume {
         step: 1,
+        is_evaluated: false,
         metrics_bytes: trackers.sync(),
     };
     let migration = "UPDATE alembic_version SET version_num = 'later';

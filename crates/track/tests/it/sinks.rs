@@ -111,6 +111,7 @@ fn steps(trackers: &mut Trackers, numbers: std::ops::RangeInclusive<u64>) {
 fn sync(trackers: &mut Trackers, step: u64) -> Resume {
     Resume {
         step,
+        is_evaluated: false,
         metrics_bytes: trackers.sync(),
     }
 }
@@ -158,6 +159,26 @@ fn a_kill_doubles_and_loses_no_point() {
     trackers.finish(&summary());
     check(&home, &(1..=20).collect::<Vec<_>>(), &[5, 10, 20]);
     assert_eq!(trackers.failures(), 0);
+}
+
+/// As after a failure of the input: what was done is saved when the evaluation is behind it.
+#[test]
+fn a_checkpoint_after_its_evaluation_keeps_it() {
+    let home = Home::new();
+    let mut trackers = home.open(None);
+    steps(&mut trackers, 1..=5);
+    sync(&mut trackers, 5);
+    trackers.eval(&eval(5));
+    let resume = Resume {
+        is_evaluated: true,
+        ..sync(&mut trackers, 5)
+    };
+    steps(&mut trackers, 6..=7);
+    kill(trackers);
+    let mut trackers = home.open(Some(resume));
+    steps(&mut trackers, 6..=6);
+    trackers.finish(&summary());
+    check(&home, &[1, 2, 3, 4, 5, 6], &[5]);
 }
 
 #[test]
