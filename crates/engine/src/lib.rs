@@ -253,4 +253,10 @@ pub trait Engine {
     /// # Errors
     /// If memory runs out.
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error>;
+
+    /// The logits of any number of images, images x classes, with the running statistics.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error>;
 }

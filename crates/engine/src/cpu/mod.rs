@@ -20,7 +20,7 @@ use std::sync::Arc;
 use graph::{BufferId, Caps, Graph, Kernel, Mode, NORM_UPDATE, ParamId, Program};
 
 use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
-use crate::{Batch, Engine, Error, Hyper, Metrics};
+use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
 use conv::Scratch;
 use memory::{ALIGNMENT, Block, Span};
 use norm::{NormState, Residual};
@@ -640,5 +640,33 @@ impl Engine for Cpu {
             total.add(&self.execute(&program, &micro, &part));
         }
         Ok(total)
+    }
+
+    fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
+        // The programs score what they infer; class 0 for every image, and the score is dropped.
+        let labels = vec![0; pixels.len() / self.graph.plane(self.graph.input()).elements()];
+        let batch = Batch {
+            pixels,
+            labels: &labels,
+        };
+        let part = Part {
+            accumulate: false,
+            scale: 1.0,
+            label_smoothing: 0.0,
+        };
+        let mut all = vec![];
+        for micro in batch.micro_batches(self.micro_batch) {
+            let program = self.program(micro.images(), Mode::Infer)?;
+            self.execute(&program, &micro, &part);
+            let Some(&Kernel::Loss { logits, .. }) = program.kernels.last() else {
+                unreachable!("inference ends with the loss");
+            };
+            let logits = &program.buffers[logits.0];
+            // SAFETY: no region runs, and `&mut self` keeps writers away.
+            all.extend_from_slice(unsafe {
+                self.arena.span::<f32>(logits.offset, logits.bytes).get()
+            });
+        }
+        Ok(all)
     }
 }

@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod goldens;
+
 use engine::cpu::Cpu;
 use engine::oracle::Oracle;
 use engine::{Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Pixels, State, initial_state};
