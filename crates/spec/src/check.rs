@@ -63,12 +63,18 @@ pub(crate) fn check(run: &Run) -> Vec<Finding> {
 
 fn names(run: &Run, found: &mut Findings) {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
-    let is_directory = !run.name.is_empty() && run.name.chars().all(is_plain);
     found.range(
         "name",
         &run.name,
-        is_directory && run.name != "." && run.name != "..",
+        run.name.chars().all(is_plain) && run.name.contains(|c| c != '.'),
         "letters, digits, '.', '_' and '-'",
+    );
+    let experiment = &run.track.experiment;
+    found.range(
+        "track.experiment",
+        experiment,
+        !experiment.is_empty(),
+        "a name",
     );
     let places = [
         ("run_dir", &run.run_dir),
@@ -244,25 +250,37 @@ fn numbers(run: &Run, found: &mut Findings) {
 }
 
 fn lengths(run: &Run, found: &mut Findings) {
-    let lengths = [
-        ("train.length", run.train.length),
-        ("eval.every", run.eval.every),
-        ("checkpoint.every", run.checkpoint.every),
-    ];
-    for (key, length) in lengths {
-        found.range(
-            key,
-            length.to_string(),
-            length.value > 0.0,
-            "a length above 0",
+    let length = run.train.length;
+    if length.value == 0.0 {
+        found.key(
+            "train.length",
+            format!("expected a length above 0, not \"{length}\""),
+            Some("mode = \"eval\" scores the latest checkpoint without training".into()),
         );
     }
+    let is_whole = length.unit != Unit::Percent;
     found.range(
         "train.length",
-        run.train.length.to_string(),
-        run.train.length.unit != Unit::Percent,
+        length.to_string(),
+        is_whole,
         "steps, epochs or examples, of which the other lengths can be a percentage",
     );
+    for (key, every) in [
+        ("eval.every", run.eval.every),
+        ("checkpoint.every", run.checkpoint.every),
+    ] {
+        let shown = every.to_string();
+        found.range(key, shown, every.value > 0.0, "a length above 0");
+    }
+    let warmup = run.schedule.warmup;
+    if is_whole && length.value > 0.0 && is_longer(warmup, length, run) == Some(true) {
+        found.keys(
+            "schedule.warmup",
+            LENGTH_KEYS,
+            format!("\"{warmup}\" is longer than the run, train.length = \"{length}\""),
+            Some("make the run longer, or the warmup shorter: schedule.warmup = \"0 steps\" or \"5 percent\"".into()),
+        );
+    }
 }
 
 fn milestones(run: &Run, found: &mut Findings) {
@@ -270,16 +288,10 @@ fn milestones(run: &Run, found: &mut Findings) {
         return;
     }
     for pair in run.schedule.milestones.windows(2) {
-        if is_before(pair[0], pair[1], run) == Some(false) {
+        if is_longer(pair[1], pair[0], run) == Some(false) {
             found.keys(
                 "schedule.milestones",
-                &[
-                    "schedule.kind",
-                    "data.source",
-                    "data.train_examples",
-                    "train.batch_size",
-                    "train.length",
-                ],
+                LENGTH_KEYS,
                 format!(
                     "expected increasing lengths, but \"{}\" follows \"{}\"",
                     pair[1], pair[0]
@@ -290,15 +302,34 @@ fn milestones(run: &Run, found: &mut Findings) {
     }
 }
 
-/// Whether one length ends before another; unknown if the units differ and the spec does not say how many examples
-/// there are.
-fn is_before(a: Length, b: Length, run: &Run) -> Option<bool> {
+/// What the comparison of two lengths depends on.
+const LENGTH_KEYS: &[&str] = &[
+    "schedule.kind",
+    "data.source",
+    "data.train_examples",
+    "train.batch_size",
+    "train.length",
+];
+
+/// Whether a length is longer than another; unknown if one of them is in epochs and the spec does not say how many
+/// examples those have.
+fn is_longer(a: Length, b: Length, run: &Run) -> Option<bool> {
     if a.unit == b.unit {
-        return Some(a.value < b.value);
+        return Some(a.value > b.value);
     }
-    let examples = run.data.train_examples()?;
-    let batch_size = run.train.batch_size as u64;
-    let steps = |length: Length, total| length.steps(examples, batch_size, total).ok();
-    let total = steps(run.train.length, None);
-    Some(steps(a, total)? < steps(b, total)?)
+    Some(steps(a, run)? > steps(b, run)?)
+}
+
+/// A length in steps, where the spec says enough.
+fn steps(length: Length, run: &Run) -> Option<u64> {
+    let whole = run.train.length;
+    let is_in = |unit| length.unit == unit || length.unit == Unit::Percent && whole.unit == unit;
+    let examples = match is_in(Unit::Epochs) {
+        true => run.data.train_examples()?,
+        false => 1,
+    };
+    // Without batches, which is reported elsewhere, there are no steps.
+    let batch_size = Some(run.train.batch_size as u64).filter(|size| *size > 0)?;
+    let total = whole.steps(examples, batch_size, None).ok();
+    length.steps(examples, batch_size, total).ok()
 }

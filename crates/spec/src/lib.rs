@@ -16,6 +16,6 @@ pub use length::{Length, LengthError, Unit};
 pub use load::{load, parse};
 pub use problem::{Errors, Problem};
 pub use run::{
-    Checkpoint, Crop, Data, Decay, Device, Eval, Loss, Mode, Model, Optimizer, OptimizerKind,
-    Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source, Train,
+    Checkpoint, Crop, Data, Decay, Device, Eval, Loss, Mlflow, Mode, Model, Optimizer,
+    OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source, Track, Train,
 };

@@ -19,13 +19,15 @@ use crate::problem::{Errors, Problem};
 use crate::run::Run;
 
 /// Values with a name but no meaning yet, and who does not support them.
-const LATER: [(&str, &str, &str); 6] = [
+const LATER: [(&str, &str, &str); 8] = [
     ("data.source", "bigtable", ""),
     ("train.precision", "bf16", " by the cpu engine"),
     ("train.precision", "f16", " by the cpu engine"),
     ("train.device", "cuda", ""),
     ("optimizer.kind", "lars", ""),
     ("schedule.kind", "polynomial", ""),
+    ("track.mlflow", "http", ""),
+    ("track.mlflow", "https", ""),
 ];
 
 /// Reads a run from a file, with `--set` arguments (`section.key=value`) over it.
@@ -533,7 +535,7 @@ fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<Stri
         return (what, None);
     };
     let later = LATER.iter().find(|(key, name, _)| {
-        // cuda:1 is cuda as well.
+        // cuda:1 is cuda as well, and http://host is http.
         *key == path && text.split(':').next() == Some(*name)
     });
     if let Some((_, _, whom)) = later {

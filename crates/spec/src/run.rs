@@ -50,6 +50,9 @@ pub struct Run {
     /// Checkpoints.
     #[serde(default)]
     pub checkpoint: Checkpoint,
+    /// Where numbers are kept besides the run directory's `metrics.jsonl`.
+    #[serde(default)]
+    pub track: Track,
 }
 
 /// What a run does.
@@ -155,7 +158,7 @@ pub enum Crop {
     Tf,
     /// As torchvision's `RandomResizedCrop`.
     Torchvision,
-    /// The whole image.
+    /// None is chosen: the crop of evaluation, the central square of `eval.crop_ratio`.
     None,
 }
 
@@ -300,6 +303,28 @@ pub struct Checkpoint {
     pub keep: usize,
 }
 
+/// `[track]`: where numbers are kept besides the run directory's `metrics.jsonl`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Track {
+    /// MLflow's store.
+    pub mlflow: Mlflow,
+    /// The MLflow experiment that the run belongs to; not empty.
+    pub experiment: String,
+    /// Whether scalars are also written for TensorBoard, to the run directory.
+    pub tensorboard: bool,
+}
+
+/// MLflow's store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Mlflow {
+    /// `mlflow.db` and `mlruns/` in the working directory; no server.
+    Sqlite,
+    /// None.
+    Off,
+}
+
 const fn epochs(value: f64) -> Length {
     Length {
         value,
@@ -398,6 +423,16 @@ impl Default for Checkpoint {
     }
 }
 
+impl Default for Track {
+    fn default() -> Self {
+        Self {
+            mlflow: Mlflow::Sqlite,
+            experiment: "runner".into(),
+            tensorboard: true,
+        }
+    }
+}
+
 impl Data {
     /// Number of training examples, where the spec says it; the made-up sources have ImageNet's 1281167.
     pub fn train_examples(&self) -> Option<u64> {
@@ -427,7 +462,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 13] = [
+const FREE: [&str; 16] = [
     "name",
     "mode",
     "run_dir",
@@ -441,6 +476,9 @@ const FREE: [&str; 13] = [
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "track.mlflow",
+    "track.experiment",
+    "track.tensorboard",
 ];
 
 impl Run {
@@ -459,6 +497,7 @@ impl Run {
             loss: Loss::default(),
             eval: Eval::default(),
             checkpoint: Checkpoint::default(),
+            track: Track::default(),
         }
     }
 

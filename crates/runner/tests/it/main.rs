@@ -303,6 +303,7 @@ fn made_up_data_needs_no_files() {
             "model.depth=18",
             "model.resolution=32",
             "train.length=2 steps",
+            "schedule.warmup=0 steps",
             "train.batch_size=8",
             "train.bn_batch=4",
             &dir,

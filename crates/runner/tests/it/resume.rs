@@ -7,12 +7,13 @@ use std::time::Duration;
 use crate::{Home, json, runner, text};
 
 /// Three epochs of 359 images; checkpoints and evaluations at unequal steps, neither at the end of an epoch.
-const SETS: [&str; 8] = [
+const SETS: [&str; 9] = [
     "data.train=data/digits/train-00000-*",
     "data.train_examples=359",
     "train.batch_size=48",
     "train.bn_batch=24",
     "train.length=23 steps",
+    "schedule.warmup=2 steps",
     "eval.every=7 steps",
     "checkpoint.every=3 steps",
     "data.flip=true",

@@ -4,7 +4,9 @@
 
 use std::path::Path;
 
-use spec::{Crop, Decay, Device, Length, Mode, OptimizerKind, Precision, Recipe, Resize, Run};
+use spec::{
+    Crop, Decay, Device, Length, Mlflow, Mode, OptimizerKind, Precision, Recipe, Resize, Run,
+};
 use spec::{ScheduleKind, Source, parse};
 
 /// A spec of noise: the shortest that is right.
@@ -91,6 +93,10 @@ fn defaults() {
     assert_eq!(run.eval.crop_ratio, 0.875);
     assert_eq!(run.checkpoint.every, length("1 epoch"));
     assert_eq!(run.checkpoint.keep, 3);
+
+    assert_eq!(run.track.mlflow, Mlflow::Sqlite);
+    assert_eq!(run.track.experiment, "runner");
+    assert!(run.track.tensorboard);
 }
 
 #[test]
@@ -123,8 +129,9 @@ fn only_made_up_sources_have_a_default_size() {
 
 #[test]
 fn bn_batch_follows_a_small_batch() {
-    assert_eq!(fake(&["train.batch_size=32"]).train.bn_batch(), 32);
-    let set = ["train.batch_size=32", "train.bn_batch=8"];
+    let small = ["train.batch_size=32", "train.length=90 epochs"];
+    assert_eq!(fake(&small).train.bn_batch(), 32);
+    let set = [&small[..], &["train.bn_batch=8"]].concat();
     assert_eq!(fake(&set).train.bn_batch(), 8);
 }
 
@@ -249,7 +256,7 @@ fn unknown_section() {
         &[],
         "x.toml:4:2: optim: unknown section\nhint: did you mean [optimizer]?\n\
          x.toml:7:2: zzz: unknown section\n\
-         hint: the sections are checkpoint, data, eval, loss, model, optimizer, schedule, train",
+         hint: the sections are checkpoint, data, eval, loss, model, optimizer, schedule, track, train",
     );
 }
 
@@ -361,7 +368,12 @@ fn every_range_is_checked() {
     let plain = "letters, digits, '.', '_' and '-'";
     check_set("name=a b", &format!("expected {plain}, not \"a b\""));
     check_set("name=", &format!("expected {plain}, not \"\""));
-    check_set("name=..", &format!("expected {plain}, not \"..\""));
+    for name in [".", "..", "..."] {
+        check_set(
+            &format!("name={name}"),
+            &format!("expected {plain}, not {name:?}"),
+        );
+    }
     check_set("name=ä", &format!("expected {plain}, not \"ä\""));
     check_set(
         "model.depth=51",
@@ -430,12 +442,18 @@ fn every_range_is_checked() {
             &format!("expected above 0 and at most 1, not {ratio}"),
         );
     }
-    for key in ["train.length", "eval.every", "checkpoint.every"] {
+    for key in ["eval.every", "checkpoint.every"] {
         check_set(
             &format!("{key}=0 epochs"),
             "expected a length above 0, not \"0 epochs\"",
         );
     }
+    check_set(
+        "train.length=0 steps",
+        "expected a length above 0, not \"0 steps\"\n\
+         hint: mode = \"eval\" scores the latest checkpoint without training",
+    );
+    check_set("track.experiment=", "expected a name, not \"\"");
     check_set(
         "train.length=50%",
         "expected steps, epochs or examples, of which the other lengths can be a percentage, not \"50 percent\"",
@@ -452,7 +470,6 @@ fn the_ends_of_ranges_are_inside() {
         "data.crop_area=[1, 1]",
         "data.crop_aspect=[1, 1]",
         "data.lanes=1",
-        "train.batch_size=1",
         "optimizer.momentum=0",
         "optimizer.weight_decay=0",
         "schedule.warmup=0 epochs",
@@ -465,6 +482,7 @@ fn the_ends_of_ranges_are_inside() {
     ] {
         fake(&[set]);
     }
+    fake(&["train.batch_size=1", "train.length=90 epochs"]);
 }
 
 #[test]
@@ -486,6 +504,58 @@ fn milestones_increase() {
         "schedule.milestones=['2 epochs', '1 epoch']",
         "schedule.kind=cosine",
     ]);
+}
+
+#[test]
+fn a_warmup_fits_in_the_run() {
+    let refused = |length: &str, warmup: &str| {
+        let set = sets(&[
+            &format!("train.length={length}"),
+            &format!("schedule.warmup={warmup}"),
+        ]);
+        assert_eq!(
+            parse(FAKE, "x.toml", &set).unwrap_err().to_string(),
+            format!(
+                "--set schedule.warmup={warmup}: schedule.warmup: \"{warmup}\" is longer than the run, train.length = \"{length}\"\n\
+                 hint: make the run longer, or the warmup shorter: schedule.warmup = \"0 steps\" or \"5 percent\""
+            )
+        );
+    };
+    refused("2 epochs", "3 epochs");
+    refused("2 steps", "2049 examples");
+    refused("2 steps", "101 percent");
+    // 1281167 examples are known: 1251.14 steps of 1024.
+    refused("1251 steps", "1 epoch");
+    refused("1281000 examples", "1 epoch");
+    for (length, warmup) in [
+        ("2 epochs", "2 epochs"),
+        ("1252 steps", "1 epoch"),
+        ("2 steps", "100%"),
+        ("2 steps", "2048 examples"),
+    ] {
+        let (length, warmup) = (
+            format!("train.length={length}"),
+            format!("schedule.warmup={warmup}"),
+        );
+        fake(&[&length, &warmup]);
+    }
+    // The default warmup is nobody's key; the file has to say another.
+    check(
+        &format!("{FAKE}[train]\nlength = \"2 steps\"\n"),
+        &[],
+        "x.toml: schedule.warmup: \"5 epochs\" is longer than the run, train.length = \"2 steps\"\n\
+         hint: make the run longer, or the warmup shorter: schedule.warmup = \"0 steps\" or \"5 percent\"",
+    );
+    // An epoch of shards that nobody counted yet may be short.
+    let set = [
+        "data.source=tfrecord",
+        "data.train=a",
+        "data.eval=b",
+        "train.length=2 steps",
+    ];
+    fake(&set);
+    let set = [&set[..], &["data.train_examples=3000"]].concat();
+    assert!(parse(FAKE, "x.toml", &sets(&set)).is_err());
 }
 
 #[test]
@@ -657,6 +727,12 @@ fn what_is_not_supported_yet() {
         "schedule.kind=polynomial",
         "\"polynomial\" is not supported yet\nhint: supported: \"step\", \"cosine\", \"constant\"",
     );
+    for url in ["http://localhost:5000", "https://mlflow.example"] {
+        check_set(
+            &format!("track.mlflow={url}"),
+            &format!("\"{url}\" is not supported yet\nhint: supported: \"sqlite\", \"off\""),
+        );
+    }
     check_set("optimizer.kind=adam", "expected \"sgd\", not \"adam\"");
 }
 
@@ -692,7 +768,7 @@ fn write(file: &Path, text: &str) {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 44] = [
+const KEYS: [(&str, &str, bool); 47] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -718,7 +794,7 @@ const KEYS: [(&str, &str, bool); 44] = [
     ("data.max_bad_records", "5", false),
     ("train.batch_size", "512", true),
     ("train.bn_batch", "64", true),
-    ("train.length", "5 steps", false),
+    ("train.length", "50 epochs", false),
     // The only choice so far is the default.
     ("train.precision", "f32", true),
     ("train.device", "cpu", false),
@@ -738,6 +814,9 @@ const KEYS: [(&str, &str, bool); 44] = [
     ("eval.crop_ratio", "1", true),
     ("checkpoint.every", "5 steps", false),
     ("checkpoint.keep", "5", false),
+    ("track.mlflow", "off", false),
+    ("track.experiment", "e", false),
+    ("track.tensorboard", "false", false),
 ];
 
 #[test]
