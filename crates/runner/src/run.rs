@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use engine::Engine;
-use spec::Mode;
+use spec::{Mode, Run};
 use store::Lease;
-use track::{Summary, Terminal, Trackers, read_summary};
+use track::{Resume, Summary, Terminal, Trackers, read_summary};
 use train::{Checkpoints, Ended, Input, Job, Meta, Pace, Plan, Progress};
 
 use crate::cli::Spec;
@@ -51,8 +51,13 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
     }
     store::write_atomic(&dir.join("spec.toml"), &[run.to_toml().as_bytes()])?;
 
-    let metrics_bytes = start.as_ref().map(|(progress, _)| progress.metrics_bytes);
-    let mut trackers = Trackers::open(&dir, metrics_bytes, Terminal::Auto);
+    let resume = start.as_ref().map(|(at, _)| Resume {
+        step: at.step,
+        is_evaluated: at.is_evaluated(),
+        metrics_bytes: at.metrics_bytes,
+    });
+    let config = trackers(&args.config, &run, &dir, &meta);
+    let mut trackers = Trackers::open(&dir, resume, &config, Terminal::Auto);
     let graph = network::network(&run);
     let (title, params) = (network::title(&run), graph.counts().params);
     trackers.note(&format!("{}: {title}, {params} parameters", run.name));
@@ -104,6 +109,25 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
             print(&summary);
             Ok(ExitCode::from(INTERRUPTED))
         }
+    }
+}
+
+/// The trackers that the spec asks for; MLflow's own default is its store in the working directory.
+fn trackers(file: &Path, run: &Run, dir: &Path, meta: &Meta) -> track::Config {
+    let mlflow = match run.track.mlflow {
+        spec::Mlflow::Sqlite => Some(track::Mlflow {
+            dir: ".".into(),
+            experiment: run.track.experiment.clone(),
+            run: run.name.clone(),
+            source: file.display().to_string(),
+            params: meta.computation.clone(),
+            artifacts: vec![dir.join("spec.toml")],
+        }),
+        spec::Mlflow::Off => None,
+    };
+    track::Config {
+        mlflow,
+        tensorboard: run.track.tensorboard,
     }
 }
 

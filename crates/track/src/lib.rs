@@ -191,6 +191,9 @@ impl Trackers {
     /// Ends the run: writes `summary.json` whole or not at all, waits for MLflow, and tells how much could not be
     /// written. In MLflow a run that is dropped without this has failed.
     pub fn finish(&mut self, s: &Summary) {
+        // The numbers first: a summary that says `done` must not outlive the lines before it.
+        let synced = self.metrics.sync();
+        self.count(synced, "metrics.jsonl");
         let written = summary::write(&self.dir, s);
         self.count(written, summary::NAME);
         let synced = self.events.as_mut().map_or(Ok(()), EventFile::sync);

@@ -37,6 +37,15 @@ pub struct Progress {
     pub metrics_bytes: u64,
 }
 
+impl Progress {
+    /// Whether this step has been evaluated.
+    pub fn is_evaluated(&self) -> bool {
+        self.eval
+            .as_ref()
+            .is_some_and(|(step, _)| *step == self.step)
+    }
+}
+
 /// What a checkpoint says about itself.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Meta {

@@ -125,8 +125,7 @@ fn evaluate(
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
 ) -> Result<bool, Error> {
-    let is_done = at.eval.as_ref().is_some_and(|(step, _)| *step == at.step);
-    let Some(config) = job.input.eval.as_ref().filter(|_| !is_done) else {
+    let Some(config) = job.input.eval.as_ref().filter(|_| !at.is_evaluated()) else {
         return Ok(true);
     };
     let started = Instant::now();

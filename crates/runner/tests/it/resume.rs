@@ -22,8 +22,15 @@ const SETS: [&str; 9] = [
 fn assert_equal(ours: &Home, straight: &Home) {
     let found = train::compare(&ours.path(), &straight.path()).unwrap();
     assert_eq!(found.differences, Vec::<String>::new());
-    assert_eq!(found.lines, 23 + 4, "a line for each step and each evaluation");
-    assert!(found.tensors > 160 && found.values > 22_000_000, "{found:?}");
+    assert_eq!(
+        found.lines,
+        23 + 4,
+        "a line for each step and each evaluation"
+    );
+    assert!(
+        found.tensors > 160 && found.values > 22_000_000,
+        "{found:?}"
+    );
 }
 
 /// The run that nobody disturbed, on one thread.
@@ -248,6 +255,8 @@ fn eval_of_a_run_that_only_trained_asks_for_data() {
         &run_dir,
         "--set",
         "train.length=1 steps",
+        "--set",
+        "track.mlflow=off",
     ];
     crate::check(&args, 0);
     let run = dir.path().join("run");
