@@ -1,9 +1,9 @@
 //! Numbers leave the program: `metrics.jsonl`, `log.txt`, `summary.json` and the terminal; an MLflow store in an SQLite
 //! file and TensorBoard's event files if a [`Config`] asks for them. No server and no network.
 //!
-//! Tracking can never stop a run, and no tracker makes the loop wait for another program: no method of [`Trackers`]
-//! returns an error. What could not be written is counted, said once when it begins, and said again at the end. This
-//! crate computes nothing that a run depends on.
+//! Tracking can never stop a run: no method of [`Trackers`] returns an error. What could not be written is counted,
+//! said once when it begins, and said again at the end. A thread writes to MLflow's database, so a step never waits for
+//! a program that has locked it. This crate computes nothing that a run depends on.
 //!
 //! A run that resumes has every number once in every place: see [`Resume`].
 
@@ -188,8 +188,8 @@ impl Trackers {
         self.metrics.length()
     }
 
-    /// Ends the run: writes `summary.json` whole or not at all, waits for MLflow, and tells how much could not be
-    /// written. In MLflow a run that is dropped without this has failed.
+    /// Ends the run: writes `summary.json` whole or not at all, waits for MLflow (35 s at most, if it is locked), and
+    /// tells how much could not be written. In MLflow a run that is dropped without this has failed.
     pub fn finish(&mut self, s: &Summary) {
         // The numbers first: a summary that says `done` must not outlive the lines before it.
         let synced = self.metrics.sync();

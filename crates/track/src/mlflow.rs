@@ -62,6 +62,8 @@ const END: Duration = Duration::from_secs(35);
 const PARAM_LENGTH: usize = 6000;
 const TAG_LENGTH: usize = 5000;
 
+type Tag = (&'static str, String);
+
 /// The numbers of one step or evaluation.
 struct Point {
     step: u64,
@@ -113,6 +115,7 @@ impl Writer {
             path,
             config,
             run: String::new(),
+            tags: vec![],
             resume,
             open: None,
             pending: vec![],
@@ -123,6 +126,7 @@ impl Writer {
             .name("mlflow".into())
             .spawn(move || {
                 worker.run = worker.run_id(&run_file);
+                worker.tags = git_tags(Path::new("."));
                 worker.work(&messages);
             })?;
         Ok(Self {
@@ -215,6 +219,8 @@ struct Worker {
     path: PathBuf,
     config: Mlflow,
     run: String,
+    /// Of git.
+    tags: Vec<Tag>,
     resume: Option<Resume>,
     open: Option<Store>,
     pending: Vec<Point>,
@@ -283,7 +289,7 @@ impl Worker {
         let store = match &mut self.open {
             Some(store) => store,
             None => {
-                let store = Store::begin(&self.path, &self.config, &self.run, self.resume)?;
+                let store = Store::begin(self)?;
                 for file in &self.config.artifacts {
                     self.copy(file, &store.artifacts);
                 }
@@ -348,15 +354,10 @@ impl Worker {
 
 impl Store {
     /// Opens or makes the database and begins the run, or continues it as the checkpoint left it.
-    fn begin(
-        path: &Path,
-        config: &Mlflow,
-        run: &str,
-        resume: Option<Resume>,
-    ) -> Result<Self, Box<dyn Error>> {
-        let tags = git_tags(Path::new("."));
+    fn begin(worker: &Worker) -> Result<Self, Box<dyn Error>> {
+        let (config, run) = (&worker.config, worker.run.as_str());
         fs::create_dir_all(&config.dir)?;
-        let mut db = Connection::open(path)?;
+        let mut db = Connection::open(&worker.path)?;
         db.busy_timeout(BUSY)?;
         // Readers and the writer do not lock each other out. Where that cannot be, SQLite keeps its rollback journal.
         db.query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
@@ -384,8 +385,8 @@ impl Store {
              WHERE run_uuid = ?1",
             params![run, artifacts.display().to_string()],
         )?;
-        cut(&transaction, run, resume)?;
-        describe(&transaction, run, &config.params, &tags)?;
+        cut(&transaction, run, worker.resume)?;
+        describe(&transaction, run, &config.params, &worker.tags)?;
         transaction.commit()?;
         Ok(Self { db, artifacts })
     }
@@ -470,7 +471,7 @@ fn experiment(db: &Transaction<'_>, name: &str, root: &Path) -> Result<i64, Box<
         )
         .into()),
         None => {
-            let query = "SELECT max(experiment_id) + 1 FROM experiments";
+            let query = "SELECT coalesce(max(experiment_id), 0) + 1 FROM experiments";
             let id = db.query_row(query, [], |row| row.get(0))?;
             insert_experiment(db, id, name, root)?;
             Ok(id)
@@ -560,7 +561,7 @@ fn describe(
     db: &Transaction<'_>,
     run: &str,
     params: &BTreeMap<String, String>,
-    tags: &[(&str, String)],
+    tags: &[Tag],
 ) -> rusqlite::Result<()> {
     db.execute("DELETE FROM params WHERE run_uuid = ?1", [run])?;
     for (key, value) in params {
@@ -591,7 +592,7 @@ fn first(text: &str, characters: usize) -> &str {
 
 /// The commit that a directory is at, its branch, and whether tracked files differ from it; nothing where there is no
 /// git or no commit. Nothing is written, no lock is taken.
-fn git_tags(dir: &Path) -> Vec<(&'static str, String)> {
+fn git_tags(dir: &Path) -> Vec<Tag> {
     let git = |arguments: &[&str]| {
         let mut command = Command::new("git");
         command.arg("--no-optional-locks").arg("-C").arg(dir);
