@@ -10,6 +10,7 @@ Examples:
   runner configs/quickstart.toml --set train.length=\"20 epochs\"
                                                           go on from where it ended
   runner plan configs/resnet50.toml                       what it would cost; touches nothing
+  runner config configs/resnet50.toml --origins           every key, and which file, variable or argument said it
   runner eval runs/quickstart                             score its latest checkpoint
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
 
@@ -31,6 +32,10 @@ pub(crate) struct Cli {
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
+    /// Apply the table [profile.NAME] of the spec
+    #[arg(long, value_name = "NAME")]
+    pub(crate) profile: Option<String>,
+
     /// Put an earlier run of this name aside (runs/NAME.1, .2, ..) and start anew
     #[arg(long)]
     pub(crate) fresh: bool,
@@ -44,9 +49,13 @@ pub(crate) enum Command {
     /// Say what a run would be and cost: parameters, multiply-adds, steps, memory; touch nothing
     Plan(PlanArgs),
     /// Print the resolved spec, defaults included, as TOML
-    Config(Spec),
+    Config(ConfigArgs),
     /// Score a checkpoint on the evaluation set of its spec
     Eval(EvalArgs),
+    /// Prove on this machine that a killed run, resumed, ends with the same bits as one that was not
+    VerifyResume(VerifyArgs),
+    /// Say what this machine has, and what is missing
+    Doctor(DoctorArgs),
 }
 
 /// A spec and what changes it.
@@ -59,6 +68,33 @@ pub(crate) struct Spec {
     /// Change a key of the spec, for example --set model.depth=18; may be given often
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
+
+    /// Apply the table [profile.NAME] of the spec
+    #[arg(long, value_name = "NAME")]
+    pub(crate) profile: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConfigArgs {
+    /// The TOML file
+    #[arg(value_name = "CONFIG", required_unless_present = "schema")]
+    pub(crate) config: Option<PathBuf>,
+
+    /// Change a key of the spec, for example --set model.depth=18; may be given often
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+
+    /// Apply the table [profile.NAME] of the spec
+    #[arg(long, value_name = "NAME")]
+    pub(crate) profile: Option<String>,
+
+    /// Say behind each key where its value comes from
+    #[arg(long)]
+    pub(crate) origins: bool,
+
+    /// Print the JSON Schema of specs instead, for editors
+    #[arg(long, conflicts_with_all = ["config", "set", "profile", "origins"])]
+    pub(crate) schema: bool,
 }
 
 #[derive(Debug, Args)]
@@ -66,6 +102,23 @@ pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) spec: Spec,
 
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    #[command(flatten)]
+    pub(crate) spec: Spec,
+
+    /// Steps to train, twice; the second time the run is killed half-way
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(2..))]
+    pub(crate) steps: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

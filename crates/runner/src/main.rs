@@ -1,12 +1,15 @@
 //! The front door: arguments in, exit code out.
 
 mod cli;
+mod config;
+mod doctor;
 mod evaluate;
 mod failure;
 mod network;
 mod output;
 mod plan;
 mod run;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -18,12 +21,15 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match (cli.command, cli.config) {
         (Some(Command::Plan(args)), _) => plan::plan(&args),
-        (Some(Command::Config(args)), _) => plan::config(&args),
+        (Some(Command::Config(args)), _) => config::config(&args),
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
+        (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
+        (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,
                 set: cli.set,
+                profile: cli.profile,
             },
             cli.fresh,
         ),

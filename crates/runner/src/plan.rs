@@ -1,4 +1,4 @@
-//! `runner plan` and `runner config`: what a run is and costs, from the spec alone.
+//! `runner plan`: what a run is and costs, from the spec alone.
 
 use std::fmt::Write;
 use std::process::ExitCode;
@@ -9,19 +9,13 @@ use serde::Serialize;
 use spec::{Mode, Resize, Run, Source};
 use train::Plan;
 
-use crate::cli::{PlanArgs, Spec};
+use crate::cli::PlanArgs;
 use crate::failure::Failure;
-use crate::{network, output};
-
-/// `runner config`.
-pub(crate) fn config(args: &Spec) -> Result<ExitCode, Failure> {
-    output::print(&spec::load(&args.config, &args.set)?.to_toml());
-    Ok(ExitCode::SUCCESS)
-}
+use crate::{config, network, output};
 
 /// `runner plan`.
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
-    let run = spec::load(&args.spec.config, &args.spec.set)?;
+    let run = config::load(&args.spec)?;
     let graph = network::network(&run);
     let report = Report::new(&run, &graph)?;
     output::print(&match args.json {

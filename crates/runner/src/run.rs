@@ -12,13 +12,14 @@ use track::{Resume, Summary, Terminal, Trackers, read_summary};
 use train::{Checkpoints, Ended, Input, Job, Meta, Pace, Plan, Progress};
 
 use crate::cli::Spec;
+use crate::config;
 use crate::evaluate;
 use crate::failure::{Failure, INTERRUPTED};
 use crate::{network, output};
 
 /// Does what the spec's `mode` says.
 pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
-    let run = spec::load(&args.config, &args.set)?;
+    let run = config::load(args)?;
     if run.mode == Mode::Eval {
         return evaluate::latest(&run, fresh);
     }

@@ -1,8 +1,10 @@
 //! Lengths of training: a number with a unit.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{self, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
@@ -163,6 +165,22 @@ impl<'de> Deserialize<'de> for Length {
         }
 
         deserializer.deserialize_str(Text)
+    }
+}
+
+impl JsonSchema for Length {
+    fn schema_name() -> Cow<'static, str> {
+        "Length".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        let number = r"(\d+\.?\d*|\.\d+)";
+        let whole = r"\d+(\.0*)?";
+        json_schema!({
+            "type": "string",
+            "examples": ["90 epochs", "112590 steps", "1000 examples", "50 percent"],
+            "pattern": format!(r"^\s*({number}\s*(epochs?|percent|%)|{whole}\s*(steps?|examples?))\s*$"),
+        })
     }
 }
 

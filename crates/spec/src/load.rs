@@ -5,69 +5,90 @@
 //! from; then each key is deserialized by itself.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::ErrorKind;
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use figment::error::{Actual, Kind};
 use figment::value::{Dict, Map, Value};
 use figment::{Figment, Metadata, Profile, Provider};
 use serde::Deserialize;
-use toml::de::{DeInteger, DeTable, DeValue};
+use toml::de::{DeTable, DeValue};
 
 use crate::check::check;
+use crate::explain::{fault, nearest};
+use crate::flags;
 use crate::problem::{Errors, Problem};
 use crate::run::Run;
+use crate::value::{convert, shown};
 
-/// Values with a name but no meaning yet, and who does not support them.
-const LATER: [(&str, &str, &str); 8] = [
-    ("data.source", "bigtable", ""),
-    ("train.precision", "bf16", " by the cpu engine"),
-    ("train.precision", "f16", " by the cpu engine"),
-    ("train.device", "cuda", ""),
-    ("optimizer.kind", "lars", ""),
-    ("schedule.kind", "polynomial", ""),
-    ("track.mlflow", "http", ""),
-    ("track.mlflow", "https", ""),
-];
+/// What environment variables that belong to a spec begin with.
+const PREFIX: &str = "RUNNER__";
 
-/// Reads a run from a file, with `--set` arguments (`section.key=value`) over it.
+/// Where a run is said. Weakest first: the defaults, the files that the file `extends`, the file, the profile, the
+/// environment, the arguments.
+#[derive(Clone, Copy, Debug)]
+pub struct Layers<'a> {
+    /// The spec.
+    pub file: &'a Path,
+    /// Which `[profile.NAME]` to apply, of the file and of those that it extends.
+    pub profile: Option<&'a str>,
+    /// Names and values of environment variables, in any order. `RUNNER__TRAIN__BATCH_SIZE` is `train.batch_size`;
+    /// those with another prefix do not count.
+    pub environment: &'a [(String, String)],
+    /// `section.key=value`; the last one wins.
+    pub sets: &'a [String],
+}
+
+/// A run, and where its values were said.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Loaded {
+    /// The run.
+    pub run: Run,
+    /// For every dotted key: `default`, `configs/x.toml:14:1`, `environment variable RUNNER__SEED` or `--set seed=1`.
+    pub origins: BTreeMap<String, String>,
+}
+
+/// Reads a run. A value in the environment or in an argument that is not TOML is taken as a string.
 ///
 /// # Errors
-/// Everything that is wrong with the file and the arguments, at once.
-pub fn load(file: &Path, sets: &[String]) -> Result<Run, Errors> {
-    let origin = file.display().to_string();
-    let text = std::fs::read_to_string(file).map_err(|error| {
-        let hint = (error.kind() == std::io::ErrorKind::NotFound).then(|| {
-            "give the path of a spec, relative to the working directory; configs/ has examples"
-                .into()
-        });
-        Errors(vec![Problem {
-            origin: origin.clone(),
-            key: String::new(),
-            what: format!("cannot read the spec: {error}"),
-            hint,
-        }])
-    })?;
-    parse(&text, &origin, sets)
+/// Everything that is wrong with all of the layers, at once.
+pub fn load(layers: &Layers<'_>) -> Result<Loaded, Errors> {
+    let mut reader = Reader::new(layers.profile);
+    let is_whole = match reader.file(layers.file) {
+        Ok(is_whole) => is_whole,
+        Err((what, hint)) => {
+            reader.begin(&layers.file.display().to_string(), Rank::File);
+            let examples =
+                "give the path of a spec, relative to the working directory; configs/ has examples";
+            reader.say(None, "", what, hint.and(Some(examples.into())));
+            false
+        }
+    };
+    if is_whole {
+        reader.profile_exists(layers.file);
+    }
+    let mut environment: Vec<_> = layers.environment.iter().collect();
+    environment.sort();
+    for (name, value) in environment {
+        if let Some(key) = name.strip_prefix(PREFIX) {
+            reader.begin(&format!("environment variable {name}"), Rank::Environment);
+            reader.assign(&key.to_lowercase().replace("__", "."), value);
+        }
+    }
+    reader.sets(layers.sets);
+    reader.finish(is_whole)
 }
 
 /// Makes a run of the text of a spec, with `--set` arguments (`section.key=value`; a value that is not TOML is taken
-/// as a string) over it; `origin` names the text in messages.
+/// as a string) over it; `origin` names the text in messages. A text extends no files.
 ///
 /// # Errors
 /// Everything that is wrong with the text and the arguments, at once.
 pub fn parse(text: &str, origin: &str, sets: &[String]) -> Result<Run, Errors> {
-    let mut reader = Reader::new();
-    let is_toml = reader.file(text, origin);
-    for set in sets {
-        reader.set(set);
-    }
-    // Without the file's keys, whatever else could be said would be noise.
-    let run = if is_toml { reader.merge() } else { None };
-    match run {
-        Some(run) if reader.found.is_empty() => Ok(run),
-        _ => Err(reader.errors()),
-    }
+    let mut reader = Reader::new(None);
+    let is_whole = reader.text(text, origin, None);
+    reader.sets(sets);
+    reader.finish(is_whole).map(|loaded| loaded.run)
 }
 
 /// Line and column, from 1.
@@ -76,21 +97,36 @@ type Place = (usize, usize);
 /// From the span of a key to its place, where keys have one.
 type Places<'a> = &'a dyn Fn(Range<usize>) -> Option<Place>;
 
-/// The layer of the file; the defaults come before it, the arguments after.
-const FILE: usize = 1;
+/// What is wrong, and how to fix it.
+type Complaint = (String, Option<String>);
+
+/// The kinds of layers, weakest first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Rank {
+    Default,
+    File,
+    Profile,
+    Environment,
+    Argument,
+    /// A profile that was not asked for: its keys are checked, its values mean nothing.
+    Unused,
+}
 
 /// One source of values.
 struct Layer {
-    /// Empty for the defaults.
+    /// In the order in which layers are reported; for figment, the layer's name.
+    index: usize,
+    rank: Rank,
+    /// What problems are located by.
     origin: String,
     values: Dict,
-    /// Where each dotted key was written; nowhere in a `--set`.
+    /// Where each dotted key was written, if it was in a file.
     places: BTreeMap<String, Place>,
 }
 
-impl Provider for Layer {
+impl Provider for &Layer {
     fn metadata(&self) -> Metadata {
-        Metadata::named(self.origin.clone())
+        Metadata::named(self.index.to_string())
     }
 
     fn data(&self) -> figment::error::Result<Map<Profile, Dict>> {
@@ -98,38 +134,59 @@ impl Provider for Layer {
     }
 }
 
+impl Layer {
+    /// Where a key of this layer was said.
+    fn origin(&self, place: Option<Place>) -> String {
+        match place {
+            Some((line, column)) => format!("{}:{line}:{column}", self.origin),
+            None => self.origin.clone(),
+        }
+    }
+}
+
 /// Where something was said, in the order in which it is reported: the layer, then the place in it.
 type Order = (usize, Option<Place>);
 
-struct Reader {
+struct Reader<'a> {
+    /// The profile that was asked for.
+    profile: Option<&'a str>,
+    /// Every profile there is.
+    profiles: BTreeSet<String>,
     /// Every key there is, with its default.
     known: Dict,
-    /// The defaults, the file, then each `--set`.
     layers: Vec<Layer>,
     found: Vec<(Order, Problem)>,
+    /// The files being read, each extended by the one before: their real path, and as they were written.
+    open: Vec<(PathBuf, String)>,
+    /// The files that were read.
+    read: Vec<PathBuf>,
 }
 
-impl Reader {
-    fn new() -> Self {
-        let defaults = Value::serialize(Run::named(String::new()))
+impl<'a> Reader<'a> {
+    fn new(profile: Option<&'a str>) -> Self {
+        let known = Value::serialize(Run::named(String::new()))
             .ok()
             .and_then(Value::into_dict)
             .expect("a run is a table");
-        let mut values = defaults.clone();
-        values.remove("name");
-        Self {
-            known: defaults,
-            layers: vec![Layer {
-                origin: String::new(),
-                values,
-                places: BTreeMap::new(),
-            }],
+        let mut reader = Self {
+            profile,
+            profiles: BTreeSet::new(),
+            known: known.clone(),
+            layers: vec![],
             found: vec![],
-        }
+            open: vec![],
+            read: vec![],
+        };
+        reader.begin("default", Rank::Default);
+        reader.layer().values = known;
+        reader.layer().values.remove("name");
+        reader
     }
 
-    fn begin(&mut self, origin: &str) {
+    fn begin(&mut self, origin: &str, rank: Rank) {
         self.layers.push(Layer {
+            index: self.layers.len(),
+            rank,
             origin: origin.into(),
             values: Dict::new(),
             places: BTreeMap::new(),
@@ -154,13 +211,8 @@ impl Reader {
         what: String,
         hint: Option<String>,
     ) {
-        let origin = &self.layers[layer].origin;
-        let origin = match place {
-            Some((line, column)) => format!("{origin}:{line}:{column}"),
-            None => origin.clone(),
-        };
         let problem = Problem {
-            origin,
+            origin: self.layers[layer].origin(place),
             key: key.into(),
             what,
             hint,
@@ -168,33 +220,149 @@ impl Reader {
         self.found.push(((layer, place), problem));
     }
 
-    /// Reads the file; false if it is not TOML.
-    fn file(&mut self, text: &str, origin: &str) -> bool {
-        self.begin(origin);
+    /// Reads a file after those that it extends; false if one of them is not TOML or not there.
+    fn file(&mut self, path: &Path) -> Result<bool, Complaint> {
+        let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
+            ErrorKind::NotFound => (
+                format!("there is no file {}", path.display()),
+                Some("a path in extends starts at the directory of the file that says it".into()),
+            ),
+            _ => (format!("cannot read {}: {error}", path.display()), None),
+        })?;
+        let origin = path.display().to_string();
+        let real = path.canonicalize().unwrap_or_else(|_| path.into());
+        if let Some(first) = self.open.iter().position(|(open, _)| *open == real) {
+            let ring = self.open[first..].iter().map(|(_, name)| name.as_str());
+            let ring: Vec<&str> = ring.chain([origin.as_str()]).collect();
+            let what = format!("a file cannot extend itself: {}", ring.join(" -> "));
+            return Err((what, Some("take one of these out".into())));
+        }
+        // What two files extend lies below both.
+        if self.read.contains(&real) {
+            return Ok(true);
+        }
+        self.open.push((real.clone(), origin.clone()));
+        let is_whole = self.text(&text, &origin, path.parent());
+        self.open.pop();
+        self.read.push(real);
+        Ok(is_whole)
+    }
+
+    /// Reads the text of a spec, after the files that it extends, which are found from `dir`.
+    fn text(&mut self, text: &str, origin: &str, dir: Option<&Path>) -> bool {
         let table = match DeTable::parse(text) {
             Ok(table) => table,
             Err(error) => {
                 let place = error.span().map(|span| place(text, &span));
+                self.begin(origin, Rank::File);
                 self.say(place, "", format!("not TOML: {}", error.message()), None);
                 return false;
             }
         };
+        let table = table.get_ref();
         let place = |span| Some(place(text, &span));
-        for (key, value) in table.get_ref() {
-            self.root_key(key.get_ref(), value.get_ref(), place(key.span()), &place);
+
+        let mut is_whole = true;
+        let mut complaints = vec![];
+        if let Some(extends) = table.get("extends") {
+            let at = place(extends.span());
+            for (at, base) in bases(extends.get_ref(), at, &place) {
+                let read = base.and_then(|base| match dir {
+                    Some(dir) => self.file(&dir.join(base).components().collect::<PathBuf>()),
+                    None => Err(("only a file can extend another".into(), None)),
+                });
+                match read {
+                    Ok(is_base_whole) => is_whole &= is_base_whole,
+                    Err((what, hint)) => {
+                        complaints.push((at, what, hint));
+                        is_whole = false;
+                    }
+                }
+            }
         }
-        true
+
+        self.begin(origin, Rank::File);
+        for (at, what, hint) in complaints {
+            self.say(at, "extends", what, hint);
+        }
+        for (key, value) in table {
+            let (name, value, at) = (key.get_ref(), value.get_ref(), place(key.span()));
+            match &**name {
+                "extends" => {}
+                "profile" if !matches!(value, DeValue::Table(_)) => {
+                    let what = format!("expected tables [profile.NAME], not {}", shown(value));
+                    let hint = Some("which one is applied is said by --profile NAME".into());
+                    self.say(at, name, what, hint);
+                }
+                "profile" => {}
+                name => self.root_key(name, value, at, &place),
+            }
+        }
+        if let Some(DeValue::Table(profiles)) = table.get("profile").map(|table| table.get_ref()) {
+            for (name, keys) in profiles {
+                let at = place(name.span());
+                self.one_profile(name.get_ref(), keys.get_ref(), origin, at, &place);
+            }
+        }
+        is_whole
     }
 
-    /// Reads one `--set` argument.
-    fn set(&mut self, set: &str) {
-        self.begin(&format!("--set {set}"));
-        let Some((key, text)) = set.split_once('=') else {
-            let hint = Some("write section.key=value, such as train.batch_size=512".into());
-            self.say(None, "", "no value".into(), hint);
+    /// Reads a `[profile.NAME]`.
+    fn one_profile(
+        &mut self,
+        name: &str,
+        keys: &DeValue<'_>,
+        origin: &str,
+        at: Option<Place>,
+        place: Places<'_>,
+    ) {
+        let is_used = self.profile == Some(name);
+        let rank = if is_used { Rank::Profile } else { Rank::Unused };
+        self.begin(origin, rank);
+        self.profiles.insert(name.into());
+        let DeValue::Table(keys) = keys else {
+            let what = format!("expected a table [profile.{name}], not {}", shown(keys));
+            self.say(at, &format!("profile.{name}"), what, None);
             return;
         };
-        let (key, text) = (key.trim(), text.trim());
+        for (key, value) in keys {
+            self.root_key(key.get_ref(), value.get_ref(), place(key.span()), place);
+        }
+    }
+
+    /// Complains about a profile that no file has.
+    fn profile_exists(&mut self, file: &Path) {
+        let Some(name) = self.profile.filter(|name| !self.profiles.contains(*name)) else {
+            return;
+        };
+        let file = file.display();
+        let hint = match self.profiles.is_empty() {
+            true => format!("{file} has no [profile.NAME]"),
+            false => {
+                let names: Vec<&str> = self.profiles.iter().map(String::as_str).collect();
+                format!("the profiles of {file} are {}", names.join(", "))
+            }
+        };
+        self.begin(&format!("--profile {name}"), Rank::Profile);
+        self.say(None, "", "unknown profile".into(), Some(hint));
+    }
+
+    /// Reads the `--set` arguments.
+    fn sets(&mut self, sets: &[String]) {
+        for set in sets {
+            self.begin(&format!("--set {set}"), Rank::Argument);
+            match set.split_once('=') {
+                Some((key, text)) => self.assign(key.trim(), text.trim()),
+                None => {
+                    let hint = "write section.key=value, such as train.batch_size=512";
+                    self.say(None, "", "no value".into(), Some(hint.into()));
+                }
+            }
+        }
+    }
+
+    /// Reads a dotted key and the text of its value.
+    fn assign(&mut self, key: &str, text: &str) {
         let parsed = DeValue::parse(text).ok();
         let value = match parsed {
             Some(value) => value.into_inner(),
@@ -230,27 +398,31 @@ impl Reader {
             }
             (None, DeValue::Table(_)) => self.unknown_section(key, at),
             (None, _) => {
-                let hint = match nearest(key, self.known.keys()) {
-                    Some(near) => format!("did you mean {near}?"),
-                    None => self.elsewhere(key).unwrap_or_else(|| {
-                        let keys = self.root_keys(|value| value.as_dict().is_none());
-                        format!("the keys outside sections are {keys}")
-                    }),
-                };
+                let hint =
+                    self.meant(key)
+                        .unwrap_or_else(|| match nearest(key, self.known.keys()) {
+                            Some(near) => format!("did you mean {near}?"),
+                            None => {
+                                let keys = self.root_keys(|value| value.as_dict().is_none());
+                                format!("the keys outside sections are {keys}")
+                            }
+                        });
                 self.say(at, key, "unknown key".into(), Some(hint));
             }
         }
     }
 
     fn unknown_section(&mut self, section: &str, at: Option<Place>) {
-        let sections = self.known.iter().filter(|(_, v)| v.as_dict().is_some());
-        let hint = match nearest(section, sections.map(|(name, _)| name)) {
-            Some(near) => format!("did you mean [{near}]?"),
-            None => {
-                let sections = self.root_keys(|value| value.as_dict().is_some());
-                format!("the sections are {sections}")
+        let hint = self.meant(section).unwrap_or_else(|| {
+            let sections = self.known.iter().filter(|(_, v)| v.as_dict().is_some());
+            match nearest(section, sections.map(|(name, _)| name)) {
+                Some(near) => format!("did you mean [{near}]?"),
+                None => {
+                    let sections = self.root_keys(|value| value.as_dict().is_some());
+                    format!("the sections are {sections}")
+                }
             }
-        };
+        });
         self.say(at, section, "unknown section".into(), Some(hint));
     }
 
@@ -260,13 +432,15 @@ impl Reader {
             .as_dict()
             .expect("callers name a section");
         if !known.contains_key(key) {
-            let hint = match nearest(key, known.keys()) {
-                Some(near) => format!("did you mean {section}.{near}?"),
-                None => self.elsewhere(key).unwrap_or_else(|| {
-                    let keys: Vec<&str> = known.keys().map(String::as_str).collect();
-                    format!("the keys of [{section}] are {}", keys.join(", "))
-                }),
-            };
+            let hint = self
+                .meant(key)
+                .unwrap_or_else(|| match nearest(key, known.keys()) {
+                    Some(near) => format!("did you mean {section}.{near}?"),
+                    None => {
+                        let keys: Vec<&str> = known.keys().map(String::as_str).collect();
+                        format!("the keys of [{section}] are {}", keys.join(", "))
+                    }
+                });
             self.say(at, &path, "unknown key".into(), Some(hint));
             return;
         }
@@ -281,15 +455,30 @@ impl Reader {
         }
     }
 
-    /// Where a misplaced key belongs.
-    fn elsewhere(&self, key: &str) -> Option<String> {
-        if self.known.contains_key(key) {
+    /// What somebody means who writes the exact name of something that is not a key here.
+    fn meant(&self, key: &str) -> Option<String> {
+        match key {
+            "extends" => return Some("extends stands at the top of a file".into()),
+            "profile" => return Some("which profile is applied is said by --profile NAME".into()),
+            _ => {}
+        }
+        if self
+            .known
+            .get(key)
+            .is_some_and(|value| value.as_dict().is_none())
+        {
             return Some(format!("did you mean {key}, above all sections?"));
         }
-        let mut sections = self.known.iter();
-        let (section, _) = sections
-            .find(|(_, value)| value.as_dict().is_some_and(|keys| keys.contains_key(key)))?;
-        Some(format!("did you mean {section}.{key}?"))
+        let sections = self.known.iter();
+        let has_key = |value: &Value| value.as_dict().is_some_and(|keys| keys.contains_key(key));
+        let paths: Vec<String> = sections
+            .filter(|(_, value)| has_key(value))
+            .map(|(section, _)| format!("{section}.{key}"))
+            .collect();
+        if !paths.is_empty() {
+            return Some(format!("did you mean {}?", paths.join(" or ")));
+        }
+        flags::hint(key)
     }
 
     fn root_keys(&self, wanted: impl Fn(&Value) -> bool) -> String {
@@ -312,13 +501,33 @@ impl Reader {
         }
     }
 
+    fn finish(mut self, is_whole: bool) -> Result<Loaded, Errors> {
+        // Without a file's keys, whatever else could be said would be noise.
+        let loaded = if is_whole { self.merge() } else { None };
+        match loaded {
+            Some(loaded) if self.found.is_empty() => Ok(loaded),
+            _ => {
+                self.found.sort_by_key(|(order, _)| *order);
+                let problems = self.found.into_iter().map(|(_, problem)| problem);
+                Err(Errors(problems.collect()))
+            }
+        }
+    }
+
     /// Merges the layers and checks every value; the run means something only if nothing was found.
-    fn merge(&mut self) -> Option<Run> {
-        let figment = self.layers.iter().fold(Figment::new(), Figment::merge);
+    fn merge(&mut self) -> Option<Loaded> {
+        let mut layers: Vec<&Layer> = self.layers.iter().collect();
+        layers.retain(|layer| layer.rank != Rank::Unused);
+        layers.sort_by_key(|layer| layer.rank);
+        let figment = layers.into_iter().fold(Figment::new(), Figment::merge);
         let merged = figment.find_value("").ok().and_then(Value::into_dict);
         let merged = merged.expect("no layer fails, and all are tables");
+        let is_file = |layer: &Layer| layer.rank == Rank::File;
+        let file = self.layers.iter().rposition(is_file);
+        let file = file.expect("a spec is read from a text");
 
-        let mut origins: BTreeMap<String, usize> = BTreeMap::new();
+        // The layer of every key, and the place there.
+        let mut said: BTreeMap<String, Order> = BTreeMap::new();
         // What is wrong in itself is left out of the rest, so that the rest can be checked as well.
         let mut wrong: BTreeSet<String> = self
             .found
@@ -328,25 +537,23 @@ impl Reader {
         let mut sound = merged.clone();
         let known = self.known.clone();
         for (section, key, path, value) in leaves(&known, &merged) {
-            let origin = figment.get_metadata(value.tag()).map(|m| m.name.as_ref());
-            let layer = self
-                .layers
-                .iter()
-                .rposition(|layer| Some(layer.origin.as_str()) == origin)
-                .expect("every value comes from a layer");
-            origins.insert(path.clone(), layer);
-            if let Err(error) = alone(section, key, value) {
+            let layer: usize = figment
+                .get_metadata(value.tag())
+                .and_then(|metadata| metadata.name.parse().ok())
+                .expect("every value comes from a layer, whose name is its number");
+            let layer = &self.layers[layer];
+            let (index, place) = (layer.index, layer.places.get(&path).copied());
+            if let Some((what, hint)) = fault(section, key, &path, value, layer.rank) {
                 remove(&mut sound, section, key);
-                let place = self.layers[layer].places.get(&path).copied();
-                let (what, hint) = explain(&error, section, key, &path, value, layer > FILE);
-                self.say_in(layer, place, &path, what, hint);
-                wrong.insert(path);
+                self.say_in(index, place, &path, what, hint);
+                wrong.insert(path.clone());
             }
+            said.insert(path, (index, place));
         }
         if !sound.contains_key("name") {
             if !wrong.contains("name") {
                 let hint = "write name = \"..\"; the run then lives in runs/<name>";
-                self.say_in(FILE, None, "name", "missing".into(), Some(hint.into()));
+                self.say_in(file, None, "name", "missing".into(), Some(hint.into()));
             }
             sound.insert("name".into(), "unnamed".into());
         }
@@ -354,13 +561,8 @@ impl Reader {
         let run = match Run::deserialize(&Value::from(sound)) {
             Ok(run) => run,
             Err(error) => {
-                self.say_in(
-                    FILE,
-                    None,
-                    &error.path.join("."),
-                    error.kind.to_string(),
-                    None,
-                );
+                let key = error.path.join(".");
+                self.say_in(file, None, &key, error.kind.to_string(), None);
                 return None;
             }
         };
@@ -370,84 +572,44 @@ impl Reader {
                 continue;
             }
             // A default is never wrong by itself; what nobody said is the file's to say.
-            let layer = origins.get(finding.key).copied().unwrap_or(FILE).max(FILE);
-            let place = self.layers[layer].places.get(finding.key).copied();
+            let (layer, place) = match said.get(finding.key) {
+                Some((layer, place)) if self.layers[*layer].rank != Rank::Default => {
+                    (*layer, *place)
+                }
+                _ => (file, None),
+            };
             self.say_in(layer, place, finding.key, finding.what, finding.hint);
         }
-        Some(run)
+        let origins = said.into_iter().map(|(path, (layer, place))| {
+            let origin = self.layers[layer].origin(place);
+            (path, origin)
+        });
+        Some(Loaded {
+            run,
+            origins: origins.collect(),
+        })
     }
-
-    fn errors(mut self) -> Errors {
-        self.found.sort_by_key(|(order, _)| *order);
-        Errors(self.found.into_iter().map(|(_, problem)| problem).collect())
-    }
 }
 
-/// Line and column of the start of a span.
-fn place(text: &str, span: &Range<usize>) -> Place {
-    let before = text.get(..span.start).unwrap_or(text);
-    let line = before.matches('\n').count() + 1;
-    let column = before.chars().rev().take_while(|&c| c != '\n').count() + 1;
-    (line, column)
-}
-
-/// The most similar of several names, if one is similar.
-fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
-    known
-        .map(|known| (strsim::jaro_winkler(known, name), known.as_str()))
-        .filter(|(similarity, _)| *similarity >= 0.8)
-        .max_by(|a, b| a.0.total_cmp(&b.0))
-        .map(|(_, known)| known)
-}
-
-/// A TOML value as figment's, or why a spec cannot hold it.
-fn convert(value: &DeValue<'_>) -> Result<Value, String> {
-    let too_large = || format!("{} is too large", shown(value));
-    Ok(match value {
-        DeValue::String(text) => text.as_ref().into(),
-        DeValue::Integer(number) => integer(number).ok_or_else(too_large)?,
-        DeValue::Float(number) => {
-            let text = number.as_str();
-            let value: f64 = text.parse().map_err(|_| too_large())?;
-            if value.is_infinite() && !text.contains("inf") {
-                return Err(too_large());
-            }
-            value.into()
+/// What an `extends` names, each with its place, or what is wrong with it.
+fn bases<'t>(
+    extends: &'t DeValue<'_>,
+    at: Option<Place>,
+    place: Places<'_>,
+) -> Vec<(Option<Place>, Result<&'t str, Complaint>)> {
+    let path = |value: &'t DeValue<'_>| match value {
+        DeValue::String(path) => Ok(&**path),
+        other => {
+            let what = format!("expected a path or a list of paths, not {}", shown(other));
+            Err((what, None))
         }
-        DeValue::Boolean(value) => (*value).into(),
-        DeValue::Datetime(date) => return Err(format!("no key is a date such as {date}")),
-        DeValue::Array(array) => {
-            let values = array.iter().map(|value| convert(value.get_ref()));
-            values.collect::<Result<Vec<Value>, String>>()?.into()
-        }
-        DeValue::Table(table) => {
-            let entries = table.iter().map(|(key, value)| {
-                let value = convert(value.get_ref())?;
-                Ok((key.get_ref().to_string(), value))
-            });
-            entries.collect::<Result<Dict, String>>()?.into()
-        }
-    })
-}
-
-fn integer(number: &DeInteger<'_>) -> Option<Value> {
-    let (text, radix) = (number.as_str(), number.radix());
-    let signed = i64::from_str_radix(text, radix).map(Value::from);
-    // Seeds use all 64 bits.
-    let unsigned = || u64::from_str_radix(text, radix).map(Value::from);
-    signed.or_else(|_| unsigned()).ok()
-}
-
-/// A TOML value for a message.
-fn shown(value: &DeValue<'_>) -> String {
-    match value {
-        DeValue::String(text) => format!("{text:?}"),
-        DeValue::Integer(number) => number.to_string(),
-        DeValue::Float(number) => number.to_string(),
-        DeValue::Boolean(value) => value.to_string(),
-        DeValue::Datetime(date) => date.to_string(),
-        DeValue::Array(_) => "a list".into(),
-        DeValue::Table(_) => "a table".into(),
+    };
+    match extends {
+        DeValue::Array(paths) => paths
+            .iter()
+            .map(|value| (place(value.span()), path(value.get_ref())))
+            .collect(),
+        single => vec![(at, path(single))],
     }
 }
 
@@ -467,17 +629,6 @@ fn leaves<'a>(known: &'a Dict, merged: &'a Dict) -> Vec<(&'a str, &'a str, Strin
     leaves
 }
 
-/// Deserializes a single key over the defaults.
-fn alone(section: &str, key: &str, value: &Value) -> Result<Run, Box<figment::Error>> {
-    let mut keys = Dict::from([(key.to_string(), value.clone())]);
-    if !section.is_empty() {
-        keys = Dict::from([(section.to_string(), keys.into())]);
-    }
-    keys.entry("name".into())
-        .or_insert_with(|| "unnamed".into());
-    Run::deserialize(&Value::from(keys)).map_err(Box::new)
-}
-
 fn remove(values: &mut Dict, section: &str, key: &str) {
     if section.is_empty() {
         values.remove(key);
@@ -486,88 +637,10 @@ fn remove(values: &mut Dict, section: &str, key: &str) {
     }
 }
 
-/// What is wrong with a value in the words of a spec, and how to fix it.
-fn explain(
-    error: &figment::Error,
-    section: &str,
-    key: &str,
-    path: &str,
-    value: &Value,
-    is_set: bool,
-) -> (String, Option<String>) {
-    // An element of a list adds its index to the key.
-    let depth = path.split('.').count();
-    let element = error.path.get(depth).and_then(|i| i.parse::<usize>().ok());
-    let element = element.map_or(String::new(), |i| format!("element {}: ", i + 1));
-
-    // A key that knows some names and not the empty one is a choice, whatever was wrong with its value.
-    let probe = alone(section, key, &"".into());
-    if let Err(Kind::UnknownVariant(_, names)) = probe.map_err(|error| error.kind) {
-        return not_a_name(path, value, names);
-    }
-    match &error.kind {
-        Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
-            let what = format!(
-                "{element}expected {}, not {}",
-                worded(expected),
-                told(actual)
-            );
-            let is_bare = expected == "a string" && !matches!(actual, Actual::Seq | Actual::Map);
-            let hint = is_bare.then(|| match is_set {
-                true => format!("quote it for TOML and for the shell: --set '{path}=\"..\"'"),
-                false => "text is written in quotes".into(),
-            });
-            (what, hint)
-        }
-        kind => (format!("{element}{kind}"), None),
-    }
-}
-
-fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<String>) {
-    let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
-    let quoted = quoted.join(", ");
-    let one_of = if names.len() == 1 { "" } else { "one of " };
-    let Some(text) = value.as_str() else {
-        let what = format!(
-            "expected {one_of}{quoted}, not {}",
-            told(&value.to_actual())
-        );
-        return (what, None);
-    };
-    let later = LATER.iter().find(|(key, name, _)| {
-        // cuda:1 is cuda as well, and http://host is http.
-        *key == path && text.split(':').next() == Some(*name)
-    });
-    if let Some((_, _, whom)) = later {
-        let what = format!("{text:?} is not supported yet{whom}");
-        return (what, Some(format!("supported: {quoted}")));
-    }
-    let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
-    let near = nearest(text, names.iter()).map(|near| format!("did you mean {near:?}?"));
-    (format!("expected {one_of}{quoted}, not {text:?}"), near)
-}
-
-/// Serde's names of types, as a spec's reader would say them.
-fn worded(expected: &str) -> &str {
-    match expected {
-        "u64" | "usize" => "a whole number from 0",
-        "i64" => "a whole number",
-        "f64" => "a number",
-        "a boolean" => "true or false",
-        "a sequence" => "a list",
-        other => other,
-    }
-}
-
-fn told(actual: &Actual) -> String {
-    match actual {
-        Actual::Bool(value) => value.to_string(),
-        Actual::Unsigned(value) => value.to_string(),
-        Actual::Signed(value) => value.to_string(),
-        Actual::Float(value) => format!("{value:?}"),
-        Actual::Str(text) => format!("{text:?}"),
-        Actual::Seq => "a list".into(),
-        Actual::Map => "a table".into(),
-        other => other.to_string(),
-    }
+/// Line and column of the start of a span.
+fn place(text: &str, span: &Range<usize>) -> Place {
+    let before = text.get(..span.start).unwrap_or(text);
+    let line = before.matches('\n').count() + 1;
+    let column = before.chars().rev().take_while(|&c| c != '\n').count() + 1;
+    (line, column)
 }

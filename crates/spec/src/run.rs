@@ -3,8 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::json;
 
 use crate::length::{Length, Unit};
 
@@ -12,10 +14,11 @@ use crate::length::{Length, Unit};
 pub(crate) const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
 
 /// A checked run, as written; lengths are not yet steps.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
     /// Name of the run: letters, digits, `.`, `_` and `-`.
+    #[schemars(regex(pattern = r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$"))]
     pub name: String,
     /// What to do.
     #[serde(default)]
@@ -56,7 +59,7 @@ pub struct Run {
 }
 
 /// What a run does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mode {
     /// Train, and evaluate on the way and at the end.
@@ -69,14 +72,17 @@ pub enum Mode {
 }
 
 /// `[model]`: the network.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
     /// Layers with weights: 18, 34, 50, 101, 152 or 200.
+    #[schemars(extend("enum" = DEPTHS))]
     pub depth: usize,
     /// Side of the square images in pixels: a multiple of 32 from 32 to 448.
+    #[schemars(range(min = 32, max = 448), extend("multipleOf" = 32))]
     pub resolution: usize,
     /// Number of classes, at least 2.
+    #[schemars(range(min = 2))]
     pub classes: usize,
     /// Whose details to follow where the well-known implementations differ.
     pub recipe: Recipe,
@@ -85,7 +91,7 @@ pub struct Model {
 }
 
 /// Whose padding, shortcuts and initial values.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Recipe {
     /// The TPU reference of 2018.
@@ -95,7 +101,7 @@ pub enum Recipe {
 }
 
 /// `[data]`: the images and what is done to them.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Data {
     /// Where images come from.
@@ -110,21 +116,27 @@ pub struct Data {
     pub crop: Crop,
     /// Smallest and largest area of a training crop, as a fraction of the image.
     #[serde(deserialize_with = "pair")]
+    #[schemars(extend("items" = json!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })))]
     pub crop_area: [f64; 2],
     /// Smallest and largest width over height of a training crop.
     #[serde(deserialize_with = "pair")]
+    #[schemars(extend("items" = json!({ "type": "number", "exclusiveMinimum": 0 })))]
     pub crop_aspect: [f64; 2],
     /// Whether half of the training images are mirrored.
     pub flip: bool,
     /// Whose resampling.
     pub resize: Resize,
     /// Shards read side by side, at least 1.
+    #[schemars(range(min = 1))]
     pub lanes: usize,
     /// Records of a lane that are shuffled among themselves, at least 1.
+    #[schemars(range(min = 1))]
     pub shuffle_window: usize,
     /// Number of training examples; needed only where it cannot be counted.
+    #[schemars(range(min = 1))]
     pub train_examples: Option<u64>,
     /// Number of evaluation examples; needed only where it cannot be counted. The made-up sources use at most 256.
+    #[schemars(range(min = 1))]
     pub eval_examples: Option<u64>,
     /// Unreadable records that are counted and passed over before the run stops.
     pub max_bad_records: u64,
@@ -139,7 +151,7 @@ fn pair<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[f64; 2], D::Error
 }
 
 /// Where images come from.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
     /// TFRecord shards of JPEG images.
@@ -151,7 +163,7 @@ pub enum Source {
 }
 
 /// How a training crop is chosen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Crop {
     /// As TensorFlow's `sample_distorted_bounding_box`.
@@ -163,7 +175,7 @@ pub enum Crop {
 }
 
 /// Whose resampling.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Resize {
     /// Pillow's, which smooths when it shrinks and rounds to whole values.
@@ -175,13 +187,15 @@ pub enum Resize {
 }
 
 /// `[train]`: how long, in what batches and on what.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Train {
     /// Images of a step, over all devices.
+    #[schemars(range(min = 1))]
     pub batch_size: usize,
     /// Images that a batch normalisation sees together; divides `batch_size`. 128, or `batch_size` when that is less,
     /// if absent.
+    #[schemars(range(min = 1))]
     pub bn_batch: Option<usize>,
     /// How long to train, from the first step of the run.
     pub length: Length,
@@ -194,7 +208,7 @@ pub struct Train {
 }
 
 /// Number format of activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// 32 bits.
@@ -202,7 +216,7 @@ pub enum Precision {
 }
 
 /// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Device {
     /// The best there is.
@@ -212,23 +226,25 @@ pub enum Device {
 }
 
 /// `[optimizer]`: from gradients to parameters.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Optimizer {
     /// The rule.
     pub kind: OptimizerKind,
     /// Share of the last update kept in the next, from 0 to below 1.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub momentum: f64,
     /// Whether the gradient is taken ahead (Nesterov).
     pub nesterov: bool,
     /// Factor of half the squared parameters in the loss, 0 or more.
+    #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Which parameters decay.
     pub decay: Decay,
 }
 
 /// The rule of an optimizer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum OptimizerKind {
     /// Stochastic gradient descent with momentum.
@@ -236,7 +252,7 @@ pub enum OptimizerKind {
 }
 
 /// Which parameters decay.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Decay {
     /// Every parameter, as in torchvision's training script.
@@ -248,23 +264,25 @@ pub enum Decay {
 }
 
 /// `[schedule]`: the learning rate over time.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Schedule {
     /// The shape after the warmup.
     pub kind: ScheduleKind,
     /// Learning rate per 256 images of the batch, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub base_lr: f64,
     /// Linear rise from 0 to the full rate.
     pub warmup: Length,
     /// When a step schedule multiplies the rate by `factor`; increasing.
     pub milestones: Vec<Length>,
     /// What a step schedule multiplies by, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0))]
     pub factor: f64,
 }
 
 /// The shape of the learning rate after the warmup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum ScheduleKind {
     /// Constant between milestones.
@@ -276,47 +294,51 @@ pub enum ScheduleKind {
 }
 
 /// `[loss]`: what is minimised.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Loss {
     /// Share of the target that is spread over all classes, from 0 to below 1.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub label_smoothing: f64,
 }
 
 /// `[eval]`: evaluation.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Eval {
     /// How often.
     pub every: Length,
     /// Side of the central crop over the shorter side of the image, above 0 and at most 1.
+    #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub crop_ratio: f64,
 }
 
 /// `[checkpoint]`: checkpoints.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Checkpoint {
     /// How often.
     pub every: Length,
     /// How many of the latest are kept, at least 1; the best by top1 is kept besides.
+    #[schemars(range(min = 1))]
     pub keep: usize,
 }
 
 /// `[track]`: where numbers are kept besides the run directory's `metrics.jsonl`.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Track {
     /// MLflow's store.
     pub mlflow: Mlflow,
     /// The MLflow experiment that the run belongs to; not empty.
+    #[schemars(length(min = 1))]
     pub experiment: String,
     /// Whether scalars are also written for TensorBoard, to the run directory.
     pub tensorboard: bool,
 }
 
 /// MLflow's store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Mlflow {
     /// `mlflow.db` and `mlruns/` in the working directory; no server.

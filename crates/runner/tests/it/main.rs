@@ -331,3 +331,60 @@ fn help_teaches() {
         assert!(out.contains(line), "{line} is missing in\n{out}");
     }
 }
+
+#[test]
+fn config_says_where_values_come_from() {
+    let args = [
+        "config",
+        "configs/quickstart.toml",
+        "--origins",
+        "--set",
+        "train.threads=1",
+    ];
+    let out = runner(&args)
+        .env("RUNNER__SEED", "7")
+        .output()
+        .map(|output| text(&output.stdout))
+        .unwrap();
+    let origin = |key: &str| {
+        let line = out.lines().find(|line| line.starts_with(key));
+        line.and_then(|line| line.split_once("  # ")).unwrap().1
+    };
+    assert_eq!(origin("seed = 7 "), "environment variable RUNNER__SEED");
+    assert_eq!(origin("threads = 1 "), "--set train.threads=1");
+    assert_eq!(origin("max_bad_records = 0 "), "default");
+    let depth = origin("depth = 18 ");
+    assert!(depth.starts_with("configs/quickstart.toml:"), "{depth}");
+}
+
+#[test]
+fn a_spec_is_layered() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("spec.toml");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let base = root.join("configs/resnet18.toml");
+    let text = format!(
+        "extends = {:?}\n[profile.small.train]\nbatch_size = 32\nbn_batch = 16\nlength = \"90 epochs\"\n",
+        base.canonicalize().unwrap()
+    );
+    std::fs::write(&path, text).unwrap();
+    let path = path.to_str().unwrap();
+    assert_eq!(plan(&[path])["steps"]["batch_size"], 1024);
+    assert_eq!(
+        plan(&[path, "--profile", "small"])["steps"]["batch_size"],
+        32
+    );
+    let (_, said) = check(&[path, "--profile", "large"], 2);
+    assert!(
+        said.starts_with("--profile large: unknown profile\nhint: the profiles of "),
+        "{said}"
+    );
+}
+
+#[test]
+fn config_prints_the_schema() {
+    let (out, _) = check(&["config", "--schema"], 0);
+    assert_eq!(json(&out)["additionalProperties"], false);
+    let (_, said) = check(&["config"], 2);
+    assert!(said.contains("<CONFIG>"), "{said}");
+}

@@ -2,8 +2,12 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may stop")]
 
+mod layers;
+mod schema;
+
 use std::path::Path;
 
+use layers::load;
 use spec::{
     Crop, Decay, Device, Length, Mlflow, Mode, OptimizerKind, Precision, Recipe, Resize, Run,
 };
@@ -32,6 +36,12 @@ fn check_set(set: &str, expected: &str) {
     let key = set.split('=').next().unwrap();
     let said = format!("--set {set}: {key}: {expected}");
     assert_eq!(errors.to_string(), said);
+}
+
+/// The same, where the schema refuses the argument as well.
+fn check_range(set: &str, expected: &str) {
+    check_set(set, expected);
+    assert!(schema::refusal_of_set(set).is_some(), "{set}");
 }
 
 fn length(text: &str) -> Length {
@@ -366,39 +376,36 @@ fn out_of_range() {
 #[test]
 fn every_range_is_checked() {
     let plain = "letters, digits, '.', '_' and '-'";
-    check_set("name=a b", &format!("expected {plain}, not \"a b\""));
-    check_set("name=", &format!("expected {plain}, not \"\""));
+    check_range("name=a b", &format!("expected {plain}, not \"a b\""));
+    check_range("name=", &format!("expected {plain}, not \"\""));
     for name in [".", "..", "..."] {
-        check_set(
+        check_range(
             &format!("name={name}"),
             &format!("expected {plain}, not {name:?}"),
         );
     }
-    check_set("name=ä", &format!("expected {plain}, not \"ä\""));
-    check_set(
+    check_range("name=ä", &format!("expected {plain}, not \"ä\""));
+    check_range(
         "model.depth=51",
         "expected one of 18, 34, 50, 101, 152, 200, not 51",
     );
     for resolution in ["0", "31", "100", "480"] {
-        check_set(
+        check_range(
             &format!("model.resolution={resolution}"),
             &format!("expected a multiple of 32 from 32 to 448, not {resolution}"),
         );
     }
-    check_set("model.classes=1", "expected at least 2, not 1");
-    for area in ["[0.0, 1.0]", "[0.5, 0.1]", "[0.1, 1.5]", "[NaN, 1.0]"] {
-        let toml = area.to_lowercase();
-        check_set(
-            &format!("data.crop_area={toml}"),
+    check_range("model.classes=1", "expected at least 2, not 1");
+    for area in ["[0.0, 1.0]", "[0.1, 1.5]"] {
+        check_range(
+            &format!("data.crop_area={area}"),
             &format!("expected two increasing numbers above 0 and at most 1, not {area}"),
         );
     }
-    for aspect in ["[0.0, 1.0]", "[2.0, 1.0]", "[1.0, inf]"] {
-        check_set(
-            &format!("data.crop_aspect={aspect}"),
-            &format!("expected two increasing numbers above 0, not {aspect}"),
-        );
-    }
+    check_range(
+        "data.crop_aspect=[0, 1]",
+        "expected two increasing numbers above 0, not [0.0, 1.0]",
+    );
     for key in [
         "data.lanes",
         "data.shuffle_window",
@@ -408,39 +415,66 @@ fn every_range_is_checked() {
         "train.bn_batch",
         "checkpoint.keep",
     ] {
-        check_set(&format!("{key}=0"), "expected at least 1, not 0");
+        check_range(&format!("{key}=0"), "expected at least 1, not 0");
     }
     for key in ["optimizer.momentum", "loss.label_smoothing"] {
-        for (toml, shown) in [("-0.1", "-0.1"), ("1", "1.0"), ("nan", "NaN")] {
-            check_set(
+        for (toml, shown) in [("-0.1", "-0.1"), ("1", "1.0")] {
+            check_range(
                 &format!("{key}={toml}"),
                 &format!("expected at least 0 and below 1, not {shown}"),
             );
         }
     }
-    check_set(
+    check_range(
         "optimizer.weight_decay=-1.0",
         "expected at least 0, not -1.0",
     );
-    check_set("optimizer.weight_decay=inf", "expected at least 0, not inf");
     for key in ["schedule.base_lr", "schedule.factor"] {
-        for (toml, shown) in [
-            ("0", "0.0"),
-            ("-1.5", "-1.5"),
-            ("nan", "NaN"),
-            ("inf", "inf"),
-        ] {
-            check_set(
+        for (toml, shown) in [("0", "0.0"), ("-1.5", "-1.5")] {
+            check_range(
                 &format!("{key}={toml}"),
                 &format!("expected above 0, not {shown}"),
             );
         }
     }
     for ratio in ["0.0", "1.1"] {
-        check_set(
+        check_range(
             &format!("eval.crop_ratio={ratio}"),
             &format!("expected above 0 and at most 1, not {ratio}"),
         );
+    }
+    check_range("track.experiment=", "expected a name, not \"\"");
+}
+
+#[test]
+fn ranges_that_no_schema_can_say() {
+    for area in ["[0.5, 0.1]", "[NaN, 1.0]"] {
+        let toml = area.to_lowercase();
+        check_set(
+            &format!("data.crop_area={toml}"),
+            &format!("expected two increasing numbers above 0 and at most 1, not {area}"),
+        );
+    }
+    for aspect in ["[2.0, 1.0]", "[1.0, inf]"] {
+        check_set(
+            &format!("data.crop_aspect={aspect}"),
+            &format!("expected two increasing numbers above 0, not {aspect}"),
+        );
+    }
+    for key in ["optimizer.momentum", "loss.label_smoothing"] {
+        check_set(
+            &format!("{key}=nan"),
+            "expected at least 0 and below 1, not NaN",
+        );
+    }
+    check_set("optimizer.weight_decay=inf", "expected at least 0, not inf");
+    for key in ["schedule.base_lr", "schedule.factor"] {
+        for (toml, shown) in [("nan", "NaN"), ("inf", "inf")] {
+            check_set(
+                &format!("{key}={toml}"),
+                &format!("expected above 0, not {shown}"),
+            );
+        }
     }
     for key in ["eval.every", "checkpoint.every"] {
         check_set(
@@ -453,7 +487,6 @@ fn every_range_is_checked() {
         "expected a length above 0, not \"0 steps\"\n\
          hint: mode = \"eval\" scores the latest checkpoint without training",
     );
-    check_set("track.experiment=", "expected a name, not \"\"");
     check_set(
         "train.length=50%",
         "expected steps, epochs or examples, of which the other lengths can be a percentage, not \"50 percent\"",
@@ -481,6 +514,7 @@ fn the_ends_of_ranges_are_inside() {
         "name=A.b_c-9",
     ] {
         fake(&[set]);
+        assert_eq!(schema::refusal_of_set(set), None, "{set}");
     }
     fake(&["train.batch_size=1", "train.length=90 epochs"]);
 }
@@ -686,33 +720,12 @@ fn what_is_not_supported_yet() {
 
 #[test]
 fn missing_file() {
-    let errors = spec::load(Path::new("no/such.toml"), &[]).unwrap_err();
-    let problem = &errors.0[0];
-    assert_eq!(errors.0.len(), 1);
-    assert_eq!((&*problem.origin, &*problem.key), ("no/such.toml", ""));
-    assert!(
-        problem.what.starts_with("cannot read the spec: "),
-        "{errors}"
+    let errors = load(Path::new("no/such.toml"), None, &[], &[]).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "no/such.toml: there is no file no/such.toml\n\
+         hint: give the path of a spec, relative to the working directory; configs/ has examples"
     );
-    assert!(problem.hint.is_some());
-}
-
-#[test]
-fn a_file_is_read() {
-    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join("spec-a_file_is_read.toml");
-    write(&file, FAKE);
-    assert_eq!(spec::load(&file, &[]).unwrap(), fake(&[]));
-    write(&file, "name = 3\ndata.source = 'fake'");
-    let errors = spec::load(&file, &[]).unwrap_err();
-    assert_eq!(errors.0[0].origin, format!("{}:1:1", file.display()));
-}
-
-#[expect(
-    clippy::disallowed_methods,
-    reason = "a test's own file, in the build directory"
-)]
-fn write(file: &Path, text: &str) {
-    std::fs::write(file, text).unwrap();
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.

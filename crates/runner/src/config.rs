@@ -1,0 +1,65 @@
+//! `runner config`, and how every command comes by its spec.
+
+use std::path::Path;
+use std::process::ExitCode;
+
+use spec::{Layers, Loaded, Run};
+
+use crate::cli::{ConfigArgs, Spec};
+use crate::failure::Failure;
+use crate::output;
+
+/// The spec that a command line names, with the environment over it.
+pub(crate) fn load(args: &Spec) -> Result<Run, Failure> {
+    Ok(layered(&args.config, args.profile.as_deref(), &args.set)?.run)
+}
+
+/// `runner config`.
+pub(crate) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
+    let Some(file) = &args.config else {
+        output::print(&spec::schema());
+        return Ok(ExitCode::SUCCESS);
+    };
+    let loaded = layered(file, args.profile.as_deref(), &args.set)?;
+    output::print(&match args.origins {
+        true => with_origins(&loaded),
+        false => loaded.run.to_toml(),
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+fn layered(file: &Path, profile: Option<&str>, sets: &[String]) -> Result<Loaded, Failure> {
+    // A variable that is not text has no name that a spec knows, or a value that it refuses.
+    let environment: Vec<(String, String)> = std::env::vars_os()
+        .map(|(name, value)| [name, value].map(|text| text.to_string_lossy().into_owned()))
+        .map(|[name, value]| (name, value))
+        .collect();
+    Ok(spec::load(&Layers {
+        file,
+        profile,
+        environment: &environment,
+        sets,
+    })?)
+}
+
+/// The resolved spec, and behind each key where its value was said.
+fn with_origins(loaded: &Loaded) -> String {
+    let text = loaded.run.to_toml();
+    let width = text.lines().map(|line| line.chars().count()).max();
+    let width = width.unwrap_or(0);
+    let (mut section, mut out) = (String::new(), String::new());
+    for line in text.lines() {
+        let header = line.strip_prefix('[').and_then(|l| l.strip_suffix(']'));
+        if let Some(name) = header {
+            section = format!("{name}.");
+        }
+        let key = line
+            .split_once(" = ")
+            .map(|(key, _)| format!("{section}{key}"));
+        match key.and_then(|key| loaded.origins.get(&key)) {
+            Some(origin) => out += &format!("{line:width$}  # {origin}\n"),
+            None => out += &format!("{line}\n"),
+        }
+    }
+    out
+}

@@ -1,0 +1,129 @@
+//! What is wrong with a value, in the words of a spec.
+
+use figment::error::{Actual, Kind};
+use figment::value::{Dict, Value};
+use serde::Deserialize;
+
+use crate::load::Rank;
+use crate::run::Run;
+
+/// Values with a name but no meaning yet, and who does not support them.
+const LATER: [(&str, &str, &str); 8] = [
+    ("data.source", "bigtable", ""),
+    ("train.precision", "bf16", " by the cpu engine"),
+    ("train.precision", "f16", " by the cpu engine"),
+    ("train.device", "cuda", ""),
+    ("optimizer.kind", "lars", ""),
+    ("schedule.kind", "polynomial", ""),
+    ("track.mlflow", "http", ""),
+    ("track.mlflow", "https", ""),
+];
+
+/// What is wrong with a value in itself, and how to fix it; none if it is right.
+pub(crate) fn fault(
+    section: &str,
+    key: &str,
+    path: &str,
+    value: &Value,
+    rank: Rank,
+) -> Option<(String, Option<String>)> {
+    let error = alone(section, key, value).err()?;
+    // An element of a list adds its index to the key.
+    let depth = path.split('.').count();
+    let element = error.path.get(depth).and_then(|i| i.parse::<usize>().ok());
+    let element = element.map_or(String::new(), |i| format!("element {}: ", i + 1));
+
+    // A key that knows some names and not the empty one is a choice, whatever was wrong with its value.
+    let probe = alone(section, key, &"".into());
+    if let Err(Kind::UnknownVariant(_, names)) = probe.map_err(|error| error.kind) {
+        return Some(not_a_name(path, value, names));
+    }
+    match &error.kind {
+        Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
+            let what = format!(
+                "{element}expected {}, not {}",
+                worded(expected),
+                told(actual)
+            );
+            let is_bare = expected == "a string" && !matches!(actual, Actual::Seq | Actual::Map);
+            let hint = is_bare.then(|| match rank {
+                Rank::Argument => {
+                    format!("quote it for TOML and for the shell: --set '{path}=\"..\"'")
+                }
+                Rank::Environment => "quote it for TOML and for the shell: '\"..\"'".into(),
+                _ => "text is written in quotes".into(),
+            });
+            Some((what, hint))
+        }
+        kind => Some((format!("{element}{kind}"), None)),
+    }
+}
+
+/// Deserializes a single key over the defaults.
+fn alone(section: &str, key: &str, value: &Value) -> Result<Run, Box<figment::Error>> {
+    let mut keys = Dict::from([(key.to_string(), value.clone())]);
+    if !section.is_empty() {
+        keys = Dict::from([(section.to_string(), keys.into())]);
+    }
+    keys.entry("name".into())
+        .or_insert_with(|| "unnamed".into());
+    Run::deserialize(&Value::from(keys)).map_err(Box::new)
+}
+
+fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<String>) {
+    let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
+    let quoted = quoted.join(", ");
+    let one_of = if names.len() == 1 { "" } else { "one of " };
+    let Some(text) = value.as_str() else {
+        let what = format!(
+            "expected {one_of}{quoted}, not {}",
+            told(&value.to_actual())
+        );
+        return (what, None);
+    };
+    let later = LATER.iter().find(|(key, name, _)| {
+        // cuda:1 is cuda as well, and http://host is http.
+        *key == path && text.split(':').next() == Some(*name)
+    });
+    if let Some((_, _, whom)) = later {
+        let what = format!("{text:?} is not supported yet{whom}");
+        return (what, Some(format!("supported: {quoted}")));
+    }
+    let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
+    let near = nearest(text, names.iter()).map(|near| format!("did you mean {near:?}?"));
+    (format!("expected {one_of}{quoted}, not {text:?}"), near)
+}
+
+/// Serde's names of types, as a spec's reader would say them.
+fn worded(expected: &str) -> &str {
+    match expected {
+        "u64" | "usize" => "a whole number from 0",
+        "i64" => "a whole number",
+        "f64" => "a number",
+        "a boolean" => "true or false",
+        "a sequence" => "a list",
+        other => other,
+    }
+}
+
+fn told(actual: &Actual) -> String {
+    match actual {
+        Actual::Bool(value) => value.to_string(),
+        Actual::Unsigned(value) => value.to_string(),
+        Actual::Signed(value) => value.to_string(),
+        Actual::Float(value) => format!("{value:?}"),
+        Actual::Str(text) => format!("{text:?}"),
+        Actual::Seq => "a list".into(),
+        Actual::Map => "a table".into(),
+        other => other.to_string(),
+    }
+}
+
+/// The most similar of several names, if one is similar.
+pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a String>) -> Option<&'a str> {
+    known
+        .map(|known| (strsim::jaro_winkler(known, name), known.as_str()))
+        .filter(|(similarity, _)| *similarity >= 0.8)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, known)| known)
+}

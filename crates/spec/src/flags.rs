@@ -1,0 +1,177 @@
+//! The flags of the 2018 TPU reference and its later variants, and what they are called here. docs/FLAGS.md is the
+//! same table for readers.
+
+/// What a flag is here.
+enum Here {
+    /// These keys.
+    Keys(&'static [&'static str]),
+    /// Nothing, so far.
+    NotYet,
+    /// Nothing, for good.
+    NotNeeded,
+}
+
+use Here::{Keys, NotNeeded, NotYet};
+
+/// Name, what it is here, and what there is to know, in half a sentence or not at all.
+type Flag = (&'static str, Here, &'static str);
+
+const BIGTABLE: &str = "training reads TFRecord shards";
+const SUBMIT: &str = "runs are started on the machine that computes";
+const DROP_BLOCK: &str = "there is no DropBlock";
+const AUGMENT: &str = "training images are cropped and mirrored";
+const EXPORT: &str = "checkpoints are safetensors with torchvision's names";
+const FILE: &str = "the spec is a file, and `extends` builds it on others";
+const SETS: &str = "`--set section.key=value` changes a key";
+const LAYOUT: &str = "an engine chooses its own layout";
+
+#[rustfmt::skip] // A table reads better with one row a line.
+const FLAGS: &[Flag] = &[
+    // The reference version of 2018-09.
+    ("use_tpu", Keys(&["train.device"]), "`\"cpu\"`; GPUs are not supported yet"),
+    ("tpu", NotNeeded, SUBMIT),
+    ("gcp_project", NotYet, SUBMIT),
+    ("tpu_zone", NotYet, SUBMIT),
+    ("data_dir", Keys(&["data.train", "data.eval"]), "globs, `\"DIR/train-*\"` and `\"DIR/validation-*\"`; for an empty one, `data.source = \"zeros\"`"),
+    ("model_dir", Keys(&["run_dir"]), "`runs/NAME` if absent"),
+    ("resnet_depth", Keys(&["model.depth"]), ""),
+    ("mode", Keys(&["mode"]), ""),
+    ("train_steps", Keys(&["train.length"]), "with a unit, `\"112590 steps\"` or `\"90 epochs\"`, from the start of the run"),
+    ("train_batch_size", Keys(&["train.batch_size"]), ""),
+    ("eval_batch_size", NotNeeded, "every image is scored once, `train.bn_batch` at a time"),
+    ("num_train_images", Keys(&["data.train_examples"]), "compared with the shards"),
+    ("num_eval_images", Keys(&["data.eval_examples"]), "compared with the shards"),
+    ("num_label_classes", Keys(&["model.classes"]), ""),
+    ("steps_per_eval", Keys(&["eval.every"]), "with a unit, `\"1251 steps\"` or `\"1 epoch\"`"),
+    ("eval_timeout", NotNeeded, "`mode = \"eval\"` scores the latest checkpoint and ends"),
+    ("skip_host_call", NotNeeded, "every step is in metrics.jsonl"),
+    ("iterations_per_loop", NotNeeded, "`checkpoint.every` and `eval.every` say when something happens between steps"),
+    ("num_parallel_calls", Keys(&["data.lanes"]), "shards read side by side"),
+    ("num_cores", Keys(&["train.bn_batch"]), "images normalised together, `train_batch_size` / `num_cores`: 128 of 1024 on 8 cores"),
+    ("bigtable_project", NotYet, BIGTABLE),
+    ("bigtable_instance", NotYet, BIGTABLE),
+    ("bigtable_table", NotYet, BIGTABLE),
+    ("bigtable_train_prefix", NotYet, BIGTABLE),
+    ("bigtable_eval_prefix", NotYet, BIGTABLE),
+    ("bigtable_column_family", NotYet, BIGTABLE),
+    ("bigtable_column_qualifier", NotYet, BIGTABLE),
+    ("data_format", NotNeeded, LAYOUT),
+    ("transpose_input", NotNeeded, LAYOUT),
+    ("export_dir", NotYet, EXPORT),
+    ("precision", Keys(&["train.precision"]), "`\"f32\"`; bf16 is not supported yet"),
+    ("base_learning_rate", Keys(&["schedule.base_lr"]), "per 256 images, as there"),
+    ("momentum", Keys(&["optimizer.momentum"]), ""),
+    ("weight_decay", Keys(&["optimizer.weight_decay"]), ""),
+    ("label_smoothing", Keys(&["loss.label_smoothing"]), ""),
+    ("log_step_count_steps", NotNeeded, "every step is in metrics.jsonl, and the terminal follows the clock"),
+    ("enable_lars", NotYet, "`optimizer.kind` is `\"sgd\"`"),
+    ("poly_rate", NotYet, "`schedule.kind` is `\"step\"`, `\"cosine\"` or `\"constant\"`"),
+    // The benchmark's.
+    ("data_dir_small", NotYet, "a run has one resolution"),
+    ("use_fast_lr", NotYet, "`schedule.kind` is `\"step\"`, `\"cosine\"` or `\"constant\"`"),
+    // The parameter file of r1.9.
+    ("param_file", NotNeeded, FILE),
+    ("param_overrides", NotNeeded, SETS),
+    // 2019 and later.
+    ("config_file", NotNeeded, FILE),
+    ("params_override", NotNeeded, SETS),
+    ("eval_master", NotNeeded, "unused there as well"),
+    ("eval_after_training", NotNeeded, "a finished run is an evaluated run"),
+    ("use_cache", NotNeeded, "the operating system caches the shards"),
+    ("image_size", Keys(&["model.resolution"]), ""),
+    ("dropblock_groups", NotYet, DROP_BLOCK),
+    ("dropblock_keep_prob", NotYet, DROP_BLOCK),
+    ("dropblock_size", NotYet, DROP_BLOCK),
+    ("pre_activation", NotYet, "blocks are post-activation"),
+    ("norm_act_layer", NotYet, "batch normalisation and ReLU"),
+    ("profile_every_n_steps", NotYet, "rates and input waits are in metrics.jsonl"),
+    ("export_to_tpu", NotNeeded, "there are no TPUs here"),
+    ("use_async_checkpointing", NotYet, "a step waits until its checkpoint is on disk"),
+    ("augment_name", NotYet, AUGMENT),
+    ("randaug_num_layers", NotYet, AUGMENT),
+    ("randaug_magnitude", NotYet, AUGMENT),
+    ("add_warmup_requests", NotYet, EXPORT),
+    ("model_name", NotYet, EXPORT),
+    ("inference_batch_sizes", NotYet, EXPORT),
+    ("export_moving_average", NotYet, EXPORT),
+    // Keys of its parameter files that are no flags.
+    ("use_resnetd_stem", NotYet, "the stem is a 7x7 convolution"),
+    ("resnetd_shortcut", NotYet, "shortcuts are strided 1x1 convolutions"),
+    ("replace_stem_max_pool", NotYet, "the stem ends in a 3x3 max pooling"),
+    ("se_ratio", NotYet, "there is no squeeze-and-excitation"),
+    ("drop_connect_rate", NotYet, "every block runs in every step"),
+    ("dropout_rate", NotYet, "there is no dropout"),
+    ("moving_average_decay", NotYet, "evaluation uses the parameters themselves"),
+    ("bn_momentum", NotYet, "0.9"),
+];
+
+/// What to say to somebody who writes a flag's name as a key.
+pub(crate) fn hint(name: &str) -> Option<String> {
+    let (_, here, note) = FLAGS.iter().find(|(flag, ..)| *flag == name)?;
+    let here = match here {
+        Keys(keys) => format!("is {} here", keys.join(" and ")),
+        NotYet => "has no key here yet".into(),
+        NotNeeded => "is not needed here".into(),
+    };
+    let note = note.replace('`', "");
+    let note = if note.is_empty() {
+        note
+    } else {
+        format!(": {note}")
+    };
+    Some(format!("the 2018 reference's {name} {here}{note}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::parse;
+
+    fn row((name, here, note): &Flag) -> String {
+        let here = match here {
+            Keys(keys) => keys
+                .iter()
+                .map(|key| format!("`{key}`"))
+                .collect::<Vec<_>>(),
+            NotYet => vec!["not yet".into()],
+            NotNeeded => vec!["not needed".into()],
+        };
+        format!("| `{name}` | {} | {note} |", here.join(", "))
+    }
+
+    #[test]
+    fn the_document_has_the_same_rows() {
+        let rows: Vec<String> = FLAGS.iter().map(row).collect();
+        let document = include_str!("../../../docs/FLAGS.md");
+        let written = document.lines().filter(|line| line.starts_with("| `"));
+        let written: Vec<&str> = written.collect();
+        assert_eq!(
+            written,
+            rows,
+            "docs/FLAGS.md should have these rows:\n{}\n",
+            rows.join("\n")
+        );
+    }
+
+    #[test]
+    fn every_key_exists() {
+        let run = parse("name = \"x\"\ndata.source = \"fake\"", "x.toml", &[]).unwrap();
+        let tree = serde_json::to_value(run).unwrap();
+        for (flag, here, _) in FLAGS {
+            let Keys(keys) = here else { continue };
+            for key in *keys {
+                let pointer = format!("/{}", key.replace('.', "/"));
+                assert!(tree.pointer(&pointer).is_some(), "{flag}: {key}");
+            }
+        }
+    }
+
+    #[test]
+    fn no_flag_is_listed_twice() {
+        let mut names: Vec<&str> = FLAGS.iter().map(|(name, ..)| *name).collect();
+        names.sort();
+        let before = names.len();
+        names.dedup();
+        assert_eq!(names.len(), before);
+    }
+}
