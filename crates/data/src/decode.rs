@@ -73,7 +73,10 @@ pub(crate) fn decode(
     match &sample.content {
         Content::Zeros => Ok(0),
         Content::Fake { index } => {
-            let purpose = Purpose::Fake { index: *index };
+            let purpose = Purpose::Fake {
+                index: *index,
+                is_eval: mode == Mode::Eval,
+            };
             // The same in every epoch, as a dataset is.
             let mut random = Random::new(config.seed, 0, purpose);
             let label = random.below(config.classes as u64) as u32;

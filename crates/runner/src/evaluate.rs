@@ -40,7 +40,7 @@ fn score(
         .collect();
     let mut engine = network::engine(run, &network::network(run), Some(state))?;
     let started = std::time::Instant::now();
-    let m = train::score(&config, &mut engine)?;
+    let m = train::score(&config, &mut engine, |bad| eprintln!("{bad}"))?;
     let (step, seconds) = (meta.progress.step, started.elapsed().as_secs_f64());
     if json {
         let (top1, top5, loss) = (m.top1(), m.top5(), m.loss());

@@ -62,6 +62,7 @@ pub fn train(
     }
     while at.step < job.plan.steps {
         let batch = pace.wait_for(&mut batches)?;
+        batch.bad_records.iter().for_each(|bad| trackers.note(bad));
         let hyper = job.plan.hyper(at.step);
         let metrics = engine.train_step(&view(&batch), &hyper)?;
         at.step += 1;
@@ -101,7 +102,7 @@ fn evaluate(
         .as_ref()
         .expect("a run that evaluates has evaluation data");
     let started = Instant::now();
-    let metrics = score(config, engine)?;
+    let metrics = score(config, engine, |bad| trackers.note(bad))?;
     at.eval_pending = false;
     at.eval = Some(EvalSummary {
         top1: metrics.top1(),
@@ -132,14 +133,22 @@ fn evaluate(
     Ok(())
 }
 
-/// Scores a whole set, every image once; the last batch has what is left.
+/// Scores a whole set, every image once; the last batch has what is left. `note` hears of each bad record.
 ///
 /// # Errors
 /// If input or engine fail.
-pub fn score(config: &data::Config, engine: &mut dyn Engine) -> Result<Metrics, Error> {
+pub fn score(
+    config: &data::Config,
+    engine: &mut dyn Engine,
+    mut note: impl FnMut(&str),
+) -> Result<Metrics, Error> {
     let mut total = Metrics::default();
     for batch in data::eval(config)? {
-        total.add(&engine.eval_step(&view(&batch?))?);
+        let batch = batch?;
+        batch.bad_records.iter().for_each(|bad| note(bad));
+        if !batch.labels.is_empty() {
+            total.add(&engine.eval_step(&view(&batch))?);
+        }
     }
     Ok(total)
 }
