@@ -352,9 +352,9 @@ fn zeros_and_absurd_numbers_in_the_configuration() {
 #[test]
 fn images_of_a_pixel_or_a_line() {
     let shapes: [&[u8]; 3] = [
-        include_bytes!("../odd/1x1.jpg"),
-        include_bytes!("../odd/1x300.jpg"),
-        include_bytes!("../odd/300x1.jpg"),
+        include_bytes!("../photos/420-1x1.jpg"),
+        include_bytes!("../photos/422-1x300.jpg"),
+        include_bytes!("../photos/420-300x1.jpg"),
     ];
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("train-0");
