@@ -4,6 +4,7 @@ use store::tfrecord::Record;
 
 use crate::crop::{self, Rect};
 use crate::error::Reason;
+use crate::jpeg::Like;
 use crate::order::{Content, Sample};
 use crate::random::{Purpose, Random};
 use crate::{Config, Crop, Pixels, Resize, Source};
@@ -109,7 +110,11 @@ fn decode_record(
     }
     let example = example::parse(&record.bytes).map_err(Reason::Example)?;
     let label = label(config, example.label)?;
-    let image = jpeg::decode(example.encoded).map_err(Reason::Jpeg)?;
+    let like = match config.resize {
+        Resize::Pillow => Like::Pillow,
+        Resize::Tf | Resize::Tf1 => Like::TensorFlow,
+    };
+    let image = jpeg::decode(example.encoded, like).map_err(Reason::Jpeg)?;
     let rect = match mode {
         Mode::Train => train_crop(config, image.width, image.height, random),
         Mode::Eval => crop::centre(image.width, image.height, config.crop_ratio),

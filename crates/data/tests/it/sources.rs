@@ -1,6 +1,6 @@
 //! Real digits, noise, zeros, and what is known about shards without reading them.
 
-use data::{Config, Cursor, Error, Pixels, Resize, Source};
+use data::{Config, Cursor, Error, Pixels, Source};
 
 use crate::{config, digits, labels, take, train};
 
@@ -27,34 +27,6 @@ fn digits_are_all_there() {
     assert!((0..10).all(|class| labels.contains(&class)));
     // An epoch and a half with random crops: every image decodes.
     assert_eq!(take(train(&digits_config("train-*")), 21).len(), 21);
-}
-
-/// Enlarging needs no antialiasing, so Pillow's filter and TensorFlow 2's are one but for rounding and the clamp.
-#[test]
-fn filters_agree_where_they_should() {
-    let pixels = |resize| {
-        let mut config = digits_config("validation-*");
-        config.resize = resize;
-        take(data::eval(&config).unwrap(), 1).remove(0).pixels
-    };
-    let Pixels::U8(pillow) = pixels(Resize::Pillow) else {
-        panic!("pillow gives u8")
-    };
-    let floats = |resize| match pixels(resize) {
-        Pixels::F32(values) => values,
-        Pixels::U8(_) => panic!("{resize:?} gives f32"),
-    };
-    let off = |values: &[f32]| {
-        let off = values.iter().zip(&pillow);
-        off.map(|(&a, &b)| f64::from((a - f32::from(b)).abs()))
-            .sum::<f64>()
-            / pillow.len() as f64
-    };
-    let (tf, tf1) = (floats(Resize::Tf), floats(Resize::Tf1));
-    // Rounding alone gives a quarter; Pillow also clamps between the passes.
-    assert!(off(&tf) < 0.4, "{}", off(&tf));
-    assert!(off(&tf1) > 1.0, "{}", off(&tf1));
-    assert!(tf1.iter().any(|&value| value < 0.0), "nothing is clamped");
 }
 
 fn made_up(source: Source) -> Config {
