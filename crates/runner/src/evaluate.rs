@@ -59,7 +59,10 @@ fn score(
         .collect();
     let mut engine = network::engine(run, &network::network(run), Some(state))?;
     let started = Instant::now();
-    let m = train::score(&config, &mut engine, &AtomicBool::new(false))?.expect("nobody stops it");
+    let m = train::score(&config, &mut engine, &AtomicBool::new(false), |bad| {
+        eprintln!("{bad}");
+    })?;
+    let m = m.expect("nobody stops it");
     let (step, seconds) = (meta.progress.step, started.elapsed().as_secs_f64());
     let (checkpoint, images) = (path.display(), m.images);
     let (top1, top5, loss) = (m.top1(), m.top5(), m.loss());

@@ -80,10 +80,13 @@ pub fn train(
         let batch = match pace.wait_for(&mut batches) {
             Ok(batch) => batch,
             Err(error) => {
-                save(&mut job, at, engine, trackers)?;
+                if at.step > 0 {
+                    save(&mut job, at, engine, trackers)?;
+                }
                 return Err(error);
             }
         };
+        batch.bad_records.iter().for_each(|bad| trackers.note(bad));
         let hyper = job.plan.hyper(at.step);
         let metrics = engine.train_step(&view(&batch), &hyper)?;
         at.step += 1;
@@ -129,7 +132,7 @@ fn evaluate(
         return Ok(true);
     };
     let started = Instant::now();
-    let Some(metrics) = score(config, engine, job.stop)? else {
+    let Some(metrics) = score(config, engine, job.stop, |bad| trackers.note(bad))? else {
         return Ok(false);
     };
     let (loss, top1, top5) = (metrics.loss(), metrics.top1(), metrics.top5());
@@ -154,7 +157,8 @@ fn evaluate(
     Ok(true)
 }
 
-/// Scores a whole set, every image once; the last batch has what is left. None if `stop` was set meanwhile.
+/// Scores a whole set, every image once; the last batch has what is left. None if `stop` was set meanwhile; `note`
+/// hears of each bad record.
 ///
 /// # Errors
 /// If input or engine fail, or there is nothing to score.
@@ -162,13 +166,18 @@ pub fn score(
     config: &data::Config,
     engine: &mut dyn Engine,
     stop: &AtomicBool,
+    mut note: impl FnMut(&str),
 ) -> Result<Option<Metrics>, Error> {
     let mut total = Metrics::default();
     for batch in data::eval(config)? {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
-        total.add(&engine.eval_step(&view(&batch?))?);
+        let batch = batch?;
+        batch.bad_records.iter().for_each(|bad| note(bad));
+        if !batch.labels.is_empty() {
+            total.add(&engine.eval_step(&view(&batch))?);
+        }
     }
     match total.images {
         0 => Err(Error::NothingScored),
