@@ -4,6 +4,7 @@ use store::tfrecord::Record;
 
 use crate::crop::{self, Rect};
 use crate::error::Reason;
+use crate::jpeg::Like;
 use crate::order::{Content, Sample};
 use crate::random::{Purpose, Random};
 use crate::{Config, Crop, Pixels, Resize, Source};
@@ -73,7 +74,10 @@ pub(crate) fn decode(
     match &sample.content {
         Content::Zeros => Ok(0),
         Content::Fake { index } => {
-            let purpose = Purpose::Fake { index: *index };
+            let purpose = Purpose::Fake {
+                index: *index,
+                is_eval: mode == Mode::Eval,
+            };
             // The same in every epoch, as a dataset is.
             let mut random = Random::new(config.seed, 0, purpose);
             let label = random.below(config.classes as u64) as u32;
@@ -106,7 +110,11 @@ fn decode_record(
     }
     let example = example::parse(&record.bytes).map_err(Reason::Example)?;
     let label = label(config, example.label)?;
-    let image = jpeg::decode(example.encoded).map_err(Reason::Jpeg)?;
+    let like = match config.resize {
+        Resize::Pillow => Like::Pillow,
+        Resize::Tf | Resize::Tf1 => Like::TensorFlow,
+    };
+    let image = jpeg::decode(example.encoded, like).map_err(Reason::Jpeg)?;
     let rect = match mode {
         Mode::Train => train_crop(config, image.width, image.height, random),
         Mode::Eval => crop::centre(image.width, image.height, config.crop_ratio),

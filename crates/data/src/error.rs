@@ -9,20 +9,7 @@ pub enum Error {
     /// A shard cannot be read, or is damaged in a way that hides where its next record starts.
     Store(store::Error),
     /// A record that cannot be used, beyond those that `max_bad_records` lets pass.
-    Record {
-        /// The shard.
-        shard: PathBuf,
-        /// Index of the record in the shard, from 0.
-        record: u64,
-        /// Where it starts, in bytes.
-        offset: u64,
-        /// What is wrong with it.
-        reason: Reason,
-        /// Bad records so far, this one included.
-        bad: u64,
-        /// `max_bad_records`.
-        allowed: u64,
-    },
+    Record(BadRecord),
     /// The dataset is empty.
     NoRecords {
         /// The shards that hold no records; none for a made-up dataset.
@@ -32,6 +19,23 @@ pub enum Error {
     Cursor(String),
     /// The operating system gives no more threads.
     Threads(String),
+}
+
+/// A record that cannot be used.
+#[derive(Debug)]
+pub struct BadRecord {
+    /// The shard.
+    pub shard: PathBuf,
+    /// Index of the record in the shard, from 0.
+    pub record: u64,
+    /// Where it starts, in bytes.
+    pub offset: u64,
+    /// What is wrong with it.
+    pub reason: Reason,
+    /// Bad records that the loader has met so far, this one included.
+    pub bad: u64,
+    /// `max_bad_records`.
+    pub allowed: u64,
 }
 
 /// What is wrong with a record.
@@ -65,21 +69,9 @@ impl fmt::Display for Error {
         match self {
             Self::Config(what) => f.write_str(what),
             Self::Store(error) => error.fmt(f),
-            Self::Record {
-                shard,
-                record,
-                offset,
-                reason,
-                bad,
-                allowed,
-            } => {
-                let shard = shard.display();
-                write!(f, "{shard}: record {record} at byte {offset}: {reason}")?;
-                if *allowed > 0 {
-                    write!(f, " (bad record {bad}, of {allowed} allowed)")?;
-                }
-                f.write_str("\nhint: ")?;
-                if matches!(reason, Reason::Label { .. }) {
+            Self::Record(record) => {
+                write!(f, "{record}\nhint: ")?;
+                if matches!(record.reason, Reason::Label { .. }) {
                     f.write_str("check model.classes and data.label_offset, or ")?;
                 }
                 f.write_str("let such records pass with a larger data.max_bad_records")
@@ -101,6 +93,25 @@ impl fmt::Display for Error {
             ),
             Self::Threads(what) => write!(f, "cannot start threads: {what}"),
         }
+    }
+}
+
+impl fmt::Display for BadRecord {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self {
+            shard,
+            record,
+            offset,
+            reason,
+            bad,
+            allowed,
+        } = self;
+        let shard = shard.display();
+        write!(f, "{shard}: record {record} at byte {offset}: {reason}")?;
+        if *allowed > 0 {
+            write!(f, " (bad record {bad}, of {allowed} allowed)")?;
+        }
+        Ok(())
     }
 }
 

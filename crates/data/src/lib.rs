@@ -16,7 +16,7 @@ mod order;
 mod random;
 mod resize;
 
-pub use error::{Error, Reason};
+pub use error::{BadRecord, Error, Reason};
 pub use loader::{Loader, eval, train};
 pub use order::Cursor;
 
@@ -54,7 +54,7 @@ pub struct Config {
 pub enum Source {
     /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG) and `image/class/label`.
     TfRecord {
-        /// The files; their order does not matter.
+        /// The files; their order does not matter: they are sorted by file name, those of one name by path.
         shards: Vec<PathBuf>,
         /// Subtracted from the stored label to give the class.
         label_offset: i64,
@@ -63,7 +63,8 @@ pub enum Source {
         /// Consecutive records of a lane that training shuffles; a lane holds as many in memory.
         shuffle_window: usize,
     },
-    /// Uniform noise with uniform labels, the same in every epoch; made at the resolution, neither cropped nor flipped.
+    /// Uniform noise with uniform labels, the same in every epoch, other noise in evaluation; made at the resolution,
+    /// neither cropped nor flipped.
     Fake {
         /// Examples in an epoch.
         examples: u64,
@@ -117,19 +118,18 @@ pub enum Pixels {
     F32(Vec<f32>),
 }
 
-/// Images, labels and where the next batch starts.
+/// Images, labels and where the next batch starts. Only the last of an evaluation may hold no image: if nothing but bad
+/// records was left.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Batch {
     /// The images.
     pub pixels: Pixels,
     /// Class of each image.
     pub labels: Vec<u32>,
-    /// Epoch of the last image, from 0.
-    pub epoch: u64,
     /// Position after this batch, for [`train`].
     pub cursor: Cursor,
-    /// Bad records that the loader has met so far.
-    pub bad_records: u64,
+    /// A line for each bad record that was met while this batch was made: shard, record, offset, reason.
+    pub bad_records: Vec<String>,
 }
 
 /// Counts the records of all shards by walking their headers.
@@ -144,25 +144,31 @@ pub fn count(shards: &[PathBuf]) -> Result<u64, Error> {
     Ok(total)
 }
 
-/// Sixteen hexadecimal digits that stand for the names and lengths of the shards, whatever their directory and order.
+/// Sixteen hexadecimal digits that stand for the names and lengths of the shards in the order in which they are read,
+/// whatever their directory and the order of the list.
 ///
 /// # Errors
 /// A shard's length cannot be read.
 pub fn fingerprint(shards: &[PathBuf]) -> Result<String, Error> {
-    let mut lines = Vec::new();
-    for shard in shards {
+    let mut lines = String::new();
+    for shard in sorted(shards) {
         let name = shard.file_name().unwrap_or_default().to_string_lossy();
-        lines.push(format!("{name} {}\n", length(shard)?));
+        lines += &format!("{name} {}\n", length(&shard)?);
     }
-    lines.sort();
     // FNV-1a: it has to notice changes, not to withstand anyone.
     let hash = lines
-        .concat()
         .bytes()
         .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
         });
     Ok(format!("{hash:016x}"))
+}
+
+/// By file name, so that a directory may be renamed or moved; shards of the same name by path.
+fn sorted(shards: &[PathBuf]) -> Vec<PathBuf> {
+    let mut sorted = shards.to_vec();
+    sorted.sort_by(|a, b| (a.file_name(), a).cmp(&(b.file_name(), b)));
+    sorted
 }
 
 fn length(shard: &Path) -> Result<u64, Error> {

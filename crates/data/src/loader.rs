@@ -9,10 +9,14 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::decode::{Mode, decode};
 use crate::order::{Content, Cursor, Order, Sample};
-use crate::{Batch, Config, Error, Pixels, Reason, Source};
+use crate::{BadRecord, Batch, Config, Crop, Error, Pixels, Reason, Source};
 
 /// Finished batches that wait for their use; one more may be in the making.
 const AHEAD: usize = 2;
+/// Far above any network's input; a row of it is still small.
+const MAX_RESOLUTION: usize = 4096;
+/// Some hundred gigabytes: more is a slip of the pen.
+const MAX_VALUES: usize = 1 << 36;
 
 /// Batches in order, made ahead by a thread of its own. After an error nothing comes. Dropping it stops the thread
 /// and waits for it, at most for as long as one batch takes.
@@ -41,11 +45,30 @@ pub fn eval(config: &Config) -> Result<Loader, Error> {
     start(config, Mode::Eval, Order::eval(config)?)
 }
 
+/// Everything that would make a later division, allocation or range fail.
 fn check(config: &Config) -> Result<(), Error> {
-    let mut needed = vec![
-        (config.batch_size, "the batch size must be at least 1"),
-        (config.resolution, "the resolution must be at least 1"),
-        (config.classes, "there must be at least 1 class"),
+    let image = 3 * config.resolution.min(MAX_RESOLUTION).pow(2);
+    let mut rules = vec![
+        (config.batch_size > 0, "the batch size must be at least 1"),
+        (config.resolution > 0, "the resolution must be at least 1"),
+        (
+            config.resolution <= MAX_RESOLUTION,
+            "the resolution must be at most 4096",
+        ),
+        (
+            config.batch_size <= MAX_VALUES / image.max(1),
+            "a batch must hold at most 2^36 values",
+        ),
+        (config.classes > 0, "there must be at least 1 class"),
+        (
+            config.classes <= 1 << 31,
+            "there must be at most 2^31 classes",
+        ),
+        (
+            config.crop_ratio > 0.0 && config.crop_ratio <= 1.0,
+            "the crop ratio must be above 0 and at most 1",
+        ),
+        (config.threads <= 1024, "there must be at most 1024 threads"),
     ];
     if let Source::TfRecord {
         lanes,
@@ -53,10 +76,21 @@ fn check(config: &Config) -> Result<(), Error> {
         ..
     } = config.source
     {
-        needed.push((lanes, "there must be at least 1 lane"));
-        needed.push((shuffle_window, "the shuffle window must be at least 1"));
+        rules.push((lanes > 0, "there must be at least 1 lane"));
+        rules.push((shuffle_window > 0, "the shuffle window must be at least 1"));
     }
-    match needed.iter().find(|(value, _)| *value == 0) {
+    if let Crop::Tf { area, aspect } | Crop::Torchvision { area, aspect } = config.crop {
+        let is_range = |[low, high]: [f64; 2], end: f64| 0.0 < low && low <= high && high <= end;
+        rules.push((
+            is_range(area, 1.0),
+            "the crop's area must be a range within 0..1",
+        ));
+        rules.push((
+            is_range(aspect, 1e6),
+            "the crop's aspect must be a range of positive numbers, at most 10^6",
+        ));
+    }
+    match rules.into_iter().find(|(holds, _)| !holds) {
         Some((_, what)) => Err(Error::Config(what)),
         None => Ok(()),
     }
@@ -143,7 +177,7 @@ impl Producer {
         let len = 3 * config.resolution * config.resolution;
         let mut pixels = Pixels::new(config, size * len);
         let mut labels = Vec::with_capacity(size);
-        let mut epoch = 0;
+        let mut bad_records = Vec::new();
         while labels.len() < size {
             let first = labels.len();
             let mut samples = Vec::with_capacity(size - first);
@@ -152,8 +186,9 @@ impl Producer {
             {
                 samples.push(sample);
             }
-            let Some(last) = samples.last() else { break };
-            epoch = last.epoch;
+            if samples.is_empty() {
+                break;
+            }
             let slots = pixels.slots(len, first);
             let decoded: Vec<_> = self.pool.install(|| {
                 samples
@@ -172,32 +207,39 @@ impl Producer {
                     }
                     Err(reason) => {
                         self.bad += 1;
-                        if self.bad > config.max_bad_records {
-                            return Err(bad_record(&self.order, sample, reason, self.bad, config));
+                        let bad = bad_record(&self.order, sample, reason, self.bad, config);
+                        if bad.bad > bad.allowed {
+                            return Err(Error::Record(bad));
                         }
+                        bad_records.push(bad.to_string());
                     }
                 }
             }
         }
-        if labels.is_empty() {
+        if labels.is_empty() && bad_records.is_empty() {
             return Ok(None);
         }
         pixels.truncate(len, labels.len());
         Ok(Some(Batch {
             pixels,
             labels,
-            epoch,
             cursor: self.order.cursor(),
-            bad_records: self.bad,
+            bad_records,
         }))
     }
 }
 
-fn bad_record(order: &Order, sample: Sample, reason: Reason, bad: u64, config: &Config) -> Error {
+fn bad_record(
+    order: &Order,
+    sample: Sample,
+    reason: Reason,
+    bad: u64,
+    config: &Config,
+) -> BadRecord {
     let Content::Record { shard, record } = sample.content else {
         unreachable!("made-up samples are good");
     };
-    Error::Record {
+    BadRecord {
         shard: order.shard(shard),
         record: record.index,
         offset: record.offset,

@@ -48,7 +48,7 @@ pub(crate) enum Content {
         shard: usize,
         record: Record,
     },
-    /// Noise, the same in every epoch.
+    /// Noise.
     Fake {
         index: u64,
     },
@@ -115,7 +115,7 @@ impl Order {
 /// The order of records: the epoch's permuted shards are dealt to lanes, and lanes give a sample each in turn. A lane
 /// whose shards are used up is passed over; when all are, the next epoch begins.
 pub(crate) struct Lanes {
-    /// Sorted.
+    /// Sorted by [`crate::sorted`].
     shards: Vec<PathBuf>,
     window: usize,
     /// None for evaluation: one epoch, nothing shuffled.
@@ -156,8 +156,7 @@ impl Lanes {
         if shards.is_empty() {
             return Err(Error::NoRecords { shards: vec![] });
         }
-        let mut shards = shards.to_vec();
-        shards.sort();
+        let shards = crate::sorted(shards);
         let lanes = (0..lanes.min(shards.len()))
             .map(|_| Lane::default())
             .collect();
@@ -254,7 +253,8 @@ impl Lanes {
             if self.seed.is_none() {
                 return Ok(None);
             }
-            self.begin(self.epoch + 1);
+            // A damaged cursor may say the last epoch of all.
+            self.begin(self.epoch.wrapping_add(1));
         }
     }
 
@@ -382,7 +382,7 @@ impl MadeUp {
             if !self.endless {
                 return None;
             }
-            self.epoch += 1;
+            self.epoch = self.epoch.wrapping_add(1);
             self.next = 0;
         }
         let index = self.next;

@@ -20,8 +20,8 @@ pub(crate) enum Purpose {
     Window { shard: usize, record: u64 },
     /// Crop and flip of this record.
     Augment { shard: usize, record: u64 },
-    /// Label and pixels of this made-up example.
-    Fake { index: u64 },
+    /// Label and pixels of this made-up example, for training or for evaluation.
+    Fake { index: u64, is_eval: bool },
 }
 
 /// SplitMix64 from a start that is a hash of seed, epoch and purpose: draw number n mixes start + n * [`STEP`].
@@ -35,7 +35,7 @@ impl Random {
             Purpose::Shards => (0, 0, 0),
             Purpose::Window { shard, record } => (1, shard as u64, record),
             Purpose::Augment { shard, record } => (2, shard as u64, record),
-            Purpose::Fake { index } => (3, index, 0),
+            Purpose::Fake { index, is_eval } => (3, index, u64::from(is_eval)),
         };
         let state = [seed, epoch, kind, a, b]
             .iter()
@@ -106,12 +106,27 @@ mod tests {
             (0, 0, Purpose::Augment { shard, record }),
             (0, 0, Purpose::Augment { shard: 2, record }),
             (0, 0, Purpose::Augment { shard, record: 1 }),
-            (0, 0, Purpose::Fake { index: 1 }),
+            (
+                0,
+                0,
+                Purpose::Fake {
+                    index: 1,
+                    is_eval: false,
+                },
+            ),
+            (
+                0,
+                0,
+                Purpose::Fake {
+                    index: 1,
+                    is_eval: true,
+                },
+            ),
         ]
         .into_iter()
         .map(|(seed, epoch, purpose)| Random::new(seed, epoch, purpose).bits())
         .collect();
-        assert_eq!(firsts.len(), 8);
+        assert_eq!(firsts.len(), 9);
     }
 
     #[test]

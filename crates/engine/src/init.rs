@@ -29,12 +29,13 @@ impl Stream {
         ))
     }
 
-    /// Number `counter` of the stream, uniform in the open interval (0, 1), a multiple of 2^-53 plus 2^-54.
+    /// Number `counter` of the stream, uniform in the open interval (0, 1): a multiple of 2^-53 plus 2^-54, rounded to
+    /// the nearest f64 below 1.
     fn uniform(&self, counter: u64) -> f64 {
         let bits = mix(self
             .0
             .wrapping_add(counter.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-        ((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64
+        (((bits >> 11) as f64 + 0.5) / (1u64 << 53) as f64).min(1.0 - f64::EPSILON / 2.0)
     }
 }
 
@@ -200,7 +201,7 @@ mod tests {
     #[test]
     fn deviations_are_as_asked() {
         check_deviation(Init::Normal { std: 0.01 }, 0.01);
-        // notes/reference-spec.md §4.1: cutting at two deviations leaves 0.8796 of one.
+        // docs/reference/spec.md §4.1: cutting at two deviations leaves 0.8796 of one.
         check_deviation(Init::TruncatedNormal { std: 0.5 }, 0.5 * 0.87962566);
         check_deviation(Init::Uniform { bound: 3.0 }, 3.0 / 3f64.sqrt());
     }

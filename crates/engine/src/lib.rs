@@ -2,7 +2,7 @@
 //!
 //! From the first step an engine owns the f32 master parameters, the momentum and the batch-norm statistics; it
 //! gives them back by name as a [`State`], which is the same on every engine. An engine knows nothing of files,
-//! schedules or epochs. This crate and the JPEG decoder are the only places where `unsafe` is allowed.
+//! schedules or epochs. `cpu` is the only place in the workspace where `unsafe` is allowed.
 
 pub mod cpu;
 mod init;
@@ -217,7 +217,7 @@ impl fmt::Display for Error {
             Error::OutOfMemory { bytes } => {
                 write!(
                     f,
-                    "no memory for {} MiB of activations\nhint: a smaller train.bn_batch needs less",
+                    "no memory for {} MiB more\nhint: a smaller train.bn_batch needs less; runner plan says how much",
                     bytes >> 20
                 )
             }
@@ -253,4 +253,10 @@ pub trait Engine {
     /// # Errors
     /// If memory runs out.
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error>;
+
+    /// The logits of any number of images, images x classes, with the running statistics.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error>;
 }

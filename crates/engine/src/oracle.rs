@@ -7,7 +7,7 @@ use graph::{Graph, NORM_EPSILON, NORM_UPDATE, NormId, Op, ParamId, Plane, ValueI
 
 use crate::labels::{hits, targets};
 use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
-use crate::{Batch, Engine, Error, Hyper, MEAN, Metrics, STD};
+use crate::{Batch, Engine, Error, Hyper, MEAN, Metrics, Pixels, STD};
 
 /// Running statistics of a normalisation.
 #[derive(Clone)]
@@ -128,7 +128,9 @@ impl Oracle {
                     pass.moments[norm.0] = moments;
                     y
                 }
-                (Op::Relu, Some((x, _))) => x.iter().map(|v| v.max(0.0)).collect(),
+                (Op::Relu, Some((x, _))) => {
+                    x.iter().map(|&v| if v < 0.0 { 0.0 } else { v }).collect()
+                }
                 (Op::Add, Some((a, _))) => a
                     .iter()
                     .zip(&pass.values[node.inputs[1].0])
@@ -249,7 +251,7 @@ impl Oracle {
                     self.norm_backward(norm, &pass.moments[norm.0], x, &dy, dx, &mut grads)
                 }
                 Op::Relu => (0..dy.len())
-                    .filter(|&j| x[j] > 0.0)
+                    .filter(|&j| x[j] > 0.0 || x[j].is_nan())
                     .for_each(|j| dx[j] += dy[j]),
                 Op::Add => {
                     for input in &node.inputs {
@@ -528,5 +530,16 @@ impl Engine for Oracle {
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
         let pass = self.forward(batch, false);
         Ok(self.loss(&pass, batch.labels, 0.0).0)
+    }
+
+    fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
+        // A pass without a loss looks at the number of labels only.
+        let labels = vec![0; pixels.len() / self.graph.plane(self.graph.input()).elements()];
+        let batch = Batch {
+            pixels,
+            labels: &labels,
+        };
+        let logits = &self.forward(&batch, false).values[self.graph.logits().0];
+        Ok(logits.iter().map(|&v| v as f32).collect())
     }
 }

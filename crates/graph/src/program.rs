@@ -213,14 +213,13 @@ pub enum Kernel {
         d: BufferId,
         dx: Grad,
     },
-    /// `d` enters as the gradient of y and leaves as that of z; the masked gradient goes to the residual.
+    /// `d` enters as the gradient of y and leaves as that of z; the masked gradient goes to the residual. `y` is
+    /// the mask of the ReLU, where there was one.
     NormalizeBackward {
         norm: NormId,
-        channels: usize,
         state: BufferId,
         z: BufferId,
-        y: BufferId,
-        relu: bool,
+        y: Option<BufferId>,
         d: BufferId,
         residual: Option<Grad>,
         partials: BufferId,
@@ -283,7 +282,8 @@ impl Kernel {
                 partials,
                 ..
             } => {
-                out.extend([state, z, y, d, partials]);
+                out.extend([state, z, d, partials]);
+                out.extend(y);
                 out.extend(residual.map(|r| r.buffer));
             }
             Kernel::ConvBackward {
@@ -820,14 +820,12 @@ impl<'a> Planner<'a> {
                         tile_cols: channels,
                     };
                     let partials = self.buffer(tiling.row_tasks() * 2 * channels * F32);
-                    let (z, y) = (self.value(z), self.value(y));
+                    let (z, y) = (self.value(z), relu.then(|| self.value(y)));
                     self.kernels.push(Kernel::NormalizeBackward {
                         norm,
-                        channels,
                         state,
                         z,
                         y,
-                        relu,
                         d,
                         residual,
                         partials,

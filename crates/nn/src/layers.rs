@@ -8,7 +8,7 @@ use dfdx::shapes::{Const, Dim, Shape};
 use graph::ValueId;
 
 use crate::recorder::{Act, Recorder};
-use crate::shape::Strided;
+use crate::shape::{Channels, Strided};
 
 /// What joins the input of a block to its output.
 #[diagnostic::on_unimplemented(
@@ -35,11 +35,11 @@ impl<X> Shortcut<X, X> for Identity {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Projection<const I: usize, const O: usize, const S: usize>;
 
-impl<H: Strided<S>, W: Strided<S>, const I: usize, const O: usize, const S: usize>
-    Shortcut<Act<(usize, H, W, Const<I>)>, Act<(usize, H::Out, W::Out, Const<O>)>>
+impl<H: Strided<S>, W: Strided<S>, C: Channels<I>, const I: usize, const O: usize, const S: usize>
+    Shortcut<Act<(usize, H, W, C)>, Act<(usize, H::Out, W::Out, Const<O>)>>
     for Projection<I, O, S>
 {
-    fn shortcut(&self, x: Act<(usize, H, W, Const<I>)>) -> Act<(usize, H::Out, W::Out, Const<O>)> {
+    fn shortcut(&self, x: Act<(usize, H, W, C)>) -> Act<(usize, H::Out, W::Out, Const<O>)> {
         let (n, h, w, _) = x.shape;
         let id = x
             .recorder()
@@ -91,15 +91,22 @@ where
     side.then(shape, id)
 }
 
-impl<H: Strided<S>, W: Strided<S>, P, const I: usize, const O: usize, const S: usize>
-    Module<Act<(usize, H, W, Const<I>)>> for Basic<I, O, S, P>
+impl<
+    H: Strided<S>,
+    W: Strided<S>,
+    C: Channels<I>,
+    P,
+    const I: usize,
+    const O: usize,
+    const S: usize,
+> Module<Act<(usize, H, W, C)>> for Basic<I, O, S, P>
 where
-    P: Shortcut<Act<(usize, H, W, Const<I>)>, Act<(usize, H::Out, W::Out, Const<O>)>>,
+    P: Shortcut<Act<(usize, H, W, C)>, Act<(usize, H::Out, W::Out, Const<O>)>>,
 {
     type Output = Act<(usize, H::Out, W::Out, Const<O>)>;
     type Error = Infallible;
 
-    fn try_forward(&self, x: Act<(usize, H, W, Const<I>)>) -> Result<Self::Output, Infallible> {
+    fn try_forward(&self, x: Act<(usize, H, W, C)>) -> Result<Self::Output, Infallible> {
         Ok(block(x, &self.0, |r, x| basic(r, x, O, S)))
     }
 }
@@ -107,19 +114,20 @@ where
 impl<
     H: Strided<S>,
     W: Strided<S>,
+    C: Channels<I>,
     P,
     const I: usize,
     const M: usize,
     const O: usize,
     const S: usize,
-> Module<Act<(usize, H, W, Const<I>)>> for Bottleneck<I, M, O, S, P>
+> Module<Act<(usize, H, W, C)>> for Bottleneck<I, M, O, S, P>
 where
-    P: Shortcut<Act<(usize, H, W, Const<I>)>, Act<(usize, H::Out, W::Out, Const<O>)>>,
+    P: Shortcut<Act<(usize, H, W, C)>, Act<(usize, H::Out, W::Out, Const<O>)>>,
 {
     type Output = Act<(usize, H::Out, W::Out, Const<O>)>;
     type Error = Infallible;
 
-    fn try_forward(&self, x: Act<(usize, H, W, Const<I>)>) -> Result<Self::Output, Infallible> {
+    fn try_forward(&self, x: Act<(usize, H, W, C)>) -> Result<Self::Output, Infallible> {
         Ok(block(x, &self.0, |r, x| bottleneck(r, x, M, O, S)))
     }
 }
@@ -128,8 +136,8 @@ where
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stem;
 
-impl<H: Strided<2, Out: Strided<2>>, W: Strided<2, Out: Strided<2>>>
-    Module<Act<(usize, H, W, Const<3>)>> for Stem
+impl<H: Strided<2, Out: Strided<2>>, W: Strided<2, Out: Strided<2>>, C: Channels<3>>
+    Module<Act<(usize, H, W, C)>> for Stem
 {
     type Output = Act<(
         usize,
@@ -139,7 +147,7 @@ impl<H: Strided<2, Out: Strided<2>>, W: Strided<2, Out: Strided<2>>>
     )>;
     type Error = Infallible;
 
-    fn try_forward(&self, x: Act<(usize, H, W, Const<3>)>) -> Result<Self::Output, Infallible> {
+    fn try_forward(&self, x: Act<(usize, H, W, C)>) -> Result<Self::Output, Infallible> {
         let (n, h, w, _) = x.shape;
         let id = stem(&mut x.recorder(), x.id);
         Ok(x.then((n, h.strided().strided(), w.strided().strided(), Const), id))
@@ -189,11 +197,11 @@ where
 #[derive(Clone, Copy, Debug)]
 pub struct Head<const I: usize>(pub usize);
 
-impl<H: Dim, W: Dim, const I: usize> Module<Act<(usize, H, W, Const<I>)>> for Head<I> {
+impl<H: Dim, W: Dim, C: Channels<I>, const I: usize> Module<Act<(usize, H, W, C)>> for Head<I> {
     type Output = Act<(usize, usize)>;
     type Error = Infallible;
 
-    fn try_forward(&self, x: Act<(usize, H, W, Const<I>)>) -> Result<Self::Output, Infallible> {
+    fn try_forward(&self, x: Act<(usize, H, W, C)>) -> Result<Self::Output, Infallible> {
         let id = x.recorder().head(x.id, self.0);
         let shape = (x.shape.0, self.0);
         Ok(x.then(shape, id))

@@ -1,4 +1,4 @@
-//! The one spatial rule.
+//! The one spatial rule, and the one rule of channels.
 
 use dfdx::shapes::{Const, Dim};
 
@@ -44,3 +44,15 @@ halved!(
     2 4 6 8 10 12 14 16 18 20 22 24 26 28 32 36 40 44 48 52 56 64 72 80 88 96 104 112
     128 144 160 176 192 208 224 256 288 320 352 384 416 448
 );
+
+/// The channels of an activation that a layer for `C` channels reads; only `Const<C>` implements it.
+///
+/// Layers ask for it instead of writing `Const<C>` in their input, so that the compiler can say what to change.
+#[diagnostic::on_unimplemented(
+    message = "a layer for {C} channels cannot read `{Self}`",
+    label = "the layer before this one gives another number of channels",
+    note = "make the layer's input channels those of the layer before it, or put a `Projection` between"
+)]
+pub trait Channels<const C: usize>: Dim {}
+
+impl<const C: usize> Channels<C> for Const<C> {}

@@ -14,8 +14,8 @@ Examples:
   runner eval runs/quickstart                             score its latest checkpoint
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
 
-A run lives in runs/NAME. Starting it again resumes it; the resumed run computes the same bits as one that
-never stopped.
+A run lives in runs/NAME. Starting it again resumes it; on the same kind of CPU the resumed run computes the
+same bits as one that never stopped.
 
 Exit codes: 0 done, 2 the spec or the arguments are wrong, 3 the input data is wrong, 4 the run failed,
 75 interrupted and resumable (start it again).";
@@ -52,6 +52,10 @@ pub(crate) enum Command {
     Config(ConfigArgs),
     /// Score a checkpoint on the evaluation set of its spec
     Eval(EvalArgs),
+    /// Prove on this machine that a killed run, resumed, ends with the same bits as one that was not
+    VerifyResume(VerifyArgs),
+    /// Say what this machine has, and what is missing
+    Doctor(DoctorArgs),
 }
 
 /// A spec and what changes it.
@@ -98,6 +102,23 @@ pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) spec: Spec,
 
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct VerifyArgs {
+    #[command(flatten)]
+    pub(crate) spec: Spec,
+
+    /// Steps to train, twice; the second time the run is killed half-way
+    #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u64).range(2..))]
+    pub(crate) steps: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

@@ -7,6 +7,7 @@ use spec::{Layers, Loaded, Run};
 
 use crate::cli::{ConfigArgs, Spec};
 use crate::failure::Failure;
+use crate::output;
 
 /// The spec that a command line names, with the environment over it.
 pub(crate) fn load(args: &Spec) -> Result<Run, Failure> {
@@ -16,14 +17,14 @@ pub(crate) fn load(args: &Spec) -> Result<Run, Failure> {
 /// `runner config`.
 pub(crate) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
     let Some(file) = &args.config else {
-        print!("{}", spec::schema());
+        output::print(&spec::schema());
         return Ok(ExitCode::SUCCESS);
     };
     let loaded = layered(file, args.profile.as_deref(), &args.set)?;
-    match args.origins {
-        true => print!("{}", with_origins(&loaded)),
-        false => print!("{}", loaded.run.to_toml()),
-    }
+    output::print(&match args.origins {
+        true => with_origins(&loaded),
+        false => loaded.run.to_toml(),
+    });
     Ok(ExitCode::SUCCESS)
 }
 

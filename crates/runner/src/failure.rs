@@ -42,16 +42,11 @@ impl From<spec::Errors> for Failure {
 
 impl From<train::Error> for Failure {
     fn from(e: train::Error) -> Self {
-        use store::Error as Store;
-        use train::Error as Train;
+        use train::Error;
         let text = e.to_string();
         match e {
-            Train::Different { .. } | Train::NoCheckpoint { .. } => Failure::Spec(text),
-            Train::Data(_) | Train::Examples { .. } => Failure::Input(text),
-            Train::Store(Store::NoMatch { .. } | Store::Pattern { .. } | Store::Corrupt { .. }) => {
-                Failure::Input(text)
-            }
-            Train::Store(Store::Unsupported { .. }) => Failure::Input(text),
+            Error::Different { .. } | Error::NoCheckpoint { .. } => Failure::Spec(text),
+            e if e.is_of_input() => Failure::Input(text),
             _ => Failure::Run(text),
         }
     }

@@ -2,11 +2,14 @@
 
 mod cli;
 mod config;
+mod doctor;
 mod evaluate;
 mod failure;
 mod network;
+mod output;
 mod plan;
 mod run;
+mod verify;
 
 use std::process::ExitCode;
 
@@ -20,6 +23,8 @@ fn main() -> ExitCode {
         (Some(Command::Plan(args)), _) => plan::plan(&args),
         (Some(Command::Config(args)), _) => config::config(&args),
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
+        (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
+        (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,

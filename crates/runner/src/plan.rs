@@ -1,31 +1,27 @@
 //! `runner plan`: what a run is and costs, from the spec alone.
 
+use std::fmt::Write;
 use std::process::ExitCode;
 
 use engine::cpu::Memory;
 use graph::Graph;
 use serde::Serialize;
-use spec::{Resize, Run, Source};
+use spec::{Mode, Resize, Run, Source};
 use train::Plan;
 
 use crate::cli::PlanArgs;
-use crate::config;
 use crate::failure::Failure;
-use crate::network;
+use crate::{config, network, output};
 
 /// `runner plan`.
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let run = config::load(&args.spec)?;
     let graph = network::network(&run);
     let report = Report::new(&run, &graph)?;
-    if args.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&report).expect("a report has string keys")
-        );
-    } else {
-        report.print(&run, &graph);
-    }
+    output::print(&match args.json {
+        true => serde_json::to_string_pretty(&report).expect("a report has string keys") + "\n",
+        false => report.text(&run, &graph),
+    });
     Ok(ExitCode::SUCCESS)
 }
 
@@ -34,7 +30,8 @@ pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
 struct Report {
     name: String,
     model: Model,
-    steps: Steps,
+    /// None for a run that only evaluates.
+    steps: Option<Steps>,
     memory: MemoryReport,
     data: Data,
     checkpoint: Checkpoint,
@@ -58,6 +55,7 @@ struct Steps {
     batch_size: u64,
     bn_batch: usize,
     evaluations: u64,
+    checkpoints: u64,
     peak_lr: f64,
     warmup: f64,
 }
@@ -71,7 +69,9 @@ struct MemoryReport {
     arena: usize,
     scratch: usize,
     /// Batches that wait between decoding and the engine.
-    input: usize,
+    batches: usize,
+    /// Records that wait to be shuffled.
+    records: usize,
     /// Tensors and file of a checkpoint while it is written.
     checkpoint: usize,
     peak_bytes: usize,
@@ -79,45 +79,44 @@ struct MemoryReport {
 
 #[derive(Serialize)]
 struct Data {
-    train_examples: u64,
+    train_examples: Option<u64>,
     eval_examples: Option<u64>,
 }
 
 #[derive(Serialize)]
 struct Checkpoint {
     bytes: usize,
-    every_steps: u64,
-    written: u64,
 }
 
 /// Two batches wait, one is decoded, one is in use.
 const BATCHES_IN_FLIGHT: usize = 4;
+/// Mean size of ImageNet's records.
+const RECORD_BYTES: usize = 115_000;
 
 impl Report {
     fn new(run: &Run, graph: &Graph) -> Result<Self, Failure> {
-        let examples = match run.data.train_examples() {
-            Some(examples) => examples,
-            None => train::Input::open(run)?.train_examples,
+        let train_examples = match (run.mode, run.data.train_examples()) {
+            (Mode::Eval, _) => None,
+            (_, Some(examples)) => Some(examples),
+            (_, None) => Some(train::Input::open(run)?.train_examples),
         };
-        let plan = Plan::new(run, examples).expect("a checked spec has lengths that become steps");
+        let steps = train_examples.map(|examples| {
+            let plan =
+                Plan::new(run, examples).expect("a checked spec has lengths that become steps");
+            Steps {
+                total: plan.steps,
+                epochs: plan.epoch(plan.steps),
+                per_epoch: examples as f64 / plan.batch_size as f64,
+                batch_size: plan.batch_size,
+                bn_batch: run.train.bn_batch(),
+                evaluations: plan.evaluations(),
+                checkpoints: plan.checkpoints(),
+                peak_lr: plan.peak_lr,
+                warmup: plan.warmup,
+            }
+        });
         let counts = graph.counts();
-        let engine = Memory::plan(graph, run.train.bn_batch(), network::threads(run));
-        let is_rounded = run.data.resize == Resize::Pillow || run.data.source != Source::Tfrecord;
-        let value = if is_rounded { 1 } else { size_of::<f32>() };
-        let pixels = run.model.resolution.pow(2) * 3;
         let checkpoint = (2 * counts.params + counts.running_statistics) * size_of::<f32>();
-        let mut memory = MemoryReport {
-            parameters: engine.parameters,
-            gradients: engine.gradients,
-            optimizer: engine.optimizer,
-            arena: engine.arena,
-            scratch: engine.scratch,
-            input: BATCHES_IN_FLIGHT * run.train.batch_size * pixels * value,
-            checkpoint: 2 * checkpoint,
-            peak_bytes: 0,
-        };
-        memory.peak_bytes = engine.total() + memory.input + memory.checkpoint;
-        let due = |f: &dyn Fn(u64) -> bool| (1..=plan.steps).filter(|&s| f(s)).count() as u64;
         Ok(Self {
             name: run.name.clone(),
             model: Model {
@@ -128,86 +127,143 @@ impl Report {
                 params_decayed: counts.decayed_params,
                 macs_per_image: counts.macs,
             },
-            steps: Steps {
-                total: plan.steps,
-                epochs: plan.epoch(plan.steps),
-                per_epoch: examples as f64 / plan.batch_size as f64,
-                batch_size: plan.batch_size,
-                bn_batch: run.train.bn_batch(),
-                evaluations: due(&|s| plan.is_eval_due(s)),
-                peak_lr: plan.peak_lr,
-                warmup: plan.warmup,
-            },
-            memory,
+            steps,
+            memory: MemoryReport::new(run, graph, checkpoint, train_examples),
             data: Data {
-                train_examples: examples,
+                train_examples,
                 eval_examples: run.data.eval_examples(),
             },
-            checkpoint: Checkpoint {
-                bytes: checkpoint,
-                every_steps: plan.checkpoint_every,
-                written: due(&|s| plan.is_checkpoint_due(s)),
-            },
+            checkpoint: Checkpoint { bytes: checkpoint },
         })
     }
 
-    fn print(&self, run: &Run, graph: &Graph) {
-        let mib = |bytes: usize| format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20));
-        println!("{}: {}\n", self.name, network::title(run));
-        println!(
+    fn text(&self, run: &Run, graph: &Graph) -> String {
+        let mut out = format!("{}: {}\n\n", self.name, network::title(run));
+        let mut line = |text: String| writeln!(out, "{text}").expect("a string can be written to");
+        line(format!(
             "  {:<10} {:>16} {:>12} {:>16}",
             "", "output", "parameters", "multiply-adds"
-        );
+        ));
         for row in graph.summary() {
             let [h, w, c] = row.output;
-            let output = format!("{h} x {w} x {c}");
-            println!(
-                "  {:<10} {output:>16} {:>12} {:>16}",
-                row.name,
+            let (output, params, macs) = (
+                format!("{h} x {w} x {c}"),
                 thousands(row.params),
-                thousands(row.macs)
+                thousands(row.macs),
             );
+            line(format!(
+                "  {:<10} {output:>16} {params:>12} {macs:>16}",
+                row.name
+            ));
         }
         let (params, macs) = (
             thousands(self.model.params),
             thousands(self.model.macs_per_image),
         );
-        println!("  {:<10} {:>16} {params:>12} {macs:>16}\n", "total", "");
-        let s = &self.steps;
-        println!(
-            "steps       {} of {} images, {:.2} epochs of {} examples",
-            s.total, s.batch_size, s.epochs, self.data.train_examples
-        );
-        println!(
-            "batches     normalised {} images at a time, {} to a step",
-            s.bn_batch,
-            s.batch_size as usize / s.bn_batch
-        );
-        println!("rate        to {} in {:.0} steps", s.peak_lr, s.warmup);
-        let eval = self
-            .data
-            .eval_examples
-            .map_or("the evaluation set".into(), |n| format!("{n} examples"));
-        println!("evaluated   {} times on {eval}", s.evaluations);
-        println!(
-            "checkpoint  {}, written {} times to {}",
-            mib(self.checkpoint.bytes),
-            self.checkpoint.written,
-            run.run_dir().display()
-        );
-        let m = &self.memory;
-        println!(
-            "memory      {}: parameters {}, gradients {}, momentum {}, activations {}, tiles {}, input {}, checkpoint {}",
-            mib(m.peak_bytes),
-            mib(m.parameters),
-            mib(m.gradients),
-            mib(m.optimizer),
-            mib(m.arena),
-            mib(m.scratch),
-            mib(m.input),
-            mib(m.checkpoint),
-        );
+        line(format!(
+            "  {:<10} {:>16} {params:>12} {macs:>16}\n",
+            "total", ""
+        ));
+        if let (Some(s), Some(examples)) = (&self.steps, self.data.train_examples) {
+            let micro_batches = s.batch_size as usize / s.bn_batch;
+            let (total, images, epochs) = (s.total, s.batch_size, s.epochs);
+            line(format!(
+                "steps       {total} of {images} images, {epochs:.2} epochs of {examples} examples"
+            ));
+            line(format!(
+                "batches     normalised {} images at a time, {micro_batches} to a step",
+                s.bn_batch
+            ));
+            line(format!(
+                "rate        to {} in {:.0} steps",
+                s.peak_lr, s.warmup
+            ));
+            let eval = self
+                .data
+                .eval_examples
+                .map_or("the evaluation set".into(), |n| format!("{n} examples"));
+            line(format!("evaluated   {} times on {eval}", s.evaluations));
+            let (bytes, times, dir) = (mib(self.checkpoint.bytes), s.checkpoints, run.run_dir());
+            line(format!(
+                "checkpoint  {bytes}, written {times} times to {}",
+                dir.display()
+            ));
+        }
+        line(self.memory.text());
+        out
     }
+}
+
+impl MemoryReport {
+    fn new(run: &Run, graph: &Graph, checkpoint: usize, train_examples: Option<u64>) -> Self {
+        let engine = Memory::plan(graph, run.train.bn_batch(), network::threads(run));
+        let is_rounded = run.data.resize == Resize::Pillow || run.data.source != Source::Tfrecord;
+        let value = if is_rounded { 1 } else { size_of::<f32>() };
+        let (is_training, batch_size) = match train_examples {
+            Some(_) => (true, run.train.batch_size),
+            None => (false, run.train.bn_batch()),
+        };
+        let held =
+            (run.data.lanes * run.data.shuffle_window).min(train_examples.unwrap_or(0) as usize);
+        let from_shards = run.data.source == Source::Tfrecord;
+        let mut memory = Self {
+            parameters: engine.parameters,
+            gradients: engine.gradients,
+            optimizer: engine.optimizer,
+            arena: engine.arena,
+            scratch: engine.scratch,
+            batches: BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value,
+            records: if from_shards {
+                held * record_bytes(run, train_examples)
+            } else {
+                0
+            },
+            checkpoint: if is_training {
+                2 * checkpoint
+            } else {
+                checkpoint
+            },
+            peak_bytes: 0,
+        };
+        memory.peak_bytes = engine.total() + memory.batches + memory.records + memory.checkpoint;
+        memory
+    }
+
+    fn text(&self) -> String {
+        let parts = [
+            ("parameters", self.parameters),
+            ("gradients", self.gradients),
+            ("momentum", self.optimizer),
+            ("activations", self.arena),
+            ("tiles", self.scratch),
+            ("batches", self.batches),
+            ("records", self.records),
+            ("checkpoint", self.checkpoint),
+        ];
+        let parts: Vec<_> = parts
+            .iter()
+            .map(|(name, bytes)| format!("{name} {}", mib(*bytes)))
+            .collect();
+        format!("memory      {}: {}", mib(self.peak_bytes), parts.join(", "))
+    }
+}
+
+/// Mean size of a training record: of the shards where they are at hand, else of ImageNet's.
+fn record_bytes(run: &Run, examples: Option<u64>) -> usize {
+    let shards = run
+        .data
+        .train
+        .as_deref()
+        .and_then(|glob| store::glob(glob).ok());
+    let length = |path: &std::path::PathBuf| std::fs::metadata(path).map_or(0, |m| m.len());
+    match (shards, examples) {
+        (Some(shards), Some(n)) if n > 0 => (shards.iter().map(length).sum::<u64>() / n) as usize,
+        _ => RECORD_BYTES,
+    }
+}
+
+fn mib(bytes: usize) -> String {
+    format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))
 }
 
 /// 25557032 as 25,557,032.

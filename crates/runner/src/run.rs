@@ -6,28 +6,28 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use engine::Engine;
-use spec::Mode;
+use spec::{Mode, Run};
 use store::Lease;
-use track::{Summary, Terminal, Trackers, read_summary};
-use train::{Checkpoints, Input, Job, Meta, Plan};
+use track::{Resume, Summary, Terminal, Trackers, read_summary};
+use train::{Checkpoints, Ended, Input, Job, Meta, Pace, Plan, Progress};
 
 use crate::cli::Spec;
 use crate::config;
 use crate::evaluate;
 use crate::failure::{Failure, INTERRUPTED};
-use crate::network;
+use crate::{network, output};
 
 /// Does what the spec's `mode` says.
 pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
     let run = config::load(args)?;
     if run.mode == Mode::Eval {
-        return evaluate::latest(&run);
+        return evaluate::latest(&run, fresh);
     }
     let labels = network::labels(&run)?;
     let input = Input::open(&run)?;
     let plan = Plan::new(&run, input.train_examples)
         .expect("a checked spec has lengths that become steps");
-    let mut meta = Meta::new(&run, input.computation(&run), labels);
+    let meta = Meta::new(&run, input.computation(&run), labels);
 
     let dir = run.run_dir();
     if fresh {
@@ -52,66 +52,98 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
     }
     store::write_atomic(&dir.join("spec.toml"), &[run.to_toml().as_bytes()])?;
 
-    let metrics_bytes = start.as_ref().map(|(progress, _)| progress.metrics_bytes);
-    let mut trackers = Trackers::open(&dir, metrics_bytes, Terminal::Auto);
-    let graph = network::network(&run);
-    trackers.note(&format!(
-        "{}: {}, {} parameters",
-        run.name,
-        network::title(&run),
-        graph.counts().params
-    ));
-    let state = start.map(|(progress, state)| {
-        trackers.note(&format!(
-            "resuming at step {} of {}",
-            progress.step, plan.steps
-        ));
-        meta.progress = progress;
-        state
+    let resume = start.as_ref().map(|(at, _)| Resume {
+        step: at.step,
+        is_evaluated: at.is_evaluated(),
+        metrics_bytes: at.metrics_bytes,
     });
+    let config = trackers(&args.config, &run, &dir, &meta);
+    let mut trackers = Trackers::open(&dir, resume, &config, Terminal::Auto);
+    let graph = network::network(&run);
+    let (title, params) = (network::title(&run), graph.counts().params);
+    trackers.note(&format!("{}: {title}, {params} parameters", run.name));
+    let (mut at, state) = match start {
+        Some((progress, state)) => {
+            trackers.note(&format!(
+                "resuming at step {} of {}",
+                progress.step, plan.steps
+            ));
+            (progress, Some(state))
+        }
+        None => (Progress::default(), None),
+    };
     let mut engine = network::engine(&run, &graph, state)?;
+    let what = engine.describe();
     trackers.note(&format!(
-        "{}, {} steps of {} images",
-        engine.describe(),
-        plan.steps,
-        plan.batch_size
+        "{what}, {} steps of {} images",
+        plan.steps, plan.batch_size
     ));
 
-    let stop = stop_on_signals();
-    let checkpoints = Checkpoints::of(&dir);
+    let (checkpoints, stop, mut pace) = (Checkpoints::of(&dir), stop_on_signals(), Pace::default());
+    let (plan, input, keep) = (&plan, &input, run.checkpoint.keep);
     let job = Job {
-        plan: &plan,
-        input: &input,
+        plan,
+        input,
         checkpoints: &checkpoints,
-        keep: run.checkpoint.keep,
+        keep,
         meta,
         stop: &stop,
     };
-    let summary = train::train(job, &mut engine, &mut trackers)?;
+    let ended = train::train(job, &mut at, &mut engine, &mut trackers, &mut pace);
+    let (status, reason) = match &ended {
+        Ok(Ended::Done) => ("done", None),
+        Ok(Ended::Interrupted) => ("interrupted", Some("a signal".into())),
+        Err(error) => ("failed", Some(error.to_string())),
+    };
+    let summary = pace.summary(status, &at, reason);
     trackers.finish(&summary);
-    print(&summary);
-    if summary.status == "done" {
-        return Ok(ExitCode::SUCCESS);
+    match ended? {
+        Ended::Done => {
+            print(&summary);
+            Ok(ExitCode::SUCCESS)
+        }
+        Ended::Interrupted => {
+            let (step, steps) = (at.step, plan.steps);
+            eprintln!(
+                "interrupted at step {step} of {steps}, all of them saved; start it again (without --fresh) to go on"
+            );
+            print(&summary);
+            Ok(ExitCode::from(INTERRUPTED))
+        }
     }
-    eprintln!(
-        "interrupted at step {} of {}; start it again to go on",
-        summary.step, plan.steps
-    );
-    Ok(ExitCode::from(INTERRUPTED))
+}
+
+/// The trackers that the spec asks for; MLflow's own default is its store in the working directory.
+fn trackers(file: &Path, run: &Run, dir: &Path, meta: &Meta) -> track::Config {
+    let mlflow = match run.track.mlflow {
+        spec::Mlflow::Sqlite => Some(track::Mlflow {
+            dir: ".".into(),
+            experiment: run.track.experiment.clone(),
+            run: run.name.clone(),
+            source: file.display().to_string(),
+            params: meta.computation.clone(),
+            artifacts: vec![dir.join("spec.toml")],
+        }),
+        spec::Mlflow::Off => None,
+    };
+    track::Config {
+        mlflow,
+        tensorboard: run.track.tensorboard,
+    }
 }
 
 /// The summary of a run that has nothing left to do.
-fn finished(dir: &Path, plan: &Plan, progress: &train::Progress) -> Option<Summary> {
+fn finished(dir: &Path, plan: &Plan, progress: &Progress) -> Option<Summary> {
     let is_at_end = progress.step >= plan.steps;
-    read_summary(dir).filter(|s| is_at_end && s.status == "done" && s.step == progress.step)
+    let summary = read_summary(dir).filter(|s| s.status == "done" && s.step == progress.step)?;
+    let is_evaluated = summary.eval.is_some() || !plan.is_eval_due(progress.step);
+    (is_at_end && is_evaluated).then_some(summary)
 }
 
 /// One line of JSON, the same as in summary.json.
 fn print(summary: &Summary) {
-    println!(
-        "{}",
-        serde_json::to_string(summary).expect("a summary has string keys")
-    );
+    let text = serde_json::to_string(summary).expect("a summary has string keys");
+    output::print(&format!("{text}\n"));
 }
 
 /// Renames the directory of an earlier run to the first free `<dir>.N`.
@@ -120,6 +152,7 @@ fn put_aside(dir: &Path) -> Result<(), Failure> {
         return Ok(());
     }
     let lease = Lease::take(dir)?;
+    let dir: &Path = &dir.components().collect::<PathBuf>(); // without a slash at the end
     let name = |n: u32| PathBuf::from(format!("{}.{n}", dir.display()));
     let aside = (1..)
         .map(name)

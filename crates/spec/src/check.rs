@@ -272,15 +272,6 @@ fn lengths(run: &Run, found: &mut Findings) {
         let shown = every.to_string();
         found.range(key, shown, every.value > 0.0, "a length above 0");
     }
-    let warmup = run.schedule.warmup;
-    if is_whole && length.value > 0.0 && is_longer(warmup, length, run) == Some(true) {
-        found.keys(
-            "schedule.warmup",
-            LENGTH_KEYS,
-            format!("\"{warmup}\" is longer than the run, train.length = \"{length}\""),
-            Some("make the run longer, or the warmup shorter: schedule.warmup = \"0 steps\" or \"5 percent\"".into()),
-        );
-    }
 }
 
 fn milestones(run: &Run, found: &mut Findings) {

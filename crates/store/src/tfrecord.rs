@@ -66,7 +66,7 @@ impl Reader {
     /// Opens a shard where [`Reader::offset`] and [`Reader::record`] once pointed.
     ///
     /// # Errors
-    /// The file cannot be opened, or ends before `offset`.
+    /// The file cannot be opened, or ends before `offset`, or so many records do not fit before it.
     pub fn open_at(path: &Path, offset: u64, record: u64) -> Result<Self, Error> {
         Self::open_with(path, offset, record, BUFFER)
     }
@@ -88,6 +88,9 @@ impl Reader {
         };
         if offset > end {
             return Err(reader.corrupt(format!("the file has only {end} bytes")));
+        }
+        if record > offset / (HEADER + FOOTER) {
+            return Err(reader.corrupt("so many records do not fit before it".into()));
         }
         Ok(reader)
     }
@@ -314,6 +317,8 @@ mod tests {
         assert_eq!(second.next().unwrap(), first.next().unwrap());
         let past = Reader::open_at(&path, 1000, 7).unwrap_err().to_string();
         assert!(past.contains("only 55 bytes"), "{past}");
+        let absurd = Reader::open_at(&path, 21, u64::MAX).unwrap_err();
+        assert!(absurd.to_string().contains("do not fit before it"));
     }
 
     #[test]

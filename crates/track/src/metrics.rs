@@ -34,6 +34,19 @@ pub struct StepMetrics {
     pub input_wait_fraction: f64,
 }
 
+impl StepMetrics {
+    /// What MLflow and TensorBoard get: every number with a room in its name.
+    pub(crate) fn scalars(&self) -> Vec<Scalar> {
+        vec![
+            ("train/loss", self.loss),
+            ("train/top1", self.top1),
+            ("train/lr", self.lr),
+            ("train/images_per_s", self.images_per_s),
+            ("train/input_wait_fraction", self.input_wait_fraction),
+        ]
+    }
+}
+
 /// The numbers of one evaluation.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EvalMetrics {
@@ -58,6 +71,21 @@ pub struct EvalMetrics {
     #[serde(skip)]
     pub seconds: f64,
 }
+
+impl EvalMetrics {
+    /// What MLflow and TensorBoard get: every number with a room in its name.
+    pub(crate) fn scalars(&self) -> Vec<Scalar> {
+        vec![
+            ("eval/loss", self.loss),
+            ("eval/top1", self.top1),
+            ("eval/top5", self.top5),
+            ("eval/images", self.images as f64),
+        ]
+    }
+}
+
+/// A metric's name and its value.
+pub(crate) type Scalar = (&'static str, f64);
 
 /// Numbers that JSON does not know, as the strings that most languages read.
 pub(crate) mod number {
@@ -198,4 +226,48 @@ fn whole_lines(file: &mut File) -> io::Result<u64> {
     file.read_to_end(&mut text)?;
     let end = text.iter().rposition(|&byte| byte == b'\n');
     Ok(end.map_or(0, |end| end as u64 + 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Compares the scalars with the numbers of the line in metrics.jsonl that have a `/` in their names.
+    fn check(metrics: &impl Serialize, scalars: &[Scalar]) {
+        let line = serde_json::to_value(metrics).unwrap();
+        let line = line.as_object().unwrap();
+        let named = line.iter().filter(|(name, _)| name.contains('/'));
+        let mut expected: Vec<_> = named
+            .map(|(name, value)| (name.as_str(), value.as_f64().unwrap()))
+            .collect();
+        let mut found: Vec<_> = scalars.to_vec();
+        expected.sort_by(|a, b| a.0.cmp(b.0));
+        found.sort_by(|a, b| a.0.cmp(b.0));
+        assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn every_sink_uses_the_same_names() {
+        let step = StepMetrics {
+            step: 1,
+            total: 2,
+            epoch: 3.0,
+            loss: 4.0,
+            top1: 5.0,
+            lr: 6.0,
+            images_per_s: 7.0,
+            input_wait_fraction: 8.0,
+        };
+        check(&step, &step.scalars());
+        let eval = EvalMetrics {
+            step: 1,
+            epoch: 2.0,
+            loss: 3.0,
+            top1: 4.0,
+            top5: 5.0,
+            images: 6,
+            seconds: 7.0,
+        };
+        check(&eval, &eval.scalars());
+    }
 }

@@ -1,12 +1,13 @@
 //! `summary.json`: how a run ended.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::number;
+use crate::replace;
 
 /// How a run ended, and what it reached.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -58,7 +59,7 @@ pub struct Best {
     pub step: u64,
 }
 
-const NAME: &str = "summary.json";
+pub(crate) const NAME: &str = "summary.json";
 
 /// The summary in a run directory; none if there is none that can be read.
 pub fn read_summary(dir: &Path) -> Option<Summary> {
@@ -66,12 +67,7 @@ pub fn read_summary(dir: &Path) -> Option<Summary> {
     serde_json::from_str(&text).ok()
 }
 
-/// Writes beside, forces to the disk, renames: a reader sees the old summary or the new one.
 pub(crate) fn write(dir: &Path, summary: &Summary) -> io::Result<()> {
-    let beside = dir.join("summary.json.tmp");
-    let mut file = File::create(&beside)?;
     let text = serde_json::to_string(summary)?;
-    file.write_all(format!("{text}\n").as_bytes())?;
-    file.sync_all()?;
-    fs::rename(&beside, dir.join(NAME))
+    replace(&dir.join(NAME), &format!("{text}\n"))
 }

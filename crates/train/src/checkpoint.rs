@@ -27,14 +27,23 @@ pub struct Progress {
     pub step: u64,
     /// Position in the training data.
     pub cursor: data::Cursor,
-    /// An evaluation of this step is still owed.
-    pub eval_pending: bool,
-    /// The last evaluation.
-    pub eval: Option<EvalSummary>,
+    /// The plan asks for an evaluation of this step; a checkpoint is written before it.
+    pub is_eval_due: bool,
+    /// The last evaluation, and the step that it scored.
+    pub eval: Option<(u64, EvalSummary)>,
     /// The best evaluation.
     pub best: Option<Best>,
     /// Length of metrics.jsonl at this step.
     pub metrics_bytes: u64,
+}
+
+impl Progress {
+    /// Whether this step has been evaluated.
+    pub fn is_evaluated(&self) -> bool {
+        self.eval
+            .as_ref()
+            .is_some_and(|(step, _)| *step == self.step)
+    }
 }
 
 /// What a checkpoint says about itself.
@@ -87,65 +96,96 @@ impl Checkpoints {
         }
     }
 
-    /// The steps that have a checkpoint, oldest first.
-    fn steps(&self) -> Vec<u64> {
-        let Ok(entries) = std::fs::read_dir(&self.dir) else {
-            return vec![];
+    /// Names of the files, none if there is no such directory.
+    fn names(&self) -> Result<Vec<String>, Error> {
+        let failed = |source| Error::io("read", &self.dir, source);
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+            Err(e) => return Err(failed(e)),
         };
-        let step = |name: &str| {
+        let name = |entry: std::io::Result<std::fs::DirEntry>| {
+            Ok(entry
+                .map_err(failed)?
+                .file_name()
+                .to_string_lossy()
+                .into_owned())
+        };
+        entries.map(name).collect()
+    }
+
+    /// The steps that have a checkpoint, oldest first.
+    fn steps(&self) -> Result<Vec<u64>, Error> {
+        let step = |name: &String| {
             name.strip_prefix("step-")?
                 .strip_suffix(".safetensors")?
                 .parse()
                 .ok()
         };
-        let mut steps: Vec<u64> = entries
-            .flatten()
-            .filter_map(|e| step(e.file_name().to_str()?))
-            .collect();
+        let mut steps: Vec<u64> = self.names()?.iter().filter_map(step).collect();
         steps.sort_unstable();
-        steps
+        Ok(steps)
     }
 
     /// The file of the latest checkpoint.
-    pub fn latest(&self) -> Option<PathBuf> {
-        self.steps()
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn latest(&self) -> Result<Option<PathBuf>, Error> {
+        Ok(self
+            .steps()?
             .last()
-            .map(|&step| self.dir.join(file_name(step)))
+            .map(|&step| self.dir.join(file_name(step))))
     }
 
     /// Writes a checkpoint, points `latest` to it and removes the oldest beyond `keep`; the best stays.
     ///
     /// # Errors
-    /// If the disk refuses. Earlier checkpoints are then untouched.
+    /// If the disk refuses, or a value is not finite. Earlier checkpoints are then untouched.
     pub fn save(&self, meta: &Meta, state: &State, keep: usize) -> Result<(), Error> {
+        let finite = |t: &Tensor| t.values.iter().all(|v| v.is_finite());
+        if !state.values().all(finite) {
+            return Err(Error::Diverged {
+                step: meta.progress.step,
+            });
+        }
         std::fs::create_dir_all(&self.dir)
             .map_err(|source| Error::io("create", &self.dir, source))?;
         let step = meta.progress.step;
         store::write_atomic(&self.dir.join(file_name(step)), &[&encode(meta, state)])?;
-        self.point("latest", step)?;
-        let steps = self.steps();
+        self.point_to(&meta.progress)?;
         let best = meta.progress.best.as_ref().map(|b| b.step);
-        for &old in steps
-            .iter()
-            .rev()
-            .skip(keep)
-            .filter(|&&old| Some(old) != best && old != step)
-        {
-            let path = self.dir.join(file_name(old));
-            std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))?;
+        let steps = self.steps()?;
+        let old = steps.iter().rev().skip(keep);
+        for &old in old.filter(|&&old| Some(old) != best && old != step) {
+            self.remove(&file_name(old))?;
+        }
+        // What a kill in the middle of an earlier write has left.
+        for name in self.names()?.iter().filter(|n| n.starts_with(".step-")) {
+            self.remove(name)?;
         }
         Ok(())
     }
 
-    /// Makes `name` (`latest` or `best`) a file that names the checkpoint of `step`.
+    fn remove(&self, name: &str) -> Result<(), Error> {
+        let path = self.dir.join(name);
+        std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))
+    }
+
+    /// Makes `latest` and `best` name the checkpoints that `at` says, where there are any.
     ///
     /// # Errors
     /// If the disk refuses.
-    pub fn point(&self, name: &str, step: u64) -> Result<(), Error> {
-        Ok(store::write_atomic(
-            &self.dir.join(name),
-            &[file_name(step).as_bytes(), b"\n"],
-        )?)
+    pub fn point_to(&self, at: &Progress) -> Result<(), Error> {
+        let best = at.best.as_ref().map(|best| best.step);
+        let latest = self.steps()?.last().copied();
+        for (name, step) in [("latest", latest), ("best", best)] {
+            if let Some(step) = step {
+                let text = file_name(step) + "\n";
+                store::write_atomic(&self.dir.join(name), &[text.as_bytes()])?;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -156,7 +196,7 @@ impl Checkpoints {
 pub fn find(path: &Path) -> Result<PathBuf, Error> {
     let none = || Error::NoCheckpoint { path: path.into() };
     if path.is_dir() {
-        return Checkpoints::of(path).latest().ok_or_else(none);
+        return Checkpoints::of(path).latest()?.ok_or_else(none);
     }
     if path.extension().is_some_and(|e| e == "safetensors") {
         return if path.is_file() {
@@ -304,11 +344,8 @@ mod tests {
             checkpoints
                 .save(&meta(step, (step > 2).then_some(2)), &state(), 2)
                 .unwrap();
-            if step == 2 {
-                checkpoints.point("best", 2).unwrap();
-            }
         }
-        assert_eq!(checkpoints.steps(), [2, 5, 6]);
+        assert_eq!(checkpoints.steps().unwrap(), [2, 5, 6]);
         let name = |pointer| find(&dir.path().join("checkpoints").join(pointer)).unwrap();
         assert!(name("best").ends_with("step-0000000002.safetensors"));
         assert!(name("latest").ends_with("step-0000000006.safetensors"));
@@ -327,8 +364,11 @@ mod tests {
             checkpoints
                 .latest()
                 .unwrap()
+                .unwrap()
                 .ends_with("step-0000000003.safetensors")
         );
+        checkpoints.save(&meta(5, None), &state(), 2).unwrap();
+        assert!(!torn.exists(), "the next checkpoint sweeps it away");
     }
 
     fn check_damaged(bytes: &[u8], expected: &str) {

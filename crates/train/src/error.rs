@@ -43,14 +43,16 @@ pub enum Error {
         /// The latest that can be read.
         known: u32,
     },
-    /// The directory holds a run that computes something else.
+    /// A run directory or checkpoint of a run that computes something else.
     Different {
-        /// The run directory.
-        dir: PathBuf,
+        /// Which.
+        path: PathBuf,
         /// Key, value there and value here.
         keys: Vec<(String, String, String)>,
     },
-    /// The loss is not finite.
+    /// No image could be scored.
+    NothingScored,
+    /// The loss or a parameter is not finite.
     Diverged {
         /// The update after which.
         step: u64,
@@ -72,6 +74,17 @@ impl Error {
             action,
             path: path.into(),
             source,
+        }
+    }
+}
+
+impl Error {
+    /// Whether the input data is to blame, and not the run or the machine.
+    pub fn is_of_input(&self) -> bool {
+        match self {
+            Error::Data(data::Error::Threads(_)) => false,
+            Error::Data(_) | Error::Examples { .. } | Error::NothingScored => true,
+            _ => false,
         }
     }
 }
@@ -103,11 +116,11 @@ impl fmt::Display for Error {
                 "{}: checkpoint of format {found}, this program reads up to {known}\nhint: use a newer runner",
                 path.display()
             ),
-            Error::Different { dir, keys } => {
+            Error::Different { path, keys } => {
                 write!(
                     f,
                     "{}: holds a run that computes something else",
-                    dir.display()
+                    path.display()
                 )?;
                 for (key, there, here) in keys {
                     write!(f, "\n  {key} is {there} there and {here} here")?;
@@ -118,10 +131,14 @@ impl fmt::Display for Error {
                      or put the old run aside with --fresh"
                 )
             }
+            Error::NothingScored => write!(
+                f,
+                "the evaluation set has no readable image\nhint: see data.eval and data.max_bad_records"
+            ),
             Error::Diverged { step } => write!(
                 f,
-                "the loss is not finite after step {step}\n\
-                 hint: a lower schedule.base_lr or a longer schedule.warmup; the last checkpoint is from before"
+                "the loss or a parameter is not finite after step {step}; the last checkpoint is from before\n\
+                 hint: try a lower schedule.base_lr or a longer schedule.warmup, under another name or with --fresh"
             ),
             Error::Examples {
                 key,

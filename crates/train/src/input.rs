@@ -92,7 +92,8 @@ fn config(
     let examples = made_up.unwrap_or_default();
     let source = match d.source {
         Source::Tfrecord => data::Source::TfRecord {
-            shards: store::glob(glob.expect("a checked spec names the shards it needs"))?,
+            shards: store::glob(glob.expect("a checked spec names the shards it needs"))
+                .map_err(data::Error::Store)?,
             label_offset: d.label_offset,
             lanes: d.lanes,
             shuffle_window: d.shuffle_window,

@@ -4,20 +4,25 @@
 //! trackers can never stop it.
 
 mod checkpoint;
+mod compare;
 mod error;
 mod input;
+mod pace;
 mod plan;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use engine::{Engine, Metrics, Pixels};
-use track::{Best, EvalMetrics, EvalSummary, StepMetrics, Summary, Trackers};
+use track::{Best, EvalMetrics, EvalSummary, Trackers};
 
 pub use checkpoint::{Checkpoints, Meta, Progress, find, load};
+pub use compare::{Comparison, compare};
 pub use error::Error;
 pub use input::{Input, eval_config};
+pub use pace::Pace;
 pub use plan::Plan;
 
 /// A run that is ready to go.
@@ -30,118 +35,154 @@ pub struct Job<'a> {
     pub checkpoints: &'a Checkpoints,
     /// How many of them stay.
     pub keep: usize,
-    /// What they say about the run; the progress in it is where the run starts.
+    /// What they say about the run.
     pub meta: Meta,
     /// Set from outside to stop after the current step.
     pub stop: &'a AtomicBool,
 }
 
-/// Trains from where the job's progress is to the end of its plan, or until it is told to stop.
+/// Why [`train`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The plan is done.
+    Done,
+    /// It was told to stop; what was done is saved.
+    Interrupted,
+}
+
+/// Trains from `at` to the end of the plan, or until it is told to stop; `at` moves along.
 ///
-/// Each step: update, log, checkpoint, evaluate. The checkpoint is written before its evaluation and says that one is
-/// owed, so a run that is killed at any moment loses at most the steps since the last checkpoint, and no evaluation.
+/// Each step: update, log, checkpoint, evaluate. The checkpoint is written before the evaluation of its step, and an
+/// evaluation that is due and not in the checkpoint is made up for at the start. So a run that is killed at any
+/// moment loses at most the steps since the last checkpoint, and no evaluation.
 ///
 /// # Errors
 /// If input, disk or engine fail, or the loss is not finite. What was saved stays.
 pub fn train(
     mut job: Job<'_>,
+    at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
-) -> Result<Summary, Error> {
+    pace: &mut Pace,
+) -> Result<Ended, Error> {
     let config = job
         .input
         .train
         .as_ref()
         .expect("a run that trains has training data");
-    let mut at = std::mem::take(&mut job.meta.progress);
     let mut batches = data::train(config, at.cursor.clone())?;
-    let mut pace = Pace::new(job.plan.batch_size);
-    if at.eval_pending {
-        evaluate(&job, engine, &mut at, trackers)?;
-        pace.resume();
+    job.checkpoints.point_to(at)?;
+    at.is_eval_due |= job.plan.is_eval_due(at.step);
+    if at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+        return Ok(Ended::Interrupted);
     }
     while at.step < job.plan.steps {
-        let batch = pace.wait_for(&mut batches)?;
+        let batch = match pace.wait_for(&mut batches) {
+            Ok(batch) => batch,
+            Err(error) => {
+                if at.step > 0 {
+                    save(&mut job, at, engine, trackers)?;
+                }
+                return Err(error);
+            }
+        };
+        batch.bad_records.iter().for_each(|bad| trackers.note(bad));
         let hyper = job.plan.hyper(at.step);
         let metrics = engine.train_step(&view(&batch), &hyper)?;
         at.step += 1;
         at.cursor = batch.cursor;
+        at.is_eval_due = job.plan.is_eval_due(at.step);
         trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics));
         if !metrics.loss().is_finite() {
             return Err(Error::Diverged { step: at.step });
         }
 
         let is_stopping = job.stop.load(Ordering::Relaxed);
-        at.eval_pending = job.plan.is_eval_due(at.step);
         if is_stopping || job.plan.is_checkpoint_due(at.step) {
-            at.metrics_bytes = trackers.sync();
-            job.meta.progress = at.clone();
-            job.checkpoints.save(&job.meta, &engine.state(), job.keep)?;
+            save(&mut job, at, engine, trackers)?;
         }
-        if is_stopping {
-            return Ok(pace.summary("interrupted", &at));
+        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+            return Ok(Ended::Interrupted);
         }
-        if at.eval_pending {
-            evaluate(&job, engine, &mut at, trackers)?;
-        }
-        pace.resume();
     }
-    Ok(pace.summary("done", &at))
+    Ok(Ended::Done)
 }
 
-fn evaluate(
-    job: &Job<'_>,
-    engine: &mut dyn Engine,
+/// Writes a checkpoint of what has been done so far.
+fn save(
+    job: &mut Job<'_>,
     at: &mut Progress,
+    engine: &dyn Engine,
     trackers: &mut Trackers,
 ) -> Result<(), Error> {
-    let config = job
-        .input
-        .eval
-        .as_ref()
-        .expect("a run that evaluates has evaluation data");
+    at.metrics_bytes = trackers.sync();
+    job.meta.progress = at.clone();
+    job.checkpoints.save(&job.meta, &engine.state(), job.keep)
+}
+
+/// Evaluates, unless this step has been evaluated or the run only trains; false if it was told to stop before the
+/// end.
+fn evaluate(
+    job: &Job<'_>,
+    at: &mut Progress,
+    engine: &mut dyn Engine,
+    trackers: &mut Trackers,
+) -> Result<bool, Error> {
+    let Some(config) = job.input.eval.as_ref().filter(|_| !at.is_evaluated()) else {
+        return Ok(true);
+    };
     let started = Instant::now();
-    let metrics = score(config, engine)?;
-    at.eval_pending = false;
-    at.eval = Some(EvalSummary {
-        top1: metrics.top1(),
-        top5: metrics.top5(),
-        loss: metrics.loss(),
-    });
+    let Some(metrics) = score(config, engine, job.stop, |bad| trackers.note(bad))? else {
+        return Ok(false);
+    };
+    let (loss, top1, top5) = (metrics.loss(), metrics.top1(), metrics.top5());
     trackers.eval(&EvalMetrics {
         step: at.step,
         epoch: job.plan.epoch(at.step),
-        loss: metrics.loss(),
-        top1: metrics.top1(),
-        top5: metrics.top5(),
+        loss,
+        top1,
+        top5,
         images: metrics.images as u64,
         seconds: started.elapsed().as_secs_f64(),
     });
-    if at
-        .best
-        .as_ref()
-        .is_none_or(|best| metrics.top1() > best.value)
-    {
+    at.eval = Some((at.step, EvalSummary { top1, top5, loss }));
+    if at.best.as_ref().is_none_or(|best| top1 > best.value) {
         at.best = Some(Best {
             metric: "top1".into(),
-            value: metrics.top1(),
+            value: top1,
             step: at.step,
         });
-        job.checkpoints.point("best", at.step)?;
+        job.checkpoints.point_to(at)?;
     }
-    Ok(())
+    Ok(true)
 }
 
-/// Scores a whole set, every image once; the last batch has what is left.
+/// Scores a whole set, every image once; the last batch has what is left. None if `stop` was set meanwhile; `note`
+/// hears of each bad record.
 ///
 /// # Errors
-/// If input or engine fail.
-pub fn score(config: &data::Config, engine: &mut dyn Engine) -> Result<Metrics, Error> {
+/// If input or engine fail, or there is nothing to score.
+pub fn score(
+    config: &data::Config,
+    engine: &mut dyn Engine,
+    stop: &AtomicBool,
+    mut note: impl FnMut(&str),
+) -> Result<Option<Metrics>, Error> {
     let mut total = Metrics::default();
     for batch in data::eval(config)? {
-        total.add(&engine.eval_step(&view(&batch?))?);
+        if stop.load(Ordering::Relaxed) {
+            return Ok(None);
+        }
+        let batch = batch?;
+        batch.bad_records.iter().for_each(|bad| note(bad));
+        if !batch.labels.is_empty() {
+            total.add(&engine.eval_step(&view(&batch))?);
+        }
     }
-    Ok(total)
+    match total.images {
+        0 => Err(Error::NothingScored),
+        _ => Ok(Some(total)),
+    }
 }
 
 /// A batch as the engine takes it.
@@ -161,100 +202,59 @@ fn view(batch: &data::Batch) -> engine::Batch<'_> {
 /// # Errors
 /// If the checkpoint cannot be read, or holds another computation; all differing keys are named.
 pub fn resume(dir: &Path, meta: &Meta) -> Result<Option<(Progress, engine::State)>, Error> {
-    let Some(path) = Checkpoints::of(dir).latest() else {
+    let Some(path) = Checkpoints::of(dir).latest()? else {
         return Ok(None);
     };
     let (found, state) = load(&path)?;
-    let value = |keys: &Meta, key: &str| {
-        keys.computation
-            .get(key)
-            .cloned()
-            .unwrap_or_else(|| "unset".into())
+    check_equal(dir, &computation(&found), &meta.computation, |_| true)?;
+    Ok(Some((found.progress, state)))
+}
+
+/// What a checkpoint computes; keys that its version of the program did not have are at their defaults, which keep
+/// what that version did.
+fn computation(meta: &Meta) -> BTreeMap<String, String> {
+    let mut keys = match spec::parse(&meta.spec, "checkpoint", &[]) {
+        Ok(run) => run.computation(),
+        Err(_) => BTreeMap::new(),
     };
-    let mut keys: Vec<&String> = found
-        .computation
+    keys.extend(meta.computation.clone());
+    keys
+}
+
+/// Checks that the checkpoint at `path`, which says `meta`, holds the network of `run`.
+///
+/// # Errors
+/// Names the keys that differ.
+pub fn check_network(path: &Path, meta: &Meta, run: &spec::Run) -> Result<(), Error> {
+    let keys = ["model.depth", "model.classes", "model.recipe"];
+    check_equal(path, &meta.computation, &run.computation(), |key| {
+        keys.contains(&key)
+    })
+}
+
+fn check_equal(
+    at: &Path,
+    there: &BTreeMap<String, String>,
+    here: &BTreeMap<String, String>,
+    matters: impl Fn(&str) -> bool,
+) -> Result<(), Error> {
+    let keys: BTreeSet<&String> = there
         .keys()
-        .chain(meta.computation.keys())
+        .chain(here.keys())
+        .filter(|key| matters(key))
         .collect();
-    keys.sort();
-    keys.dedup();
-    let differing = keys
+    let value = |map: &BTreeMap<String, String>, key| {
+        map.get(key).cloned().unwrap_or_else(|| "unset".into())
+    };
+    let values = keys
         .into_iter()
-        .map(|key| (key.clone(), value(&found, key), value(meta, key)));
-    let differing: Vec<_> = differing.filter(|(_, there, here)| there != here).collect();
-    if differing.is_empty() {
-        Ok(Some((found.progress, state)))
-    } else {
-        Err(Error::Different {
-            dir: dir.into(),
-            keys: differing,
-        })
-    }
-}
-
-/// Time of this process, in steps and in waiting for input; evaluations and checkpoints do not count.
-struct Pace {
-    batch_size: u64,
-    steps: u64,
-    stepping: Duration,
-    waiting: Duration,
-    step_started: Instant,
-    step_waited: Duration,
-}
-
-impl Pace {
-    fn new(batch_size: u64) -> Self {
-        let zero = Duration::ZERO;
-        Self {
-            batch_size,
-            steps: 0,
-            stepping: zero,
-            waiting: zero,
-            step_started: Instant::now(),
-            step_waited: zero,
-        }
-    }
-
-    /// The clock runs again, after something that is no step.
-    fn resume(&mut self) {
-        self.step_started = Instant::now();
-    }
-
-    fn wait_for(&mut self, batches: &mut data::Loader) -> Result<data::Batch, Error> {
-        let started = Instant::now();
-        let batch = batches.next().expect("training data has no end")?;
-        self.step_waited = started.elapsed();
-        Ok(batch)
-    }
-
-    fn step(&mut self, plan: &Plan, step: u64, lr: f64, metrics: &Metrics) -> StepMetrics {
-        let taken = self.step_started.elapsed();
-        self.steps += 1;
-        self.stepping += taken;
-        self.waiting += self.step_waited;
-        StepMetrics {
-            step,
-            total: plan.steps,
-            epoch: plan.epoch(step),
-            loss: metrics.loss(),
-            top1: metrics.top1(),
-            lr,
-            images_per_s: self.batch_size as f64 / taken.as_secs_f64(),
-            input_wait_fraction: self.step_waited.as_secs_f64() / taken.as_secs_f64(),
-        }
-    }
-
-    fn summary(&self, status: &str, at: &Progress) -> Summary {
-        let seconds = self.stepping.as_secs_f64();
-        let per_second = |amount: f64| if seconds > 0.0 { amount / seconds } else { 0.0 };
-        Summary {
-            status: status.into(),
-            step: at.step,
-            eval: at.eval.clone(),
-            best: at.best.clone(),
-            images_per_s: per_second((self.steps * self.batch_size) as f64),
-            input_wait_fraction: per_second(self.waiting.as_secs_f64()),
-            reason: None,
-        }
+        .map(|key| (key.clone(), value(there, key), value(here, key)));
+    let keys: Vec<_> = values.filter(|(_, there, here)| there != here).collect();
+    match keys.is_empty() {
+        true => Ok(()),
+        false => Err(Error::Different {
+            path: at.into(),
+            keys,
+        }),
     }
 }

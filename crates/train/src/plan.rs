@@ -120,19 +120,44 @@ impl Plan {
 
     /// Passes over the training set after `step` updates.
     pub fn epoch(&self, step: u64) -> f64 {
-        (step * self.batch_size) as f64 / self.examples as f64
+        step as f64 * self.batch_size as f64 / self.examples as f64
+    }
+
+    /// How many evaluations there are.
+    pub fn evaluations(&self) -> u64 {
+        self.eval_every
+            .map_or(0, |every| self.steps.div_ceil(every))
+    }
+
+    /// How many checkpoints there are.
+    pub fn checkpoints(&self) -> u64 {
+        let (a, last) = (self.checkpoint_every, self.steps.saturating_sub(1));
+        let every = |n: u64| last / n;
+        let at_evaluations = self
+            .eval_every
+            .map_or(0, |b| every(b) - every(least_common_multiple(a, b)));
+        every(a) + at_evaluations + self.steps.min(1)
     }
 
     /// Whether an evaluation follows update number `step`; the last one always is followed by one.
     pub fn is_eval_due(&self, step: u64) -> bool {
-        self.eval_every
-            .is_some_and(|every| step.is_multiple_of(every) || step == self.steps)
+        let is_due = |every: u64| step.is_multiple_of(every) || step >= self.steps;
+        step > 0 && self.eval_every.is_some_and(is_due)
     }
 
     /// Whether a checkpoint follows update number `step`; every evaluation has one before it.
     pub fn is_checkpoint_due(&self, step: u64) -> bool {
         step.is_multiple_of(self.checkpoint_every) || step == self.steps || self.is_eval_due(step)
     }
+}
+
+/// Saturates, which is as good as never.
+fn least_common_multiple(a: u64, b: u64) -> u64 {
+    let (mut x, mut y) = (a, b);
+    while y > 0 {
+        (x, y) = (y, x % y);
+    }
+    (a / x).saturating_mul(b)
 }
 
 #[cfg(test)]
@@ -155,39 +180,34 @@ mod tests {
         );
     }
 
-    /// notes/reference-spec.md §6.1, computed in float32: batch 1024 and 4096.
+    /// docs/reference/vectors.json, `lr_step_schedule`: computed in float32, so good to 1e-6.
     #[test]
     fn rates_are_the_references() {
-        let small = plan("train.batch_size = 1024", 1_281_167);
-        for (step, lr) in [
-            (1, 6.39417e-5),
-            (1000, 0.0639417),
-            (1251, 0.0799910724),
-            (1564, 0.100004829),
-            (6255, 0.399955362),
-            (6256, 0.4),
-            (37534, 0.4),
-            (37535, 0.04),
-            (75068, 0.04),
-            (75069, 0.004),
-            (100_091, 0.004),
-            (100_092, 0.0004),
-            (112_589, 0.0004),
-        ] {
-            close(small.lr(step), lr);
+        let vectors = include_str!("../../../docs/reference/vectors.json");
+        let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+        let mut checked = 0;
+        for (batch, points) in vectors["lr_step_schedule"].as_object().unwrap() {
+            let plan = plan(&format!("train.batch_size = {batch}"), 1_281_167);
+            for point in points.as_array().unwrap() {
+                let step = point["step"].as_u64().unwrap();
+                close(plan.lr(step), point["lr"].as_f64().unwrap());
+                checked += 1;
+            }
         }
-        assert_eq!(small.lr(0), 0.0);
-        let large = plan("train.batch_size = 4096", 1_281_167);
-        for (step, lr) in [
-            (1, 1.02306728e-3),
-            (1563, 1.5990541),
-            (1564, 1.6),
-            (9383, 1.6),
-            (9384, 0.16),
-            (25_023, 0.0016),
-        ] {
-            close(large.lr(step), lr);
+        for (batch, milestones) in vectors["lr_boundaries"].as_object().unwrap() {
+            let plan = plan(&format!("train.batch_size = {batch}"), 1_281_167);
+            let phases = [1.0, 0.1, 0.01, 0.001];
+            for (milestone, factor) in milestones.as_array().unwrap().iter().zip(phases) {
+                let step = milestone[1].as_u64().unwrap();
+                close(plan.lr(step), plan.peak_lr * factor);
+                assert!(
+                    plan.lr(step - 1) != plan.lr(step),
+                    "batch {batch}: step {step} begins a phase"
+                );
+                checked += 1;
+            }
         }
+        assert!(checked > 100, "{checked} rates were found");
     }
 
     #[test]
@@ -211,6 +231,7 @@ mod tests {
             (plan.steps, plan.eval_every, plan.checkpoint_every),
             (157, Some(32), 30)
         );
+        assert_eq!((plan.evaluations(), plan.checkpoints()), (5, 10));
         let due = |f: &dyn Fn(u64) -> bool| (1..=157).filter(|&s| f(s)).collect::<Vec<_>>();
         assert_eq!(due(&|s| plan.is_eval_due(s)), [32, 64, 96, 128, 157]);
         assert_eq!(

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use data::{Config, Error, Reason, Source};
+use data::{BadRecord, Config, Crop, Cursor, Error, Reason, Resize, Source};
 use tempfile::TempDir;
 use tfrecord::{Example, Feature};
 
@@ -51,13 +51,13 @@ fn check(config: &Config, reason: impl Fn(&Reason) -> bool, message: &str) {
     for loader in [train(config), data::eval(config).unwrap()] {
         let error = first_error(loader);
         let text = error.to_string();
-        let Error::Record {
+        let Error::Record(BadRecord {
             shard,
             record,
             offset,
             reason: said,
             ..
-        } = error
+        }) = error
         else {
             panic!("{error}")
         };
@@ -171,9 +171,21 @@ fn allowed_bad_records_are_replaced_and_counted() {
 
     let batches: Vec<_> = data::eval(&config).unwrap().map(Result::unwrap).collect();
     assert_eq!(labels(&batches), [0, 3, 4, 5, 6, 7, 8]);
-    let bad: Vec<u64> = batches.iter().map(|batch| batch.bad_records).collect();
     // The first batch takes records 0 to 5; the second runs to the end.
-    assert_eq!(bad, [2, 3]);
+    let bad = |batch: usize| &batches[batch].bad_records[..];
+    let shard = shards(&config)[0].display();
+    let mut reader = store::tfrecord::Reader::open(&shards(&config)[0]).unwrap();
+    reader.next().unwrap();
+    let offset = reader.offset();
+    let first = format!(
+        "{shard}: record 1 at byte {offset}: the stored label 77 less the offset 1 is not in 0..23 \
+         (bad record 1, of 3 allowed)"
+    );
+    assert_eq!((bad(0).len(), &bad(0)[0]), (2, &first));
+    assert!(bad(0)[1].contains(": record 2 at byte "), "{}", bad(0)[1]);
+    assert_eq!(bad(1).len(), 1);
+    assert!(bad(1)[0].contains(": record 9 at byte "), "{}", bad(1)[0]);
+    assert!(bad(1)[0].ends_with("(bad record 3, of 3 allowed)"));
 
     // What is left is the same as if the bad ones had never been there.
     let (_dir, clean) = {
@@ -200,17 +212,31 @@ fn allowed_bad_records_are_replaced_and_counted() {
         }
     };
     assert_eq!(seen, [0, 3, 4, 5, 6, 7, 8, 0][..seen.len()]);
-    let Error::Record {
+    let Error::Record(BadRecord {
         record: 1,
         bad: 4,
         allowed: 3,
         ..
-    } = error
+    }) = error
     else {
         panic!("{error}")
     };
     assert!(error.to_string().contains("(bad record 4, of 3 allowed)"));
     assert!(loader.next().is_none(), "nothing comes after an error");
+}
+
+#[test]
+fn bad_records_at_the_very_end_are_told_too() {
+    let (_dir, mut config) = spoilt(label(77), &[8, 9]);
+    config.max_bad_records = 2;
+    let batches: Vec<_> = data::eval(&config).unwrap().map(Result::unwrap).collect();
+    let images: Vec<usize> = batches.iter().map(|batch| batch.labels.len()).collect();
+    let bad: Vec<usize> = batches
+        .iter()
+        .map(|batch| batch.bad_records.len())
+        .collect();
+    assert_eq!((images, bad), (vec![4, 4, 0], vec![0, 0, 2]));
+    assert_eq!(batches[2].pixels, data::Pixels::U8(vec![]));
 }
 
 fn config_like(config: &Config, shard: PathBuf) -> Config {
@@ -260,13 +286,57 @@ fn a_missing_shard() {
 }
 
 #[test]
-fn zeros_in_the_configuration() {
+fn zeros_and_absurd_numbers_in_the_configuration() {
     let (_dir, good) = spoilt(|good| good, &[]);
-    let spoilers: [fn(&mut Config); 3] = [
+    let (area, aspect) = ([0.08, 1.0], [0.75, 1.5]);
+    let spoilers: [fn(&mut Config); 15] = [
         |config| config.batch_size = 0,
+        |config| config.batch_size = usize::MAX,
+        |config| config.batch_size = 1 << 40,
         |config| config.resolution = 0,
+        |config| config.resolution = usize::MAX,
+        |config| config.resolution = 1 << 20,
         |config| config.classes = 0,
+        |config| config.classes = usize::MAX,
+        |config| config.threads = usize::MAX,
+        |config| config.crop_ratio = 0.0,
+        |config| config.crop_ratio = -1.0,
+        |config| config.crop_ratio = 1.1,
+        |config| config.crop_ratio = f64::NAN,
+        |config| config.crop_ratio = f64::INFINITY,
+        |config| config.crop_ratio = f64::NEG_INFINITY,
     ];
+    for range in [
+        [0.0, 0.5],
+        [0.5, 0.1],
+        [-1.0, 0.5],
+        [0.1, f64::INFINITY],
+        [f64::NAN, 0.5],
+        [0.1, f64::NAN],
+    ] {
+        for crop in [
+            Crop::Tf {
+                area: range,
+                aspect,
+            },
+            Crop::Tf {
+                area,
+                aspect: range,
+            },
+            Crop::Torchvision {
+                area: range,
+                aspect,
+            },
+            Crop::Torchvision {
+                area,
+                aspect: range,
+            },
+        ] {
+            let mut config = good.clone();
+            config.crop = crop;
+            assert!(matches!(data::eval(&config).unwrap_err(), Error::Config(_)));
+        }
+    }
     for spoil in spoilers {
         let mut config = good.clone();
         spoil(&mut config);
@@ -276,4 +346,54 @@ fn zeros_in_the_configuration() {
         let config = config(shards(&good), lanes, window);
         assert!(matches!(data::eval(&config).unwrap_err(), Error::Config(_)));
     }
+}
+
+/// One pixel, and the thinnest images: every crop, every filter, a crop ratio near 0, more lanes than shards.
+#[test]
+fn images_of_a_pixel_or_a_line() {
+    let shapes: [&[u8]; 3] = [
+        include_bytes!("../photos/420-1x1.jpg"),
+        include_bytes!("../photos/422-1x300.jpg"),
+        include_bytes!("../photos/420-300x1.jpg"),
+    ];
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("train-0");
+    write(&path, shapes.map(|jpeg| example(jpeg, 1)));
+    let mut config = config(&[path], 1000, usize::MAX);
+    config.batch_size = 3;
+    let wide = ([1e-9, 1.0], [1e-6, 1e6]);
+    let narrow = ([1.0, 1.0], [1e-6, 1e-6]);
+    for (area, aspect) in [([0.08, 1.0], [0.75, 4.0 / 3.0]), wide, narrow] {
+        for crop in [
+            Crop::Tf { area, aspect },
+            Crop::Torchvision { area, aspect },
+            Crop::None,
+        ] {
+            for resize in [Resize::Pillow, Resize::Tf, Resize::Tf1] {
+                for (crop_ratio, resolution) in [(1e-300, 1), (0.875, 33), (1.0, 7)] {
+                    config.crop = crop;
+                    config.resize = resize;
+                    config.crop_ratio = crop_ratio;
+                    config.resolution = resolution;
+                    let batches: Vec<_> = train(&config).take(20).map(Result::unwrap).collect();
+                    assert_eq!(batches.len(), 20);
+                    let count = data::eval(&config).unwrap().map(Result::unwrap).count();
+                    assert_eq!(count, 1);
+                }
+            }
+        }
+    }
+}
+
+/// A window that no file fills, more lanes than shards, an epoch of one record.
+#[test]
+fn more_lanes_than_shards_and_an_endless_window() {
+    let (_dir, good) = spoilt(|good| good, &[]);
+    let config = config(shards(&good), usize::MAX, usize::MAX);
+    let batches: Vec<_> = data::train(&config, Cursor::default())
+        .unwrap()
+        .take(10)
+        .map(Result::unwrap)
+        .collect();
+    assert_eq!(labels(&batches).len(), 40);
 }

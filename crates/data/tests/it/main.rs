@@ -5,6 +5,7 @@
 
 mod errors;
 mod order;
+mod photos;
 mod sources;
 
 use std::fs::File;

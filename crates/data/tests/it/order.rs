@@ -34,15 +34,6 @@ fn every_record_comes_once_an_epoch() {
 }
 
 #[test]
-fn a_batch_says_the_epoch_of_its_last_sample() {
-    let shards = Shards::new();
-    let batches = take(train(&shards.config(2, 3)), 12);
-    let epochs: Vec<u64> = batches.iter().map(|batch| batch.epoch).collect();
-    // Sample 23 opens epoch 1; it is the last of batch 5.
-    assert_eq!(epochs, [0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2]);
-}
-
-#[test]
 fn one_lane_with_a_window_of_one_reads_whole_shards_in_sequence() {
     let shards = Shards::new();
     let mut config = shards.config(1, 1);
@@ -62,6 +53,54 @@ fn the_order_of_the_list_of_shards_does_not_matter() {
     reversed.reverse();
     let expected = take(train(&shards.config(2, 3)), 6);
     assert_eq!(take(train(&config(&reversed, 2, 3)), 6), expected);
+}
+
+/// Two directories hold shards of the same names, and one of them is renamed past the other; and the whole is moved.
+#[test]
+fn the_names_of_directories_do_not_matter() {
+    let shards = Shards::new();
+    let place = |left: &str, right: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut placed = Vec::new();
+        for (i, path) in shards.paths.iter().enumerate() {
+            let parent = dir.path().join(if i % 2 == 0 { left } else { right });
+            std::fs::create_dir_all(&parent).unwrap();
+            let to = parent.join(path.file_name().unwrap());
+            std::fs::copy(path, &to).unwrap();
+            placed.push(to);
+        }
+        let fingerprint = data::fingerprint(&placed).unwrap();
+        let config = config(&placed, 2, 3);
+        let evaluated: Vec<_> = data::eval(&config).unwrap().map(Result::unwrap).collect();
+        (fingerprint, take(train(&config), 6), evaluated)
+    };
+    let reference = place("a", "b");
+    assert_eq!(place("z", "b"), reference);
+    assert_eq!(labels(&reference.2), every_label());
+}
+
+/// The fingerprint notices whatever the order notices.
+#[test]
+fn swapped_directories_of_equal_names_change_the_fingerprint_with_the_order() {
+    let shards = Shards::new();
+    let place = |first: &str, second: &str| {
+        let dir = tempfile::tempdir().unwrap();
+        let placed = [(first, 0), (second, 2)].map(|(parent, i)| {
+            let parent = dir.path().join(parent);
+            std::fs::create_dir(&parent).unwrap();
+            let to = parent.join("train-0");
+            std::fs::copy(&shards.paths[i], &to).unwrap();
+            to
+        });
+        let evaluated: Vec<_> = data::eval(&config(&placed, 1, 1))
+            .unwrap()
+            .map(Result::unwrap)
+            .collect();
+        (data::fingerprint(&placed).unwrap(), labels(&evaluated))
+    };
+    let (one, other) = (place("a", "b"), place("z", "b"));
+    assert_ne!(one.1, other.1);
+    assert_ne!(one.0, other.0);
 }
 
 #[test]
@@ -215,6 +254,29 @@ fn a_cursor_of_other_data_is_refused() {
         "the saved position does not fit the data: it has 2 lanes, the data 3\n\
          hint: the shards, data.lanes or data.shuffle_window have changed; start another run"
     );
+    // No lane is there, or no such record, or fewer samples in the window.
+    let early = take(train(&shards.config(2, 3)), 1).remove(0).cursor;
+    let text = serde_json::to_string(&early).unwrap();
+    for (key, absurd) in [
+        ("next", "2"),
+        ("shard", "99"),
+        ("offset", "18446744073709551615"),
+        ("record", "18446744073709551615"),
+        ("taken", "18446744073709551615"),
+    ] {
+        let mut value: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let place = match key {
+            "next" => &mut value["next"],
+            key => &mut value["lanes"][0][key],
+        };
+        *place = serde_json::from_str(absurd).unwrap();
+        let cursor: Cursor = serde_json::from_value(value).unwrap();
+        let first = data::train(&shards.config(2, 3), cursor).and_then(|mut l| l.next().unwrap());
+        assert!(
+            matches!(first, Err(Error::Cursor(_) | Error::Store(_))),
+            "{key}"
+        );
+    }
     // The lane is in a record that the shorter list does not have there, or the file is too short.
     assert!(matches!(
         refused(&config(&shards.paths[3..], 2, 1)),

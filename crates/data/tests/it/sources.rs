@@ -1,6 +1,6 @@
 //! Real digits, noise, zeros, and what is known about shards without reading them.
 
-use data::{Config, Cursor, Error, Pixels, Resize, Source};
+use data::{Config, Cursor, Error, Pixels, Source};
 
 use crate::{config, digits, labels, take, train};
 
@@ -29,34 +29,6 @@ fn digits_are_all_there() {
     assert_eq!(take(train(&digits_config("train-*")), 21).len(), 21);
 }
 
-/// Enlarging needs no antialiasing, so Pillow's filter and TensorFlow 2's are one but for rounding and the clamp.
-#[test]
-fn filters_agree_where_they_should() {
-    let pixels = |resize| {
-        let mut config = digits_config("validation-*");
-        config.resize = resize;
-        take(data::eval(&config).unwrap(), 1).remove(0).pixels
-    };
-    let Pixels::U8(pillow) = pixels(Resize::Pillow) else {
-        panic!("pillow gives u8")
-    };
-    let floats = |resize| match pixels(resize) {
-        Pixels::F32(values) => values,
-        Pixels::U8(_) => panic!("{resize:?} gives f32"),
-    };
-    let off = |values: &[f32]| {
-        let off = values.iter().zip(&pillow);
-        off.map(|(&a, &b)| f64::from((a - f32::from(b)).abs()))
-            .sum::<f64>()
-            / pillow.len() as f64
-    };
-    let (tf, tf1) = (floats(Resize::Tf), floats(Resize::Tf1));
-    // Rounding alone gives a quarter; Pillow also clamps between the passes.
-    assert!(off(&tf) < 0.4, "{}", off(&tf));
-    assert!(off(&tf1) > 1.0, "{}", off(&tf1));
-    assert!(tf1.iter().any(|&value| value < 0.0), "nothing is clamped");
-}
-
 fn made_up(source: Source) -> Config {
     Config {
         source,
@@ -70,7 +42,6 @@ fn noise_is_uniform_and_the_same_in_every_epoch() {
     let batches = take(train(&config), 5);
     let labels = labels(&batches);
     assert_eq!(labels[..10], labels[10..]);
-    assert_eq!(batches[2].epoch, 1);
     let Pixels::U8(first) = &batches[0].pixels else {
         panic!("noise is u8")
     };
@@ -86,10 +57,31 @@ fn noise_is_uniform_and_the_same_in_every_epoch() {
 }
 
 #[test]
+fn noise_of_evaluation_is_not_that_of_training() {
+    let config = made_up(Source::Fake { examples: 40 });
+    let trained = take(train(&config), 10);
+    let evaluated: Vec<_> = data::eval(&config).unwrap().map(Result::unwrap).collect();
+    assert_ne!(labels(&trained), labels(&evaluated));
+    for (trained, evaluated) in trained.iter().zip(&evaluated) {
+        assert_ne!(trained.pixels, evaluated.pixels);
+    }
+    let again: Vec<_> = data::eval(&config).unwrap().map(Result::unwrap).collect();
+    assert_eq!(again, evaluated);
+}
+
+#[test]
+fn an_epoch_that_cannot_be_counted_does_no_harm() {
+    let config = made_up(Source::Zeros { examples: 2 });
+    let text = format!("{{\"epoch\":{},\"next\":0,\"lanes\":[]}}", u64::MAX);
+    let cursor = serde_json::from_str(&text).unwrap();
+    assert_eq!(take(data::train(&config, cursor).unwrap(), 2).len(), 2);
+}
+
+#[test]
 fn zeros_are_zero() {
     let batch = take(train(&made_up(Source::Zeros { examples: 3 })), 1).remove(0);
     assert_eq!(batch.pixels, Pixels::U8(vec![0; 4 * 16 * 16 * 3]));
-    assert_eq!((batch.labels, batch.epoch), (vec![0; 4], 1));
+    assert_eq!(batch.labels, vec![0; 4]);
 }
 
 #[test]

@@ -111,14 +111,25 @@ impl Gather {
         }
     }
 
+    /// The taps one by one, as offsets from the anchor.
+    fn taps(&self) -> Vec<(isize, isize)> {
+        let of = |r: &Run| {
+            let (dy, dx) = (r.dy, r.dx);
+            (0..r.len as isize).map(move |i| (dy, dx + i))
+        };
+        self.runs.iter().flat_map(of).collect()
+    }
+
     /// Columns `cols` of some rows of the matrix.
-    fn cols(&self, src: &[f32], rows: Range<usize>, cols: Range<usize>, out: &mut [f32]) {
+    fn cols(
+        &self,
+        taps: &[(isize, isize)],
+        src: &[f32],
+        rows: Range<usize>,
+        cols: Range<usize>,
+        out: &mut [f32],
+    ) {
         let c = self.plane.c;
-        let taps: Vec<(isize, isize)> = self
-            .runs
-            .iter()
-            .flat_map(|r| (0..r.len as isize).map(|i| (r.dy, r.dx + i)))
-            .collect();
         for (row, out) in rows.zip(out.chunks_exact_mut(cols.len())) {
             let (image, y, x) = self.anchor(row);
             let mut at = 0;
@@ -237,6 +248,7 @@ pub(crate) fn backward_weight(
     accumulate: bool,
 ) {
     let gather = Gather::forward(g);
+    let taps = gather.taps();
     let (depth, o) = (g.depth(), g.output.c);
     pool.run(tiling.tasks(), |worker, task| {
         let (rows, cols) = tiling.task(task);
@@ -253,7 +265,7 @@ pub(crate) fn backward_weight(
                         .of(worker)
                         .part(0..(to - from) * rows.len())
                         .get_mut();
-                    gather.cols(x, from..to, rows.clone(), tile);
+                    gather.cols(&taps, x, from..to, rows.clone(), tile);
                     (&*tile, (1, rows.len()))
                 };
                 let size = (rows.len(), cols.len(), to - from);

@@ -1,7 +1,7 @@
 //! The CPU engine: f32, NHWC, one planned arena, micro-batches, tasks over a pool of threads.
 //!
 //! Sums are cut by shape, never by the number of threads, so the bits are the same for any number of threads. After
-//! the first step of each batch size nothing is allocated but what the matrix product keeps for itself.
+//! the first step of each batch size no memory of an activation's size is allocated.
 
 #![expect(
     unsafe_code,
@@ -20,7 +20,7 @@ use std::sync::Arc;
 use graph::{BufferId, Caps, Graph, Kernel, Mode, NORM_UPDATE, ParamId, Program};
 
 use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
-use crate::{Batch, Engine, Error, Hyper, Metrics};
+use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
 use conv::Scratch;
 use memory::{ALIGNMENT, Block, Span};
 use norm::{NormState, Residual};
@@ -182,6 +182,18 @@ impl Cpu {
         };
         cpu.load(state)?;
         Ok(cpu)
+    }
+
+    /// Callers hand in whole images of the network's size, and classes that it has.
+    fn check(&self, batch: &Batch<'_>) {
+        let (images, image) = (batch.images(), self.graph.plane(self.graph.input()));
+        assert!(images > 0, "a batch has images");
+        assert_eq!(batch.pixels.len(), images * image.elements(), "{image:?}");
+        let classes = self.graph.classes();
+        assert!(
+            batch.labels.iter().all(|&l| (l as usize) < classes),
+            "labels below {classes}"
+        );
     }
 
     fn program(&mut self, batch: usize, mode: Mode) -> Result<Arc<Program>, Error> {
@@ -412,12 +424,10 @@ impl Cpu {
                     state,
                     z,
                     y,
-                    relu,
                     d,
                     residual,
                     partials,
                     tiling,
-                    ..
                 } => {
                     let norm = &graph.norms()[norm.0];
                     // SAFETY: no region runs; state and gradients are different memory.
@@ -429,15 +439,17 @@ impl Cpu {
                             dbeta.get_mut(),
                         )
                     };
-                    let y = relu.then(|| buffer(y));
+                    let y = y.map(buffer);
                     let residual = residual.map(|r| Residual {
                         dx: buffer(r.buffer),
                         accumulate: r.accumulate,
                     });
-                    let keep = if part.accumulate { 1.0 } else { 0.0 };
+                    let add = |sum: &mut f32, v: f64| {
+                        *sum = if part.accumulate { *sum } else { 0.0 } + v as f32;
+                    };
                     let done = |c: usize, gamma: f64, beta: f64| {
-                        dgamma[c] = dgamma[c] * keep + gamma as f32;
-                        dbeta[c] = dbeta[c] * keep + beta as f32;
+                        add(&mut dgamma[c], gamma);
+                        add(&mut dbeta[c], beta);
                     };
                     norm::backward(
                         pool,
@@ -595,6 +607,7 @@ impl Engine for Cpu {
     }
 
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error> {
+        self.check(batch);
         let mut total = Metrics::default();
         let mut micro_batches = 0;
         for micro in batch.micro_batches(self.micro_batch) {
@@ -615,6 +628,7 @@ impl Engine for Cpu {
     }
 
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
+        self.check(batch);
         let mut total = Metrics::default();
         let part = Part {
             accumulate: false,
@@ -626,5 +640,33 @@ impl Engine for Cpu {
             total.add(&self.execute(&program, &micro, &part));
         }
         Ok(total)
+    }
+
+    fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
+        // The programs score what they infer; class 0 for every image, and the score is dropped.
+        let labels = vec![0; pixels.len() / self.graph.plane(self.graph.input()).elements()];
+        let batch = Batch {
+            pixels,
+            labels: &labels,
+        };
+        let part = Part {
+            accumulate: false,
+            scale: 1.0,
+            label_smoothing: 0.0,
+        };
+        let mut all = vec![];
+        for micro in batch.micro_batches(self.micro_batch) {
+            let program = self.program(micro.images(), Mode::Infer)?;
+            self.execute(&program, &micro, &part);
+            let Some(&Kernel::Loss { logits, .. }) = program.kernels.last() else {
+                unreachable!("inference ends with the loss");
+            };
+            let logits = &program.buffers[logits.0];
+            // SAFETY: no region runs, and `&mut self` keeps writers away.
+            all.extend_from_slice(unsafe {
+                self.arena.span::<f32>(logits.offset, logits.bytes).get()
+            });
+        }
+        Ok(all)
     }
 }

@@ -57,6 +57,11 @@ pub(crate) fn combine(partials: &[f32], tiling: &Tiling, c: usize) -> (f64, f64)
     (mean, m2 / count)
 }
 
+/// The larger of the two; NaN stays NaN (`f32::max` would hide it, and with it a run that has diverged).
+fn at_least(floor: f32, v: f32) -> f32 {
+    if v < floor { floor } else { v }
+}
+
 /// Values of one elementwise task.
 const TASK: usize = 65_536;
 
@@ -84,14 +89,14 @@ pub(crate) fn normalize(
                 let rows = y.chunks_exact_mut(channels).zip(z.chunks_exact(channels));
                 for ((y, z), r) in rows.zip(residual.chunks_exact(channels)) {
                     for c in 0..channels {
-                        y[c] = (z[c] * scale[c] + shift[c] + r[c]).max(floor);
+                        y[c] = at_least(floor, z[c] * scale[c] + shift[c] + r[c]);
                     }
                 }
             }
             None => {
                 for (y, z) in y.chunks_exact_mut(channels).zip(z.chunks_exact(channels)) {
                     for c in 0..channels {
-                        y[c] = (z[c] * scale[c] + shift[c]).max(floor);
+                        y[c] = at_least(floor, z[c] * scale[c] + shift[c]);
                     }
                 }
             }
@@ -144,7 +149,7 @@ pub(crate) fn backward(
             let y = unsafe { y.part(range.clone()).get() };
             d.iter_mut()
                 .zip(y)
-                .for_each(|(d, y)| *d = if *y > 0.0 { *d } else { 0.0 });
+                .for_each(|(d, y)| *d = if *y <= 0.0 { 0.0 } else { *d });
         }
         if let Some(Residual { dx, accumulate }) = &residual {
             // SAFETY: as above.

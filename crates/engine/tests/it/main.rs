@@ -2,6 +2,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
+mod goldens;
+
 use engine::cpu::Cpu;
 use engine::oracle::Oracle;
 use engine::{Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Pixels, State, initial_state};
@@ -181,8 +183,12 @@ fn worst(ours: &State, truth: &State) -> (f64, String) {
 
 /// Steps and evaluates a random network on both engines.
 fn check_against_oracle(seed: u64, side: usize, images: usize, micro_batch: usize) {
-    let r = &mut Random::new(seed);
-    let graph = random_graph(r, side);
+    let graph = random_graph(&mut Random::new(seed), side);
+    check_graph(seed, graph, images, micro_batch, &hyper());
+}
+
+fn check_graph(seed: u64, graph: Graph, images: usize, micro_batch: usize, hyper: &Hyper) {
+    let r = &mut Random::new(seed + 1000);
     let data = Data::new(r, &graph, images);
     let state = initial_state(&graph, seed);
     let mut truth = Oracle::new(&graph, micro_batch, &state).unwrap();
@@ -191,8 +197,8 @@ fn check_against_oracle(seed: u64, side: usize, images: usize, micro_batch: usiz
         // Both start alike: networks this small amplify a last bit to 1e-1 within two steps.
         ours.load(&truth.state()).unwrap();
         let (a, b) = (
-            ours.train_step(&data.batch(), &hyper()),
-            truth.train_step(&data.batch(), &hyper()),
+            ours.train_step(&data.batch(), hyper),
+            truth.train_step(&data.batch(), hyper),
         );
         let (a, b) = (a.unwrap(), b.unwrap());
         assert_eq!(
@@ -232,6 +238,57 @@ fn cpu_equals_oracle_on_random_networks() {
     }
 }
 
+/// Wide layers are cut into columns too; the plain momentum and decay of everything.
+#[test]
+fn cpu_equals_oracle_on_a_wide_network() {
+    let decay = Decay::All;
+    let hyper = Hyper {
+        nesterov: false,
+        decay,
+        label_smoothing: 0.0,
+        ..hyper()
+    };
+    check_graph(7, wide_graph(), 3, 2, &hyper);
+}
+
+#[test]
+fn pixels_that_are_not_rounded_give_the_same() {
+    let graph = random_graph(&mut Random::new(2), 8);
+    let data = Data::new(&mut Random::new(3), &graph, 3);
+    let floats: Vec<f32> = data.pixels.iter().map(|&p| f32::from(p)).collect();
+    let state = initial_state(&graph, 2);
+    let step = |pixels| {
+        let mut cpu = Cpu::new(&graph, 4, 1, &state).unwrap();
+        let batch = Batch {
+            pixels,
+            labels: &data.labels,
+        };
+        cpu.train_step(&batch, &hyper()).unwrap();
+        cpu.state()
+    };
+    assert!(step(Pixels::F32(&floats)) == step(Pixels::U8(&data.pixels)));
+}
+
+/// A run that has diverged must not look like one that has not.
+#[test]
+fn one_nan_in_the_weights_reaches_the_loss() {
+    let graph = random_graph(&mut Random::new(4), 8);
+    let data = Data::new(&mut Random::new(3), &graph, 3);
+    let mut state = initial_state(&graph, 4);
+    state.get_mut("one.a.conv.weight").unwrap().values[0] = f32::NAN;
+    let mut cpu = Cpu::new(&graph, 4, 1, &state).unwrap();
+    let mut oracle = Oracle::new(&graph, 4, &state).unwrap();
+    for engine in [&mut cpu as &mut dyn Engine, &mut oracle] {
+        let evaluated = engine.eval_step(&data.batch()).unwrap().loss();
+        let trained = engine.train_step(&data.batch(), &hyper()).unwrap().loss();
+        assert!(
+            evaluated.is_nan() && trained.is_nan(),
+            "{}",
+            engine.describe()
+        );
+    }
+}
+
 #[test]
 fn cpu_equals_oracle_on_one_image() {
     for seed in 100..108 {
@@ -250,7 +307,7 @@ fn cpu_equals_oracle_on_micro_batches_and_a_partial_one() {
 /// State after three steps.
 fn trained(threads: usize) -> State {
     let r = &mut Random::new(5);
-    let graph = nn_like_graph();
+    let graph = wide_graph();
     let data = Data::new(r, &graph, 10);
     let mut cpu = Cpu::new(&graph, 4, threads, &initial_state(&graph, 5)).unwrap();
     for _ in 0..3 {
@@ -260,7 +317,7 @@ fn trained(threads: usize) -> State {
 }
 
 /// Wide enough that every kernel has several tasks.
-fn nn_like_graph() -> Graph {
+fn wide_graph() -> Graph {
     let mut g = Graph::new(Plane { h: 24, w: 24, c: 3 });
     let image = g.input();
     let x = conv_bn(&mut g, "stem", image, 64, 7, 2);
@@ -338,7 +395,7 @@ fn a_foreign_state_is_refused_by_name() {
     check(&|s| drop(s.insert(unknown.clone(), tensor.clone())), error);
 }
 
-/// notes/reference-vectors.json "nesterov": constant gradient 0.5 at learning rate 0.1 from w = 1.
+/// docs/reference/vectors.json "nesterov": constant gradient 0.5 at learning rate 0.1 from w = 1.
 #[test]
 fn updates_are_the_references() {
     // With one class the loss has no gradient, so weight decay alone moves the bias: g = decay * w.

@@ -14,7 +14,7 @@ fn check_counts(recipe: Recipe, depth: usize, classes: usize, params: usize) {
     );
 }
 
-/// notes/reference-spec.md §4.2: depth, trainable, conv, BN, linear, decayed, tensors, convs, MACs.
+/// docs/reference/spec.md §4.2: depth, trainable, conv, BN, linear, decayed, tensors, convs, MACs.
 const REFERENCE: [[usize; 9]; 6] = [
     [
         18,

@@ -60,6 +60,8 @@ impl Home {
             "configs/quickstart.toml".into(),
             "--set".into(),
             run_dir.into(),
+            "--set".into(),
+            "track.mlflow=off".into(),
         ];
         for set in sets {
             args.extend(["--set".into(), (*set).into()]);
@@ -301,9 +303,9 @@ fn made_up_data_needs_no_files() {
         let sets = [
             &source,
             "model.depth=18",
+            "track.mlflow=off",
             "model.resolution=32",
             "train.length=2 steps",
-            "schedule.warmup=0 steps",
             "train.batch_size=8",
             "train.bn_batch=4",
             &dir,

@@ -4,8 +4,6 @@ use std::fs;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
-use serde_json::Value;
-
 use crate::{Home, json, runner, text};
 
 /// Three epochs of 359 images; checkpoints and evaluations at unequal steps, neither at the end of an epoch.
@@ -21,63 +19,25 @@ const SETS: [&str; 9] = [
     "data.flip=true",
 ];
 
-/// What a finished run computed: the bits of all tensors, where it stands, and the metrics without the times.
-#[derive(PartialEq)]
-struct Computed {
-    tensors: Vec<(String, Vec<u32>)>,
-    progress: train::Progress,
-    metrics: Vec<(Value, Vec<(String, Value)>)>,
-}
-
-fn computed(home: &Home) -> Computed {
-    let (meta, state) = train::load(&train::find(&home.path()).unwrap()).unwrap();
-    let bits = |t: &engine::Tensor| t.values.iter().map(|v| v.to_bits()).collect();
-    let tensors = state
-        .iter()
-        .map(|(name, t)| (name.clone(), bits(t)))
-        .collect();
-    let metrics = fs::read_to_string(home.path().join("metrics.jsonl")).unwrap();
-    let timeless = |line: &str| {
-        let line = json(line);
-        let keys = line.as_object().unwrap().iter();
-        let of_time = ["step", "train/images_per_s", "train/input_wait_fraction"];
-        let kept = keys
-            .filter(|(k, _)| !of_time.contains(&k.as_str()))
-            .map(|(k, v)| (k.clone(), v.clone()));
-        (line["step"].clone(), kept.collect())
-    };
-    // The offset counts the digits of the rates too, which differ from run to run.
-    let progress = train::Progress {
-        metrics_bytes: 0,
-        ..meta.progress
-    };
-    Computed {
-        tensors,
-        progress,
-        metrics: metrics.lines().map(timeless).collect(),
-    }
-}
-
-fn assert_equal(ours: &Computed, straight: &Computed) {
-    for ((name, a), (_, b)) in ours.tensors.iter().zip(&straight.tensors) {
-        assert!(a == b, "{name} has other bits");
-    }
-    assert_eq!(ours.metrics, straight.metrics);
-    assert_eq!(ours.progress, straight.progress);
-    assert!(ours == straight);
-}
-
-/// The run that nobody disturbed, on one thread.
-fn straight() -> Computed {
-    let home = Home::new();
-    home.check(&[&SETS[..], &["train.threads=1"]].concat(), 0);
-    let computed = computed(&home);
+fn assert_equal(ours: &Home, straight: &Home) {
+    let found = train::compare(&ours.path(), &straight.path()).unwrap();
+    assert_eq!(found.differences, Vec::<String>::new());
     assert_eq!(
-        computed.metrics.len(),
+        found.lines,
         23 + 4,
         "a line for each step and each evaluation"
     );
-    computed
+    assert!(
+        found.tensors > 160 && found.values > 22_000_000,
+        "{found:?}"
+    );
+}
+
+/// The run that nobody disturbed, on one thread.
+fn straight() -> Home {
+    let home = Home::new();
+    home.check(&[&SETS[..], &["train.threads=1"]].concat(), 0);
+    home
 }
 
 fn start(home: &Home, threads: usize) -> Child {
@@ -123,7 +83,7 @@ fn killed_between_checkpoints_at_any_step() {
             );
         }
         home.check(&SETS, 0);
-        assert_equal(&computed(&home), &straight);
+        assert_equal(&home, &straight);
     }
 }
 
@@ -141,7 +101,7 @@ fn killed_while_a_checkpoint_is_written() {
     }
     assert!(torn > 0, "no run was killed before its file was renamed");
     home.check(&SETS, 0);
-    assert_equal(&computed(&home), &straight);
+    assert_equal(&home, &straight);
 }
 
 fn signal(child: &Child, name: &str) {
@@ -173,7 +133,7 @@ fn a_signal_ends_the_step_saves_and_exits_75() {
         );
     }
     home.check(&SETS, 0);
-    assert_equal(&computed(&home), &straight);
+    assert_equal(&home, &straight);
 }
 
 #[test]
@@ -233,6 +193,118 @@ fn eval_scores_a_checkpoint_as_the_run_did() {
     let (_, said) = crate::check(&["eval", "no/such/run"], 2);
     assert!(
         said.starts_with("no/such/run: no checkpoint here\nhint: "),
+        "{said}"
+    );
+}
+
+#[test]
+fn an_evaluation_that_is_owed_is_made_up_for() {
+    let home = Home::new();
+    let child = start(&home, 2);
+    while lines(&home) < 4 {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    signal(&child, "TERM");
+    child.wait_with_output().unwrap();
+    let step = track::read_summary(&home.path()).unwrap().step;
+    // The run now ends where it was interrupted; a finished run is an evaluated run.
+    let length = format!("train.length={step} steps");
+    let (out, _) = home.check(&[&SETS[..], &[&length]].concat(), 0);
+    assert!(json(&out)["eval"]["top1"].is_f64(), "{out}");
+    // What the old end scored is not lost when the run goes on.
+    let best = home.path().join("checkpoints/best");
+    let kept = fs::read_to_string(&best).unwrap();
+    assert!(kept.contains(&format!("{step:010}")), "{kept}");
+    // Training alone goes on from there, and leaves evaluation alone.
+    let longer = format!("train.length={} steps", step + 1);
+    let (out, _) = home.check(&[&SETS[..], &["mode=train", &longer]].concat(), 0);
+    assert_eq!(json(&out)["step"], step + 1);
+    assert_eq!(fs::read_to_string(&best).unwrap(), kept);
+    // The evaluation that training alone left out is made up for by a start that evaluates.
+    fs::remove_file(home.path().join("summary.json")).unwrap();
+    let (out, _) = home.check(&[&SETS[..], &[&longer]].concat(), 0);
+    let metrics = fs::read_to_string(home.path().join("metrics.jsonl")).unwrap();
+    let scored = metrics
+        .lines()
+        .map(json)
+        .filter(|l| l["eval/top1"].is_f64());
+    assert_eq!(
+        scored
+            .map(|l| l["step"].as_u64().unwrap())
+            .collect::<Vec<_>>(),
+        [step + 1]
+    );
+    assert_eq!(json(&out)["status"], "done");
+}
+
+#[test]
+fn eval_of_a_run_that_only_trained_asks_for_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = fs::read_to_string(concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/../../configs/quickstart.toml"
+    ))
+    .unwrap();
+    let config = dir.path().join("spec.toml");
+    let without = spec.replace("eval = \"data/digits/validation-*\"\n", "");
+    fs::write(&config, without.replace("train_and_eval", "train")).unwrap();
+    let run_dir = format!("run_dir={}", dir.path().join("run").display());
+    let args = [
+        config.to_str().unwrap(),
+        "--set",
+        &run_dir,
+        "--set",
+        "train.length=1 steps",
+        "--set",
+        "track.mlflow=off",
+    ];
+    crate::check(&args, 0);
+    let run = dir.path().join("run");
+    let run = run.to_str().unwrap();
+    let (_, said) = crate::check(&["eval", run], 2);
+    assert!(said.contains("data.eval"), "{said}");
+    crate::check(
+        &["eval", run, "--set", "data.eval=data/digits/validation-*"],
+        0,
+    );
+}
+
+#[test]
+fn a_run_that_fails_says_so_in_its_summary() {
+    let home = Home::new();
+    let sets = [
+        &SETS[..],
+        &["schedule.base_lr=1e30", "schedule.warmup=1 steps"],
+    ]
+    .concat();
+    let (_, said) = home.check(&sets, 4);
+    assert!(
+        said.contains("the loss or a parameter is not finite after step"),
+        "{said}"
+    );
+    let summary = track::read_summary(&home.path()).unwrap();
+    assert_eq!(summary.status, "failed");
+    assert!(
+        summary
+            .reason
+            .unwrap()
+            .starts_with("the loss or a parameter is not finite after step")
+    );
+}
+
+#[test]
+fn mode_eval_scores_the_latest_checkpoint_of_the_same_network_only() {
+    let home = Home::new();
+    let (out, _) = home.check(&[&SETS[..], &["train.length=2 steps"]].concat(), 0);
+    let (said, _) = home.check(&[&SETS[..], &["mode=eval"]].concat(), 0);
+    let top1 = format!("top1 {:.4}", json(&out)["eval"]["top1"].as_f64().unwrap());
+    assert!(said.contains(&top1), "{top1} is missing in {said}");
+    let (_, said) = home.check(
+        &[&SETS[..], &["mode=eval", "model.recipe=torchvision"]].concat(),
+        2,
+    );
+    assert!(
+        said.contains("model.recipe is \"tpu2018\" there and \"torchvision\" here"),
         "{said}"
     );
 }

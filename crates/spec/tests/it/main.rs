@@ -541,58 +541,6 @@ fn milestones_increase() {
 }
 
 #[test]
-fn a_warmup_fits_in_the_run() {
-    let refused = |length: &str, warmup: &str| {
-        let set = sets(&[
-            &format!("train.length={length}"),
-            &format!("schedule.warmup={warmup}"),
-        ]);
-        assert_eq!(
-            parse(FAKE, "x.toml", &set).unwrap_err().to_string(),
-            format!(
-                "--set schedule.warmup={warmup}: schedule.warmup: \"{warmup}\" is longer than the run, train.length = \"{length}\"\n\
-                 hint: make the run longer, or the warmup shorter: schedule.warmup = \"0 steps\" or \"5 percent\""
-            )
-        );
-    };
-    refused("2 epochs", "3 epochs");
-    refused("2 steps", "2049 examples");
-    refused("2 steps", "101 percent");
-    // 1281167 examples are known: 1251.14 steps of 1024.
-    refused("1251 steps", "1 epoch");
-    refused("1281000 examples", "1 epoch");
-    for (length, warmup) in [
-        ("2 epochs", "2 epochs"),
-        ("1252 steps", "1 epoch"),
-        ("2 steps", "100%"),
-        ("2 steps", "2048 examples"),
-    ] {
-        let (length, warmup) = (
-            format!("train.length={length}"),
-            format!("schedule.warmup={warmup}"),
-        );
-        fake(&[&length, &warmup]);
-    }
-    // The default warmup is nobody's key; the file has to say another.
-    check(
-        &format!("{FAKE}[train]\nlength = \"2 steps\"\n"),
-        &[],
-        "x.toml: schedule.warmup: \"5 epochs\" is longer than the run, train.length = \"2 steps\"\n\
-         hint: make the run longer, or the warmup shorter: schedule.warmup = \"0 steps\" or \"5 percent\"",
-    );
-    // An epoch of shards that nobody counted yet may be short.
-    let set = [
-        "data.source=tfrecord",
-        "data.train=a",
-        "data.eval=b",
-        "train.length=2 steps",
-    ];
-    fake(&set);
-    let set = [&set[..], &["data.train_examples=3000"]].concat();
-    assert!(parse(FAKE, "x.toml", &sets(&set)).is_err());
-}
-
-#[test]
 fn three_at_once() {
     check(
         "name = \"x\"\n[model]\ndepth = 51\n[data]\nsource = \"fake\"\nlane = 3\n[loss]\nlabel_smoothing = \"much\"\n",

@@ -6,11 +6,16 @@
     reason = "a test may stop, and spoils files on purpose"
 )]
 
+mod clients;
+mod mlflow;
+mod sinks;
+
 use std::fs;
 use std::path::Path;
 
 use track::{
-    Best, EvalMetrics, EvalSummary, StepMetrics, Summary, Terminal, Trackers, read_summary,
+    Best, Config, EvalMetrics, EvalSummary, Resume, StepMetrics, Summary, Terminal, Trackers,
+    read_summary,
 };
 
 fn step(step: u64) -> StepMetrics {
@@ -23,6 +28,18 @@ fn step(step: u64) -> StepMetrics {
         lr: 1e-5,
         images_per_s: 100.0,
         input_wait_fraction: 0.0,
+    }
+}
+
+fn eval(step: u64) -> EvalMetrics {
+    EvalMetrics {
+        step,
+        epoch: 0.1 + 0.2,
+        loss: 0.1203,
+        top1: 0.9611,
+        top5: 1.0,
+        images: 359,
+        seconds: 0.4,
     }
 }
 
@@ -57,8 +74,13 @@ fn summary() -> Summary {
     }
 }
 
-fn open(dir: &Path, resume_at: Option<u64>) -> Trackers {
-    Trackers::open(dir, resume_at, Terminal::Quiet)
+fn open(dir: &Path, metrics_bytes: Option<u64>) -> Trackers {
+    let resume = metrics_bytes.map(|metrics_bytes| Resume {
+        step: 2,
+        is_evaluated: false,
+        metrics_bytes,
+    });
+    Trackers::open(dir, resume, &Config::default(), Terminal::Quiet)
 }
 
 fn metrics(dir: &Path) -> String {
@@ -75,15 +97,7 @@ fn steps_and_evaluations_are_lines_of_json() {
     let run = dir.path().join("runs/x");
     let mut trackers = open(&run, None);
     trackers.step(&step(12));
-    trackers.eval(&EvalMetrics {
-        step: 12,
-        epoch: 0.1 + 0.2,
-        loss: 0.1203,
-        top1: 0.9611,
-        top5: 1.0,
-        images: 359,
-        seconds: 0.4,
-    });
+    trackers.eval(&eval(12));
     let expected = step_text(12)
         + "{\"step\":12,\"epoch\":0.30000000000000004,\"eval/loss\":0.1203,\"eval/top1\":0.9611,\
            \"eval/top5\":1.0,\"eval/images\":359}\n";
@@ -230,13 +244,13 @@ fn a_file_that_is_a_directory_stops_nothing() {
     let mut trackers = open(dir.path(), None);
     trackers.step(&step(1));
     assert_eq!(trackers.failures(), 2);
-    trackers.finish(&summary());
-    assert_eq!(trackers.failures(), 2);
+    trackers.finish(&summary()); // which forces the numbers to the disk once more
+    assert_eq!(trackers.failures(), 3);
     assert_eq!(read_summary(dir.path()), Some(summary()));
     let log = log(dir.path());
     let path = dir.path().join("metrics.jsonl");
     let told = format!(
-        "2 writes of the trackers failed, first {}: ",
+        "3 writes of the trackers failed, first {}: ",
         path.display()
     );
     assert!(log.starts_with(&told), "{log}");

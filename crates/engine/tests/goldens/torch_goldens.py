@@ -1,0 +1,342 @@
+"""Writes the goldens in this directory: what PyTorch computes in float64 for our networks.
+
+    pip install torch==2.15.0 torchvision==0.29.2 numpy==2.4.6      (Python 3.11)
+    python torch_goldens.py [NAME..]
+
+Parameters, running statistics, images and labels come from the counter-based generator of crates/engine/src/init.rs,
+which is repeated here, seed 1. So a file holds outputs only, and a checksum of every tensor that both sides start
+from. Convolutions and classifier start as the recipe says; scales and shifts of normalisations are drawn too, also
+the last scale of a block, which is 0 in the 2018 recipe: a branch whose scale is 0 would not be tested.
+
+Each file is in the format of safetensors (an 8-byte length, a JSON header, little-endian arrays):
+
+    network files                                                   steps.safetensors
+    start      u64 [tensors]      checksums of initial values       the same
+    inputs     u64 [2]            checksums of images and labels    the same
+    logits     f32 [images, K]    evaluation mode, before the step  of another batch, after the last step
+    loss       f64 [1]            training mode, smoothing 0.1      f64 [10], one for each step
+    norms      f64 [tensors]      Frobenius norms                   -
+    samples    f32 [tensors, 64]  elements at `positions`           -
+    yardstick  f64 [2 + tensors]  of logits, loss, each tensor      f64 [1 + 10], of logits, each loss
+
+where the tensors are the gradients of all parameters, and the running statistics after one training step; `names` in
+the metadata lists them. The yardstick is the relative error (of norms) against float64 of PyTorch itself in float32,
+the larger of its two memory formats: two samples of how large a rounding error may be. A yardstick of the ten steps
+is the largest so far, because a drift that has happened does not go away but may change its sign.
+"""
+
+import copy
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+from torch.nn import functional as F
+
+SEED = 1
+SMOOTHING = 0.1
+SAMPLES = 64
+WEYL = np.uint64(0x9E3779B97F4A7C15)
+
+# Name: depth, resolution, classes, images, recipe.
+NETWORKS = {
+    f"resnet{depth}-{side}-{recipe}": (depth, side, 1000, images, recipe)
+    for depth, side, images in [(18, 64, 8), (50, 64, 8), (50, 224, 2)]
+    for recipe in ["torchvision", "tpu2018"]
+}
+
+# ---------------------------------------------------------------------------------------------------------------
+# The generator of crates/engine/src/init.rs.
+
+
+def mix(z):
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def fnv1a(name):
+    h = 0xCBF29CE484222325
+    for byte in name.encode():
+        h = (h ^ byte) * 0x100000001B3 % 2**64
+    return np.array([h], np.uint64)
+
+
+def uniform(name, n):
+    key = mix(mix(np.array([SEED], np.uint64) + WEYL) ^ fnv1a(name))
+    bits = mix(key + np.arange(n, dtype=np.uint64) * WEYL)
+    return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) / 2.0**53
+
+
+# Wichura 1988, algorithm AS 241, PPND16: numerator and denominator, lowest power first.
+CENTRE = (
+    [3.3871328727963665, 133.14166789178438, 1971.5909503065513, 13731.69376550946,
+     45921.95393154987, 67265.7709270087, 33430.57558358813, 2509.0809287301227],
+    [1.0, 42.31333070160091, 687.1870074920579, 5394.196021424751,
+     21213.794301586597, 39307.89580009271, 28729.085735721943, 5226.495278852545],
+)
+FLANK = (
+    [1.4234371107496835, 4.630337846156546, 5.769497221460691, 3.6478483247632045,
+     1.2704582524523684, 0.2417807251774506, 0.022723844989269184, 7.745450142783414e-4],
+    [1.0, 2.053191626637759, 1.6763848301838038, 0.6897673349851,
+     0.14810397642748008, 0.015198666563616457, 5.475938084995345e-4, 1.0507500716444169e-9],
+)
+TAIL = (
+    [6.657904643501103, 5.463784911164114, 1.7848265399172913, 0.29656057182850487,
+     0.026532189526576124, 0.0012426609473880784, 2.7115555687434876e-5, 2.0103343992922881e-7],
+    [1.0, 0.599832206555888, 0.1369298809227358, 0.014875361290850615,
+     7.868691311456133e-4, 1.8463183175100547e-5, 1.421511758316446e-7, 2.0442631033899398e-15],
+)
+
+
+def ratio(r, coefficients):
+    def horner(c):
+        total = np.zeros_like(r)
+        for c in reversed(c):
+            total = total * r + c
+        return total
+
+    return horner(coefficients[0]) / horner(coefficients[1])
+
+
+def quantile(p):
+    q = p - 0.5
+    r = np.sqrt(-np.log(np.minimum(p, 1.0 - p)))
+    tails = np.where(r <= 5.0, ratio(r - 1.6, FLANK), ratio(r - 5.0, TAIL))
+    centre = q * ratio(0.180625 - q * q, CENTRE)
+    return np.where(np.abs(q) <= 0.425, centre, np.where(q < 0.0, -tails, tails))
+
+
+BELOW_TWO = 0.02275013194817921
+
+
+def draw(name, shape, kind, size):
+    """Values of one tensor; the four kinds are `graph::Init`."""
+    u = uniform(name, int(np.prod(shape)))
+    if kind == "constant":
+        values = np.full_like(u, size)
+    elif kind == "normal":
+        values = size * quantile(u)
+    elif kind == "truncated":
+        values = size * quantile(BELOW_TWO + u * (1.0 - 2.0 * BELOW_TWO))
+    else:
+        values = size * (2.0 * u - 1.0)
+    return values.astype(np.float32).reshape(shape)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Networks and their inputs.
+
+
+def network(depth, classes, recipe):
+    net = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
+    if recipe == "tpu2018":
+        if depth < 50:
+            # Every group begins with a projection.
+            net.layer1[0].downsample = nn.Sequential(nn.Conv2d(64, 64, 1, bias=False), nn.BatchNorm2d(64))
+        # TensorFlow's SAME: one row and column more, at the bottom and on the right.
+        net.maxpool = nn.Sequential(nn.ConstantPad2d((0, 1, 0, 1), -torch.inf), nn.MaxPool2d(3, 2, 0))
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Our constants are f32.
+            module.eps, module.momentum = float(np.float32(1e-5)), float(np.float32(0.1))
+    return net
+
+
+def initial(net, recipe):
+    """Initial values by name: parameters in the order of the network, then running statistics."""
+    start = {}
+    for name, p in net.named_parameters():
+        shape = tuple(p.shape)
+        if len(shape) == 4:
+            out, inputs, window = shape[0], shape[1], float(shape[2] * shape[3])
+            if recipe == "torchvision":
+                start[name] = draw(name, shape, "normal", np.sqrt(2.0 / (window * out)))
+            else:
+                start[name] = draw(name, shape, "truncated", np.sqrt(1.0 / (window * inputs)))
+        elif name.startswith("fc."):
+            if recipe == "torchvision":
+                start[name] = draw(name, shape, "uniform", np.sqrt(1.0 / net.fc.in_features))
+            else:
+                kind, size = ("normal", 0.01) if name == "fc.weight" else ("constant", 0.0)
+                start[name] = draw(name, shape, kind, size)
+        else:
+            start[name] = draw(name, shape, "uniform", 0.5) + np.float32(name.endswith(".weight"))
+    for name, buffer in net.named_buffers():
+        norm, _, statistic = name.rpartition(".")
+        shape = tuple(buffer.shape)
+        if statistic == "running_mean":
+            start[name] = draw(f"{norm}.running.bias", shape, "uniform", 0.5)
+        elif statistic == "running_var":
+            start[name] = draw(f"{norm}.running.weight", shape, "uniform", 0.5) + np.float32(1)
+    return start
+
+
+def levels(name, n, count):
+    """n integers below count."""
+    scaled = (draw(name, (n,), "uniform", 1.0) + np.float32(1)) * np.float32(count / 2)
+    return np.minimum(scaled, count - 1).astype(np.int64)
+
+
+def inputs(side, images, classes, prefix=""):
+    pixels = levels(f"{prefix}images.weight", images * side * side * 3, 256).astype(np.uint8)
+    return pixels.reshape(images, side, side, 3), levels(f"{prefix}labels.weight", images, classes)
+
+
+def normalised(pixels, dtype):
+    mean = torch.tensor([123.675, 116.28, 103.53], dtype=torch.float32).to(dtype)
+    std = torch.tensor([58.395, 57.12, 57.375], dtype=torch.float32).to(dtype)
+    return ((torch.from_numpy(pixels).to(dtype) - mean) / std).permute(0, 3, 1, 2).contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What is kept.
+
+
+def checksum(array):
+    """Sum of bits times odd numbers, modulo 2^64; depends on every bit and every place."""
+    bits = np.ascontiguousarray(array).reshape(-1)
+    bits = bits.view(np.uint32) if bits.dtype == np.float32 else bits
+    return np.sum(bits.astype(np.uint64) * (np.arange(bits.size, dtype=np.uint64) * np.uint64(2) + np.uint64(1)))
+
+
+def positions(n):
+    """Where samples are taken: multiples of the golden ratio, modulo 1, times n."""
+    fractions = (np.arange(SAMPLES, dtype=np.uint64) * WEYL) >> np.uint64(32)
+    return ((fractions * np.uint64(n)) >> np.uint64(32)).astype(np.int64)
+
+
+def error(value, truth):
+    value, truth = np.asarray(value, np.float64), np.asarray(truth, np.float64)
+    return np.linalg.norm(value - truth) / np.linalg.norm(truth)
+
+
+def write(name, metadata, arrays):
+    kinds = {"uint64": "U64", "float64": "F64", "float32": "F32"}
+    header, data = {"__metadata__": metadata}, b""
+    # The reader wants aligned data, so wide types come first.
+    for key, array in sorted(arrays.items(), key=lambda item: -np.asarray(item[1]).itemsize):
+        array = np.ascontiguousarray(array)
+        place = [len(data), len(data) + array.nbytes]
+        header[key] = {"dtype": kinds[str(array.dtype)], "shape": list(array.shape), "data_offsets": place}
+        data += array.astype(array.dtype.newbyteorder("<")).tobytes()
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(__file__).parent / f"{name}.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    print(f"{path.name}: {path.stat().st_size} bytes", flush=True)
+
+
+def metadata(depth, side, classes, images, recipe, **more):
+    made = f"torch_goldens.py, torch {torch.__version__}, torchvision {torchvision.__version__}, numpy {np.__version__}"
+    values = dict(depth=depth, resolution=side, classes=classes, images=images, recipe=recipe, made=made, **more)
+    return {key: str(value) for key, value in values.items()}
+
+
+def variants(net):
+    """The network in float64, and in float32 in both memory formats."""
+    yield copy.deepcopy(net).double(), torch.float64, torch.contiguous_format
+    yield copy.deepcopy(net).float(), torch.float32, torch.contiguous_format
+    yield copy.deepcopy(net).float().to(memory_format=torch.channels_last), torch.float32, torch.channels_last
+
+
+def load(net, start):
+    state = {name: torch.from_numpy(values) for name, values in start.items()}
+    missing = net.load_state_dict(state, strict=False)
+    assert not missing.unexpected_keys and all("num_batches" in key for key in missing.missing_keys), missing
+
+
+def logits_of(net, pixels, dtype, layout):
+    net.eval()
+    with torch.no_grad():
+        return net(normalised(pixels, dtype).contiguous(memory_format=layout)).double().numpy()
+
+
+def one_step(name):
+    depth, side, classes, images, recipe = NETWORKS[name]
+    net = network(depth, classes, recipe)
+    start = initial(net, recipe)
+    load(net, start)
+    pixels, labels = inputs(side, images, classes)
+    runs = []
+    for variant, dtype, layout in variants(net):
+        logits = logits_of(variant, pixels, dtype, layout)
+        variant.train()
+        x = normalised(pixels, dtype).contiguous(memory_format=layout)
+        loss = F.cross_entropy(variant(x), torch.from_numpy(labels), label_smoothing=SMOOTHING)
+        loss.backward()
+        tensors = {key: p.grad for key, p in variant.named_parameters()}
+        tensors |= {key: b for key, b in variant.named_buffers() if "running" in key}
+        # reshape, not ravel: a channels-last tensor has the same elements in the same order of indices.
+        runs.append((logits, loss.item(), [tensors[key].detach().double().reshape(-1).numpy() for key in start]))
+    (logits, loss, truth), *rounded = runs
+
+    def gap(index, of=lambda part: part):
+        return max(error(of(run[index]), of(runs[0][index])) for run in rounded)
+
+    yardstick = [gap(0), gap(1)] + [gap(2, lambda part, i=i: part[i]) for i in range(len(truth))]
+    spread = np.array([[error(run[2][i], truth[i]) for run in rounded] for i in range(len(truth))])
+    print(name, "loss", loss, "logits", np.abs(logits).max(), "yardsticks", yardstick[:2], np.median(yardstick[2:]), max(yardstick[2:]),
+          "layouts differ by", np.percentile(spread.max(1) / spread.min(1), [50, 99, 100]))
+    write(name, metadata(depth, side, classes, images, recipe, names="\n".join(start)), {
+        "start": np.array([checksum(values) for values in start.values()], np.uint64),
+        "inputs": np.array([checksum(pixels), checksum(labels)], np.uint64),
+        "logits": logits.astype(np.float32),
+        "loss": np.array([loss]),
+        "norms": np.array([np.linalg.norm(t) for t in truth]),
+        "samples": np.array([t[positions(t.size)] for t in truth], np.float32),
+        "yardstick": np.array(yardstick),
+    })
+
+
+def ten_steps():
+    depth, side, classes, images, recipe = 18, 32, 10, 16, "tpu2018"
+    lrs = [0.05 * min(1.0, (step + 1) / 5) for step in range(10)]
+    net = network(depth, classes, recipe)
+    start = initial(net, recipe)
+    load(net, start)
+    runs = []
+    for variant, dtype, layout in variants(net):
+        norms = {key for key, m in variant.named_modules() if isinstance(m, nn.BatchNorm2d)}
+        groups = [[], []]
+        for key, p in variant.named_parameters():
+            groups[key.rpartition(".")[0] in norms].append(p)
+        groups = [{"params": groups[0], "weight_decay": 1e-4}, {"params": groups[1], "weight_decay": 0.0}]
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
+        losses, sums = [], []
+        variant.train()
+        for step, lr in enumerate(lrs):
+            pixels, labels = inputs(side, images, classes, f"step{step}.")
+            sums += [checksum(pixels), checksum(labels)]
+            for group in sgd.param_groups:
+                group["lr"] = lr
+            x = normalised(pixels, dtype).contiguous(memory_format=layout)
+            loss = F.cross_entropy(variant(x), torch.from_numpy(labels), label_smoothing=SMOOTHING)
+            sgd.zero_grad()
+            loss.backward()
+            sgd.step()
+            losses.append(loss.item())
+        runs.append((logits_of(variant, inputs(side, images, classes)[0], dtype, layout), losses))
+    (logits, losses), *rounded = runs
+    gaps = np.array([[abs(a - b) / b for a, b in zip(run[1], losses)] for run in rounded])
+    print("steps", losses, gaps)
+    yardstick = np.maximum.accumulate(gaps.max(0))
+    write("steps", metadata(depth, side, classes, images, recipe, names="\n".join(start)), {
+        "start": np.array([checksum(values) for values in start.values()], np.uint64),
+        "inputs": np.array(sums, np.uint64),
+        "logits": logits.astype(np.float32),
+        "loss": np.array(losses),
+        "lr": np.array(lrs),
+        "yardstick": np.concatenate([[max(error(run[0], logits) for run in rounded)], yardstick]),
+    })
+
+
+if __name__ == "__main__":
+    torch.manual_seed(SEED)
+    chosen = sys.argv[1:] or [*NETWORKS, "steps"]
+    for name in chosen:
+        ten_steps() if name == "steps" else one_step(name)

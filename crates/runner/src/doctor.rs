@@ -1,0 +1,143 @@
+//! `runner doctor`: what this machine has, and what is missing.
+
+use std::process::{Command, ExitCode};
+
+use serde::Serialize;
+
+use crate::cli::DoctorArgs;
+use crate::failure::Failure;
+use crate::output;
+
+/// What there is, by name; absent things are null.
+#[derive(Serialize)]
+struct Report {
+    version: &'static str,
+    system: String,
+    cpu: Option<String>,
+    cores: usize,
+    /// Vector instructions that the engine's matrix products can use here.
+    vector: Vec<&'static str>,
+    memory_bytes: Option<u64>,
+    memory_available_bytes: Option<u64>,
+    nvidia_driver: Option<String>,
+    git: Option<String>,
+    mlflow: Option<String>,
+    tensorboard: Option<String>,
+}
+
+/// `runner doctor`.
+pub(crate) fn doctor(args: &DoctorArgs) -> Result<ExitCode, Failure> {
+    let report = Report::new();
+    output::print(&match args.json {
+        true => serde_json::to_string_pretty(&report).expect("a report has string keys") + "\n",
+        false => report.text(),
+    });
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Value of a line `key : value` of a file in /proc.
+fn proc_value(file: &str, key: &str) -> Option<String> {
+    let text = std::fs::read_to_string(file).ok()?;
+    let line = text.lines().find(|line| line.starts_with(key))?;
+    Some(line.split_once(':')?.1.trim().to_owned())
+}
+
+/// Bytes of a line of /proc/meminfo.
+fn memory(key: &str) -> Option<u64> {
+    let value = proc_value("/proc/meminfo", key)?;
+    let kib: u64 = value.strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
+}
+
+/// Memory that a new process can have, bytes; none where the system does not say.
+pub(crate) fn memory_available() -> Option<u64> {
+    memory("MemAvailable")
+}
+
+/// The first line that a command prints, if it is there and succeeds.
+fn first_line(command: &str, args: &[&str]) -> Option<String> {
+    let output = Command::new(command)
+        .args(args)
+        .output()
+        .ok()
+        .filter(|o| o.status.success())?;
+    Some(
+        String::from_utf8_lossy(&output.stdout)
+            .lines()
+            .next()?
+            .trim()
+            .to_owned(),
+    )
+}
+
+fn vector_instructions() -> Vec<&'static str> {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let all = [
+            ("avx2", std::arch::is_x86_feature_detected!("avx2")),
+            ("fma", std::arch::is_x86_feature_detected!("fma")),
+            ("avx512f", std::arch::is_x86_feature_detected!("avx512f")),
+            (
+                "avx512bf16",
+                std::arch::is_x86_feature_detected!("avx512bf16"),
+            ),
+        ];
+        all.into_iter()
+            .filter(|(_, is_there)| *is_there)
+            .map(|(name, _)| name)
+            .collect()
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    vec![]
+}
+
+impl Report {
+    fn new() -> Self {
+        let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            system: format!("{os} {} {arch}", kernel.trim()),
+            cpu: proc_value("/proc/cpuinfo", "model name"),
+            cores: std::thread::available_parallelism().map_or(1, usize::from),
+            vector: vector_instructions(),
+            memory_bytes: memory("MemTotal"),
+            memory_available_bytes: memory_available(),
+            nvidia_driver: proc_value("/proc/driver/nvidia/version", "NVRM version"),
+            git: first_line("git", &["--version"]),
+            mlflow: first_line("mlflow", &["--version"]),
+            tensorboard: first_line("tensorboard", &["--version"]),
+        }
+    }
+
+    fn text(&self) -> String {
+        let gib = |bytes: Option<u64>| {
+            bytes.map_or("?".into(), |b| {
+                format!("{:.1} GiB", b as f64 / f64::from(1 << 30))
+            })
+        };
+        let or =
+            |value: &Option<String>, absent: &str| value.clone().unwrap_or_else(|| absent.into());
+        let vector = match &self.vector[..] {
+            [] => "none: matrix products run on the portable kernels".into(),
+            names => names.join(" "),
+        };
+        let driver = match &self.nvidia_driver {
+            Some(version) => format!("{version}; not used: the CUDA engine is not built yet"),
+            None => "no driver; not needed: the CUDA engine is not built yet".into(),
+        };
+        [
+            format!("runner       {}", self.version),
+            format!("system       {}", self.system),
+            format!("cpu          {}, {} cores", or(&self.cpu, "unknown"), self.cores),
+            format!("vector       {vector}"),
+            format!("memory       {}, {} available", gib(self.memory_bytes), gib(self.memory_available_bytes)),
+            format!("gpu          {driver}"),
+            format!("git          {}", or(&self.git, "missing: runs are tracked without the commit")),
+            format!("mlflow       {}", or(&self.mlflow, "not on the path: needed only to look at mlflow.db (`pip install mlflow`)")),
+            format!("tensorboard  {}", or(&self.tensorboard, "not on the path: needed only to look at event files (`pip install tensorboard`)")),
+        ]
+        .join("\n")
+            + "\n"
+    }
+}
