@@ -388,3 +388,19 @@ fn config_prints_the_schema() {
     let (_, said) = check(&["config"], 2);
     assert!(said.contains("<CONFIG>"), "{said}");
 }
+
+#[test]
+fn doctor_knows_the_machine() {
+    let report = json(&check(&["doctor", "--json"], 0).0);
+    assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
+    assert!(report["cores"].as_u64().unwrap() >= 1);
+    let (text, _) = check(&["doctor"], 0);
+    for name in [
+        "runner", "system", "cpu", "vector", "memory", "gpu", "git", "mlflow",
+    ] {
+        assert!(
+            text.lines().any(|line| line.starts_with(name)),
+            "{name} is missing in\n{text}"
+        );
+    }
+}

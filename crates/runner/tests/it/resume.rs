@@ -308,3 +308,18 @@ fn mode_eval_scores_the_latest_checkpoint_of_the_same_network_only() {
         "{said}"
     );
 }
+
+#[test]
+fn verify_resume_proves_it() {
+    let args = ["verify-resume", "configs/quickstart.toml", "--steps", "8"];
+    let sets = ["--set", "train.batch_size=32", "--set", "train.bn_batch=16"];
+    let (out, said) = crate::check(&[&args[..], &sets].concat(), 0);
+    assert!(
+        out.starts_with("the resume is exact: killed after step "),
+        "{out}{said}"
+    );
+    assert!(
+        out.contains("of 8, then equal in every bit of 172 tensors"),
+        "{out}"
+    );
+}
