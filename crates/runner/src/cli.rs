@@ -102,6 +102,14 @@ pub(crate) struct PlanArgs {
     #[command(flatten)]
     pub(crate) spec: Spec,
 
+    /// Reckon the time at this rate instead of that of the last run
+    #[arg(long, value_name = "RATE")]
+    pub(crate) images_per_s: Option<f64>,
+
+    /// Also open everything that the run would open, and fail as it would
+    #[arg(long)]
+    pub(crate) check: bool,
+
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

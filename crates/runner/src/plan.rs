@@ -11,13 +11,16 @@ use train::Plan;
 
 use crate::cli::PlanArgs;
 use crate::failure::Failure;
-use crate::{config, network, output};
+use crate::{config, doctor, network, output};
 
 /// `runner plan`.
 pub(crate) fn plan(args: &PlanArgs) -> Result<ExitCode, Failure> {
     let run = config::load(&args.spec)?;
     let graph = network::network(&run);
-    let report = Report::new(&run, &graph)?;
+    if args.check {
+        check(&run)?;
+    }
+    let report = Report::new(&run, &graph, args.images_per_s)?;
     output::print(&match args.json {
         true => serde_json::to_string_pretty(&report).expect("a report has string keys") + "\n",
         false => report.text(&run, &graph),
@@ -33,8 +36,19 @@ struct Report {
     /// None for a run that only evaluates.
     steps: Option<Steps>,
     memory: MemoryReport,
+    time: Time,
     data: Data,
     checkpoint: Checkpoint,
+}
+
+/// How long the steps take, at a rate that was measured or stated.
+#[derive(Serialize)]
+struct Time {
+    images_per_s: Option<f64>,
+    /// `stated`, or the summary that the rate is from.
+    source: Option<String>,
+    /// Seconds of training, evaluations and checkpoints not counted.
+    seconds: Option<f64>,
 }
 
 #[derive(Serialize)]
@@ -75,6 +89,11 @@ struct MemoryReport {
     /// Tensors and file of a checkpoint while it is written.
     checkpoint: usize,
     peak_bytes: usize,
+    /// What this machine can give now; null where it does not say.
+    available_bytes: Option<u64>,
+    fits: Option<bool>,
+    /// The largest `train.bn_batch` that fits and divides the batch; null where none does or nothing is known.
+    largest_bn_batch: Option<usize>,
 }
 
 #[derive(Serialize)]
@@ -94,7 +113,7 @@ const BATCHES_IN_FLIGHT: usize = 4;
 const RECORD_BYTES: usize = 115_000;
 
 impl Report {
-    fn new(run: &Run, graph: &Graph) -> Result<Self, Failure> {
+    fn new(run: &Run, graph: &Graph, images_per_s: Option<f64>) -> Result<Self, Failure> {
         let train_examples = match (run.mode, run.data.train_examples()) {
             (Mode::Eval, _) => None,
             (_, Some(examples)) => Some(examples),
@@ -115,6 +134,7 @@ impl Report {
                 warmup: plan.warmup,
             }
         });
+        let time = Time::new(run, steps.as_ref(), images_per_s);
         let counts = graph.counts();
         let checkpoint = (2 * counts.params + counts.running_statistics) * size_of::<f32>();
         Ok(Self {
@@ -129,6 +149,7 @@ impl Report {
             },
             steps,
             memory: MemoryReport::new(run, graph, checkpoint, train_examples),
+            time,
             data: Data {
                 train_examples,
                 eval_examples: run.data.eval_examples(),
@@ -189,44 +210,136 @@ impl Report {
                 dir.display()
             ));
         }
+        if let (Some(rate), Some(source), Some(seconds)) =
+            (self.time.images_per_s, &self.time.source, self.time.seconds)
+        {
+            let duration = duration(seconds);
+            line(format!(
+                "time        {duration} at {rate:.1} images/s ({source}), without evaluations"
+            ));
+        }
         line(self.memory.text());
+        if let Some(fit) = self.memory.fit_text() {
+            line(fit);
+        }
         out
     }
 }
 
+impl Time {
+    /// A stated rate, or that of the last run in the same directory.
+    fn new(run: &Run, steps: Option<&Steps>, stated: Option<f64>) -> Self {
+        let dir = run.run_dir();
+        let measured = || {
+            track::read_summary(&dir)
+                .map(|s| s.images_per_s)
+                .filter(|rate| *rate > 0.0)
+        };
+        let (images_per_s, source) = match (stated, steps) {
+            (Some(rate), _) => (Some(rate), Some("stated".into())),
+            (None, Some(_)) => match measured() {
+                Some(rate) => (
+                    Some(rate),
+                    Some(format!("the last run in {}", dir.display())),
+                ),
+                None => (None, None),
+            },
+            (None, None) => (None, None),
+        };
+        let images = steps.map(|s| s.total as f64 * s.batch_size as f64);
+        let seconds = images.zip(images_per_s).map(|(images, rate)| images / rate);
+        Self {
+            images_per_s,
+            source,
+            seconds,
+        }
+    }
+}
+
+/// Opens what a run would open: the shards, all their headers, the labels, the run directory.
+fn check(run: &Run) -> Result<(), Failure> {
+    network::labels(run)?;
+    let input = train::Input::open(run)?;
+    let dir = run.run_dir();
+    let failed = |e| Failure::Run(format!("{}: cannot create: {e}", dir.display()));
+    let is_new = !dir.exists();
+    std::fs::create_dir_all(&dir).map_err(failed)?;
+    drop(store::Lease::take(&dir)?);
+    if is_new {
+        let _ = std::fs::remove_dir_all(&dir); // as it was
+    }
+    if input.train.is_some() {
+        eprintln!(
+            "checked: {} training examples, readable headers, a writable run directory",
+            input.train_examples
+        );
+    } else {
+        eprintln!("checked: readable evaluation shards, a writable run directory");
+    }
+    Ok(())
+}
+
 impl MemoryReport {
     fn new(run: &Run, graph: &Graph, checkpoint: usize, train_examples: Option<u64>) -> Self {
-        let engine = Memory::plan(graph, run.train.bn_batch(), network::threads(run));
         let is_rounded = run.data.resize == Resize::Pillow || run.data.source != Source::Tfrecord;
         let value = if is_rounded { 1 } else { size_of::<f32>() };
         let (is_training, batch_size) = match train_examples {
             Some(_) => (true, run.train.batch_size),
             None => (false, run.train.bn_batch()),
         };
-        let held =
-            (run.data.lanes * run.data.shuffle_window).min(train_examples.unwrap_or(0) as usize);
+        let held = run.data.lanes.saturating_mul(run.data.shuffle_window);
+        let held = held.min(train_examples.unwrap_or(0) as usize);
         let from_shards = run.data.source == Source::Tfrecord;
-        let mut memory = Self {
+        let batches = BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value;
+        let records = if from_shards {
+            held * record_bytes(run, train_examples)
+        } else {
+            0
+        };
+        let checkpoint = if is_training {
+            2 * checkpoint
+        } else {
+            checkpoint
+        };
+        let besides = batches + records + checkpoint;
+        let total = |bn_batch: usize| {
+            Memory::plan(graph, bn_batch, network::threads(run)).total() + besides
+        };
+
+        let engine = Memory::plan(graph, run.train.bn_batch(), network::threads(run));
+        let peak_bytes = engine.total() + besides;
+        let available_bytes = doctor::memory_available();
+        let fits = |bytes: usize| available_bytes.map(|available| bytes as u64 <= available);
+        let divisors = (1..=run.train.batch_size.min(1024))
+            .rev()
+            .filter(|n| run.train.batch_size.is_multiple_of(*n));
+        Self {
             parameters: engine.parameters,
             gradients: engine.gradients,
             optimizer: engine.optimizer,
             arena: engine.arena,
             scratch: engine.scratch,
-            batches: BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value,
-            records: if from_shards {
-                held * record_bytes(run, train_examples)
-            } else {
-                0
-            },
-            checkpoint: if is_training {
-                2 * checkpoint
-            } else {
-                checkpoint
-            },
-            peak_bytes: 0,
-        };
-        memory.peak_bytes = engine.total() + memory.batches + memory.records + memory.checkpoint;
-        memory
+            batches,
+            records,
+            checkpoint,
+            peak_bytes,
+            available_bytes,
+            fits: fits(peak_bytes),
+            largest_bn_batch: divisors.into_iter().find(|&n| fits(total(n)) == Some(true)),
+        }
+    }
+
+    fn fit_text(&self) -> Option<String> {
+        let available = mib(self.available_bytes? as usize);
+        Some(match (self.fits?, self.largest_bn_batch) {
+            (true, _) => format!("fits        yes: {available} available"),
+            (false, Some(n)) => {
+                format!("fits        no: {available} available; train.bn_batch = {n} would fit")
+            }
+            (false, None) => {
+                format!("fits        no: {available} available, and no train.bn_batch would fit")
+            }
+        })
     }
 
     fn text(&self) -> String {
@@ -259,6 +372,17 @@ fn record_bytes(run: &Run, examples: Option<u64>) -> usize {
     match (shards, examples) {
         (Some(shards), Some(n)) if n > 0 => (shards.iter().map(length).sum::<u64>() / n) as usize,
         _ => RECORD_BYTES,
+    }
+}
+
+/// 1h 02m, or 35 s.
+fn duration(seconds: f64) -> String {
+    let s = seconds.round() as u64;
+    match s {
+        0..60 => format!("{s} s"),
+        60..3600 => format!("{} min {:02} s", s / 60, s % 60),
+        3600..172_800 => format!("{} h {:02} min", s / 3600, s % 3600 / 60),
+        _ => format!("{:.1} days", seconds / 86_400.0),
     }
 }
 

@@ -135,12 +135,16 @@ fn plan_knows_the_reference_regime() {
     assert_eq!(plan["steps"]["peak_lr"], 0.4);
     assert_eq!(plan["data"]["train_examples"], 1_281_167);
     let memory = plan["memory"].as_object().unwrap();
-    let parts: u64 = memory
-        .iter()
-        .filter(|(k, _)| *k != "peak_bytes")
-        .map(|(_, v)| v.as_u64().unwrap())
-        .sum();
-    assert_eq!(memory["peak_bytes"], parts);
+    let is_part =
+        |key: &str| !["peak_bytes", "available_bytes", "fits", "largest_bn_batch"].contains(&key);
+    let parts = memory.iter().filter(|(key, _)| is_part(key));
+    let sum: u64 = parts.map(|(_, bytes)| bytes.as_u64().unwrap()).sum();
+    assert_eq!(memory["peak_bytes"], sum);
+    assert_eq!(
+        plan["time"]["seconds"],
+        serde_json::Value::Null,
+        "no rate is known"
+    );
 }
 
 #[test]
@@ -186,10 +190,60 @@ evaluated   90 times on 50000 examples
 checkpoint  89 MiB, written 90 times to runs/resnet18
 ";
     assert!(out.starts_with(expected), "{out}");
+    let rest: Vec<_> = out[expected.len()..].lines().collect();
+    assert!(rest[0].starts_with("memory      "), "{out}");
+    // Not every system says what is available.
     assert!(
-        out.lines().last().unwrap().starts_with("memory      "),
+        rest.get(1)
+            .is_none_or(|line| line.starts_with("fits        ")),
         "{out}"
     );
+}
+
+#[test]
+fn plan_reckons_the_time_at_a_stated_rate_and_what_would_fit() {
+    let (out, _) = check(
+        &["plan", "configs/resnet50.toml", "--images-per-s", "1000"],
+        0,
+    );
+    assert!(
+        out.contains("time        32 h 01 min at 1000.0 images/s (stated)"),
+        "{out}"
+    );
+    // 1024 images at once take 85 GiB and more; 1 image takes little.
+    let plan = plan(&[
+        "configs/resnet50.toml",
+        "--set",
+        "train.bn_batch=1024",
+        "--set",
+        "train.batch_size=1024",
+    ]);
+    if plan["memory"]["fits"] == false {
+        let fitting = plan["memory"]["largest_bn_batch"].as_u64().unwrap();
+        assert!(1024 % fitting == 0 && fitting < 1024, "{fitting}");
+    }
+}
+
+#[test]
+fn plan_checks_on_request_only() {
+    let nowhere = ["plan", "configs/resnet50.toml"];
+    check(&nowhere, 0);
+    let (_, said) = check(&[&nowhere[..], &["--check"]].concat(), 3);
+    assert!(
+        said.starts_with("imagenet/train-*: no file matches\nhint: "),
+        "{said}"
+    );
+    let home = Home::new();
+    let dir = format!("run_dir={}", home.path().display());
+    let (_, said) = check(
+        &["plan", "configs/quickstart.toml", "--check", "--set", &dir],
+        0,
+    );
+    assert!(
+        said.starts_with("checked: 1438 training examples"),
+        "{said}"
+    );
+    assert!(!home.path().exists(), "nothing is left");
 }
 
 #[test]
