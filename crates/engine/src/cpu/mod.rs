@@ -149,6 +149,15 @@ struct Part {
     label_smoothing: f64,
 }
 
+impl Part {
+    /// Nothing is learned.
+    const EVAL: Self = Self {
+        accumulate: false,
+        scale: 1.0,
+        label_smoothing: 0.0,
+    };
+}
+
 impl Cpu {
     /// An engine for `graph` with `state`, running `micro_batch` images at a time on `threads` threads.
     ///
@@ -630,14 +639,9 @@ impl Engine for Cpu {
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
         self.check(batch);
         let mut total = Metrics::default();
-        let part = Part {
-            accumulate: false,
-            scale: 1.0,
-            label_smoothing: 0.0,
-        };
         for micro in batch.micro_batches(self.micro_batch) {
             let program = self.program(micro.images(), Mode::Infer)?;
-            total.add(&self.execute(&program, &micro, &part));
+            total.add(&self.execute(&program, &micro, &Part::EVAL));
         }
         Ok(total)
     }
@@ -649,15 +653,10 @@ impl Engine for Cpu {
             pixels,
             labels: &labels,
         };
-        let part = Part {
-            accumulate: false,
-            scale: 1.0,
-            label_smoothing: 0.0,
-        };
         let mut all = vec![];
         for micro in batch.micro_batches(self.micro_batch) {
             let program = self.program(micro.images(), Mode::Infer)?;
-            self.execute(&program, &micro, &part);
+            self.execute(&program, &micro, &Part::EVAL);
             let Some(&Kernel::Loss { logits, .. }) = program.kernels.last() else {
                 unreachable!("inference ends with the loss");
             };

@@ -11,8 +11,6 @@ use engine::{
 use graph::{Graph, Init, Plane};
 use safetensors::SafeTensors;
 
-/// The seed of every golden.
-const SEED: u64 = 1;
 /// Samples of a tensor.
 const SAMPLES: usize = 64;
 
@@ -67,17 +65,17 @@ impl Golden {
 
 /// `n` values of each of the streams `name.weight` and `name.bias`, uniform within `bound` of 0. The generator serves
 /// networks, so this is the start of one that has nothing but a classifier.
-fn draw(name: &str, n: usize, bound: f64) -> [Vec<f32>; 2] {
+fn draw(seed: u64, name: &str, n: usize, bound: f64) -> [Vec<f32>; 2] {
     let mut graph = Graph::new(Plane { h: 1, w: 1, c: 1 });
     let (input, init) = (graph.input(), Init::Uniform { bound });
     graph.linear(name, input, n, init, init);
-    let state = initial_state(&graph, SEED);
+    let state = initial_state(&graph, seed);
     ["weight", "bias"].map(|leaf| state[&format!("{name}.{leaf}")].values.clone())
 }
 
 /// `n` integers below `count`.
-fn levels(name: &str, n: usize, count: usize) -> Vec<u32> {
-    let [values, _] = draw(name, n, 1.0);
+fn levels(seed: u64, name: &str, n: usize, count: usize) -> Vec<u32> {
+    let [values, _] = draw(seed, name, n, 1.0);
     let level = |v: f32| ((v + 1.0) * (count as f32 / 2.0)) as u32;
     values
         .into_iter()
@@ -92,12 +90,12 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(graph: &Graph, images: usize) -> Self {
+    fn new(graph: &Graph, images: usize, seed: u64) -> Self {
         let values = images * graph.plane(graph.input()).elements();
-        let pixels = levels("images", values, 256);
+        let pixels = levels(seed, "images", values, 256);
         Self {
             pixels: pixels.into_iter().map(|v| v as u8).collect(),
-            labels: levels("labels", images, graph.classes()),
+            labels: levels(seed, "labels", images, graph.classes()),
         }
     }
 
@@ -118,15 +116,15 @@ fn checksum(bits: impl Iterator<Item = u32>) -> u64 {
 }
 
 /// The network's start with normalisations that have something to say.
-fn start(graph: &Graph) -> State {
-    let mut state = initial_state(graph, SEED);
+fn start(graph: &Graph, seed: u64) -> State {
+    let mut state = initial_state(graph, seed);
     let mut set = |name: String, values: Vec<f32>| state.get_mut(&name).unwrap().values = values;
     let above_one = |values: Vec<f32>| values.into_iter().map(|v| v + 1.0).collect();
     for norm in graph.norms() {
-        let [gamma, beta] = draw(&norm.name, norm.channels, 0.5);
+        let [gamma, beta] = draw(seed, &norm.name, norm.channels, 0.5);
         set(format!("{}.weight", norm.name), above_one(gamma));
         set(format!("{}.bias", norm.name), beta);
-        let [var, mean] = draw(&format!("{}.running", norm.name), norm.channels, 0.5);
+        let [var, mean] = draw(seed, &format!("{}.running", norm.name), norm.channels, 0.5);
         set(format!("{}{RUNNING_VAR}", norm.name), above_one(var));
         set(format!("{}{RUNNING_MEAN}", norm.name), mean);
     }
@@ -135,15 +133,15 @@ fn start(graph: &Graph) -> State {
 
 /// Network, start and inputs, the same as PyTorch's to the bit.
 fn begin(golden: &Golden) -> (Graph, State, Inputs) {
-    let graph = golden.graph();
-    let state = start(&graph);
+    let (graph, seed) = (golden.graph(), golden.number("seed") as u64);
+    let state = start(&graph, seed);
     let sums = golden.array("start", u64::from_le_bytes);
     for (name, sum) in golden.names().zip(sums) {
         let bits = state[name].values.iter().map(|v| v.to_bits());
         assert_eq!(checksum(bits), sum, "{name} starts differently");
     }
     assert_eq!(golden.names().count(), state.len());
-    let inputs = Inputs::new(&graph, golden.number("images"));
+    let inputs = Inputs::new(&graph, golden.number("images"), seed);
     let sums = [
         checksum(inputs.pixels.iter().map(|&v| v.into())),
         checksum(inputs.labels.iter().copied()),
@@ -173,49 +171,56 @@ fn sampled_error(ours: &[f32], size: f64, samples: &[f32]) -> f64 {
     let gaps = (0..)
         .zip(samples)
         .map(|(s, truth)| f64::from(ours[((fraction(s) * n) >> 32) as usize]) - f64::from(*truth));
-    let mean_square = |sum: f64, n: usize| sum / (n as f64).sqrt();
-    let by_samples = mean_square(norm(gaps), samples.len()) / mean_square(size, ours.len());
+    let root_mean_square = |norm: f64, n: usize| norm / (n as f64).sqrt();
+    let by_samples =
+        root_mean_square(norm(gaps), samples.len()) / root_mean_square(size, ours.len());
     let by_norm = (norm(ours.iter().map(|&v| v.into())) / size - 1.0).abs();
+    assert!(by_norm.is_finite(), "a value is not finite");
     by_samples.max(by_norm)
 }
 
 /// What an engine may be off by, given PyTorch's own error in float32.
 type Bound = fn(f64) -> f64;
 
-/// The same arithmetic in another order.
+/// The same arithmetic in another order. An error that jumps to 1e-3 or more in all layers before one, while those
+/// behind it are good to 1e-5, is a ReLU that rounding has switched: not a wrong term.
 const ROUNDING: Bound = |yardstick| f64::max(3.0 * yardstick, 1e-5);
 /// f64, stored as f32 here and there.
 const EXACT: Bound = |_| 1e-6;
 
 /// Collects errors, and in the end fails with the worst.
-struct Verdict<'a> {
-    golden: &'a str,
+struct Verdict {
+    golden: &'static str,
     bound: Bound,
     /// Share of the bound, error, what.
     seen: Vec<(f64, f64, String)>,
 }
 
-impl Verdict<'_> {
+impl Verdict {
+    fn new(golden: &'static str, bound: Bound) -> Self {
+        let seen = vec![];
+        Self {
+            golden,
+            bound,
+            seen,
+        }
+    }
+
     fn see(&mut self, what: &str, error: f64, yardstick: f64) {
         let share = error / (self.bound)(yardstick);
+        assert!(share.is_finite(), "{what} is not finite");
         self.seen
             .push((share, error, format!("{what} (yardstick {yardstick:.1e})")));
     }
 
     fn end(mut self) {
         self.seen.sort_by(|a, b| b.0.total_cmp(&a.0));
-        for (share, error, what) in self.seen.iter().take(5) {
-            println!(
-                "{}: {what} is off by {error:.1e}, {share:.2} of what is allowed",
-                self.golden
-            );
-        }
-        let (share, error, what) = &self.seen[0];
-        assert!(
-            share.total_cmp(&1.0).is_lt(),
-            "{}: {what} is off by {error:.1e}, {share:.1} times what is allowed",
-            self.golden
-        );
+        let say = |(share, error, what): &(f64, f64, String)| {
+            format!("{what} is off by {error:.1e}, {share:.2} of what is allowed")
+        };
+        let worst: Vec<_> = self.seen.iter().take(5).map(say).collect();
+        println!("{}:\n  {}", self.golden, worst.join("\n  "));
+        assert!(self.seen[0].0 <= 1.0, "{}: {}", self.golden, worst[0]);
     }
 }
 
@@ -226,16 +231,12 @@ const CPU: Make = |graph, images, state| Box::new(Cpu::new(graph, images, 2, sta
 const ORACLE: Make = |graph, images, state| Box::new(Oracle::new(graph, images, state).unwrap());
 
 /// Logits, and loss, gradients and statistics of one training step.
-fn check_network(name: &str, make: Make, bound: Bound) {
+fn check_network(name: &'static str, make: Make, bound: Bound) {
     let golden = Golden::read(name);
     let (graph, state, inputs) = begin(&golden);
     let mut engine = make(&graph, golden.number("images"), &state);
     let yardsticks = golden.array("yardstick", f64::from_le_bytes);
-    let mut verdict = Verdict {
-        golden: name,
-        bound,
-        seen: vec![],
-    };
+    let mut verdict = Verdict::new(name, bound);
     let logits = engine.predict(inputs.batch().pixels).unwrap();
     let truth = golden.array("logits", f32::from_le_bytes);
     verdict.see("logits", error(&logits, &truth), yardsticks[0]);
@@ -263,6 +264,30 @@ fn check_network(name: &str, make: Make, bound: Bound) {
         let samples = &samples[i * SAMPLES..(i + 1) * SAMPLES];
         let error = sampled_error(&ours.values, norms[i], samples);
         verdict.see(tensor, error, yardsticks[2 + i]);
+    }
+    verdict.end();
+}
+
+/// The first of ten steps with warm-up, Nesterov momentum and decay on one batch, loss by loss.
+fn check_steps(name: &'static str, make: Make, bound: Bound, steps: usize) {
+    let golden = Golden::read(name);
+    let (graph, state, inputs) = begin(&golden);
+    let mut engine = make(&graph, golden.number("images"), &state);
+    let yardsticks = golden.array("yardstick", f64::from_le_bytes);
+    let mut verdict = Verdict::new(name, bound);
+    let [lrs, losses] = ["lr", "loss"].map(|key| golden.array(key, f64::from_le_bytes));
+    for (step, (&lr, truth)) in lrs.iter().zip(losses).enumerate().take(steps) {
+        let hyper = Hyper {
+            lr,
+            momentum: 0.9,
+            nesterov: true,
+            weight_decay: 1e-2,
+            decay: Decay::NoNorm,
+            label_smoothing: 0.1,
+        };
+        let loss = engine.train_step(&inputs.batch(), &hyper).unwrap().loss();
+        let error = (loss / truth - 1.0).abs();
+        verdict.see(&format!("loss of step {step}"), error, yardsticks[step]);
     }
     verdict.end();
 }
@@ -305,4 +330,15 @@ fn resnet50_224_torchvision_cpu() {
 #[test]
 fn resnet50_224_tpu2018_cpu() {
     check_network("resnet50-224-tpu2018", CPU, ROUNDING);
+}
+
+#[test]
+fn ten_steps_cpu() {
+    check_steps("steps", CPU, ROUNDING, 10);
+}
+
+#[test]
+fn three_steps_oracle() {
+    // Ten take a minute and a half, and are as good.
+    check_steps("steps", ORACLE, EXACT, 3);
 }

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 mod goldens;
+mod tape;
 
 use engine::cpu::Cpu;
 use engine::oracle::Oracle;
