@@ -98,12 +98,12 @@ pub enum Crop {
     None,
 }
 
-/// How crops are brought to the resolution; all are bicubic, and they differ.
+/// How JPEGs are decoded and crops are brought to the resolution; all filters are bicubic, and they differ.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Resize {
-    /// Pillow's and torchvision's: antialiased, rounded to 8 bits.
+    /// Pillow's and torchvision's: antialiased, rounded to 8 bits; JPEGs decode as in Pillow.
     Pillow,
-    /// `tf.image.resize` of TensorFlow 2: not antialiased, f32, not clamped.
+    /// `tf.image.resize` of TensorFlow 2: not antialiased, f32, not clamped; JPEGs decode as in TensorFlow.
     Tf,
     /// `resize_bicubic` of TensorFlow 1, the reference's: as [`Resize::Tf`] with corner origin and a = -0.75.
     Tf1,

@@ -1,13 +1,24 @@
 //! Entropy-coded bits and Huffman codes (ITU T.81, annexes C and F.2.2).
 
 /// Bits that one look at the table resolves; longer codes are rare.
-const FAST: u32 = 9;
+const FAST: u32 = 10;
+
+/// A coefficient and the zeros before it.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Coefficient {
+    pub(super) value: i16,
+    pub(super) run: u8,
+    /// Bits that say so; 0 for no coefficient.
+    bits: u8,
+}
 
 /// A Huffman table, made for decoding.
 #[derive(Clone)]
 pub(super) struct Huffman {
     /// By the next [`FAST`] bits: the symbol, and the code's length above it; 0 for longer codes.
     fast: [u16; 1 << FAST],
+    /// By the next [`FAST`] bits, if they hold a symbol of run and size and the number after it: all of them.
+    whole: [Coefficient; 1 << FAST],
     /// By length: one more than the greatest code of it, moved up to 16 bits; 0 if there is none.
     ends: [u32; 17],
     /// By length: what, added to a code, gives the index of its symbol.
@@ -20,6 +31,7 @@ impl Huffman {
     pub(super) fn new(counts: &[u8; 16], symbols: &[u8]) -> Result<Self, String> {
         let mut table = Self {
             fast: [0; 1 << FAST],
+            whole: [Coefficient::default(); 1 << FAST],
             ends: [0; 17],
             offsets: [0; 17],
             symbols: symbols.to_vec(),
@@ -46,8 +58,27 @@ impl Huffman {
             index += count;
             code <<= 1;
         }
+        for (next, (whole, entry)) in table.whole.iter_mut().zip(table.fast).enumerate() {
+            let (length, run, size) = (entry >> 8, entry >> 4 & 15, entry & 15);
+            let bits = u32::from(length + size);
+            if size > 0 && bits <= FAST {
+                let value = next as u32 >> (FAST - bits) & ((1 << size) - 1);
+                *whole = Coefficient {
+                    value: signed(value, u32::from(size)) as i16,
+                    run: run as u8,
+                    bits: bits as u8,
+                };
+            }
+        }
         Ok(table)
     }
+}
+
+/// A number of `size` bits: those that begin with a zero are negative.
+#[inline]
+fn signed(value: u32, size: u32) -> i32 {
+    let is_negative = value < 1 << size >> 1;
+    value as i32 - if is_negative { (1 << size) - 1 } else { 0 }
 }
 
 /// Reads the bits of a scan up to the next marker. Beyond it there are zeros; [`Bits::check`] tells whether any of
@@ -166,13 +197,19 @@ impl<'a> Bits<'a> {
         Err("a code is in no Huffman table".into())
     }
 
-    /// The next `size` bits as a signed number: those that begin with a zero are negative. At most 15, right after a
-    /// symbol.
+    /// The next coefficient, if a table knows it at a glance.
+    #[inline]
+    pub(super) fn coefficient(&mut self, table: &Huffman) -> Option<Coefficient> {
+        self.fill();
+        let whole = table.whole[(self.held >> (64 - FAST)) as usize];
+        self.skip(u32::from(whole.bits));
+        (whole.bits > 0).then_some(whole)
+    }
+
+    /// The next `size` bits as a signed number, at most 15, right after a symbol.
     #[inline]
     pub(super) fn signed(&mut self, size: u32) -> i32 {
-        let value = self.take_filled(size) as i32;
-        let is_negative = value < 1 << size >> 1;
-        value - if is_negative { (1 << size) - 1 } else { 0 }
+        signed(self.take_filled(size), size)
     }
 
     /// Fails if more bits were taken than the file has before its next marker.

@@ -1,10 +1,12 @@
 //! Two inverse DCTs of 8 x 8 coefficients, in integers, equal to those of libjpeg to the bit.
 //!
-//! All eight columns go through the same steps side by side, then all eight rows. Sums wrap: only coefficients that no
-//! encoder makes can overflow, and they must not panic.
+//! First the columns, then the rows. Sums wrap: only coefficients that no encoder makes can overflow, and they must not
+//! panic.
 
 use std::array::from_fn;
-use std::ops::{Add, Mul, Sub};
+use std::num::Wrapping;
+
+type W = Wrapping<i32>;
 
 /// Which inverse DCT: pixels of the two differ by a few levels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,41 +17,6 @@ pub(super) enum Dct {
     /// libjpeg's `ifast`: Arai, Agui and Nakajima, "A fast DCT-SQ scheme for images", 1988; constants of
     /// 8 bits, truncated products.
     Fast,
-}
-
-/// A number for each of eight columns, or rows.
-#[derive(Clone, Copy)]
-struct V([i32; 8]);
-
-impl V {
-    fn map(self, f: impl Fn(i32) -> i32) -> Self {
-        Self(self.0.map(f))
-    }
-}
-
-impl Add for V {
-    type Output = Self;
-    fn add(self, other: Self) -> Self {
-        Self(from_fn(|i| self.0[i].wrapping_add(other.0[i])))
-    }
-}
-
-impl Sub for V {
-    type Output = Self;
-    fn sub(self, other: Self) -> Self {
-        Self(from_fn(|i| self.0[i].wrapping_sub(other.0[i])))
-    }
-}
-
-impl Mul<i32> for V {
-    type Output = Self;
-    fn mul(self, factor: i32) -> Self {
-        self.map(|x| x.wrapping_mul(factor))
-    }
-}
-
-fn transposed(rows: [V; 8]) -> [V; 8] {
-    from_fn(|i| V(from_fn(|j| rows[j].0[i])))
 }
 
 /// A quantisation table as the inverse DCT wants it, in rows.
@@ -77,19 +44,43 @@ pub(super) fn inverse(
     out: &mut [u8],
     stride: usize,
 ) {
-    let rows = from_fn(|y| {
-        V(from_fn(|x| {
-            i32::from(coefficients[8 * y + x]).wrapping_mul(scales[8 * y + x])
-        }))
-    });
-    let pixels = match dct {
+    let mut block: [i32; 64] = from_fn(|i| i32::from(coefficients[i]).wrapping_mul(scales[i]));
+    match dct {
         // Two bits more between the passes; the last three are the transform's own factor of 8.
-        Dct::Accurate => accurate::<18>(transposed(accurate::<11>(rows))),
-        Dct::Fast => fast(transposed(fast(rows))).map(|v| v.map(|x| x >> 5)),
-    };
-    for (row, out) in transposed(pixels).into_iter().zip(out.chunks_mut(stride)) {
-        for (out, x) in out.iter_mut().zip(row.0) {
+        Dct::Accurate => {
+            columns(&mut block, accurate::<11>);
+            transpose(&mut block);
+            columns(&mut block, accurate::<18>);
+        }
+        Dct::Fast => {
+            columns(&mut block, fast);
+            transpose(&mut block);
+            columns(&mut block, |x| fast(x).map(|x| x >> 5));
+        }
+    }
+    transpose(&mut block);
+    for (row, out) in block.as_chunks::<8>().0.iter().zip(out.chunks_mut(stride)) {
+        for (out, x) in out.iter_mut().zip(row) {
             *out = x.wrapping_add(128).clamp(0, 255) as u8;
+        }
+    }
+}
+
+/// Puts each column through a transform. The loop is made for the compiler to do several columns at a time.
+#[inline(always)]
+fn columns(block: &mut [i32; 64], transform: impl Fn([W; 8]) -> [W; 8]) {
+    for x in 0..8 {
+        let column = transform(from_fn(|y| Wrapping(block[8 * y + x])));
+        for y in 0..8 {
+            block[8 * y + x] = column[y].0;
+        }
+    }
+}
+
+fn transpose(block: &mut [i32; 64]) {
+    for y in 0..8 {
+        for x in 0..y {
+            block.swap(8 * y + x, 8 * x + y);
         }
     }
 }
@@ -105,18 +96,18 @@ pub(super) fn flat(first: i16, scale: i32, dct: Dct) -> u8 {
 }
 
 /// 2^13 times x.
-const fn fix(x: f64) -> i32 {
-    (x * 8192.0 + 0.5) as i32
+const fn fix(x: f64) -> W {
+    Wrapping((x * 8192.0 + 0.5) as i32)
 }
 
 /// One dimension, scaled by 2^13 and then rounded down by 2^SHIFT.
 #[inline(always)]
-fn accurate<const SHIFT: u32>(x: [V; 8]) -> [V; 8] {
+fn accurate<const SHIFT: usize>(x: [W; 8]) -> [W; 8] {
     let z = (x[2] + x[6]) * fix(0.541_196_100);
     let even2 = z - x[6] * fix(1.847_759_065);
     let even3 = z + x[2] * fix(0.765_366_865);
-    let even0 = (x[0] + x[4]) * 8192;
-    let even1 = (x[0] - x[4]) * 8192;
+    let even0 = (x[0] + x[4]) << 13;
+    let even1 = (x[0] - x[4]) << 13;
     let even = [even0 + even3, even1 + even2, even1 - even2, even0 - even3];
 
     let z5 = (x[7] + x[3] + x[5] + x[1]) * fix(1.175_875_602);
@@ -130,7 +121,7 @@ fn accurate<const SHIFT: u32>(x: [V; 8]) -> [V; 8] {
         x[5] * fix(2.053_119_869) - z2 + z4,
         x[7] * fix(0.298_631_336) - z1 + z3,
     ];
-    let round = |v: V| v.map(|x| x.wrapping_add(1 << (SHIFT - 1)) >> SHIFT);
+    let round = |x: W| (x + Wrapping(1 << (SHIFT - 1))) >> SHIFT;
     from_fn(|i| match i {
         0..4 => round(even[i] + odd[i]),
         _ => round(even[7 - i] - odd[7 - i]),
@@ -139,8 +130,8 @@ fn accurate<const SHIFT: u32>(x: [V; 8]) -> [V; 8] {
 
 /// One dimension; the scales are in the quantisation table.
 #[inline(always)]
-fn fast(x: [V; 8]) -> [V; 8] {
-    let by = |v: V, factor: i32| v.map(|x| x.wrapping_mul(factor) >> 8);
+fn fast(x: [W; 8]) -> [W; 8] {
+    let by = |x: W, factor: i32| (x * Wrapping(factor)) >> 8;
     let (sum, difference) = (x[0] + x[4], x[0] - x[4]);
     let outer = x[2] + x[6];
     let inner = by(x[2] - x[6], 362) - outer;

@@ -28,6 +28,7 @@ pub(super) struct Coder<'a> {
 }
 
 /// The place of coefficient `k`, or an error if a run has gone past the end.
+#[inline]
 fn place(k: usize) -> Result<usize, String> {
     let place = ZIGZAG.get(k).ok_or("a run goes past the end of a block")?;
     Ok(usize::from(*place))
@@ -57,6 +58,12 @@ impl Coder<'_> {
         let ac = table(self.ac)?;
         let mut k = 1;
         while k < 64 {
+            if let Some(next) = bits.coefficient(ac) {
+                k += usize::from(next.run);
+                block[place(k)?] = next.value;
+                k += 1;
+                continue;
+            }
             let symbol = bits.symbol(ac)?;
             let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
             if size == 0 {
