@@ -281,7 +281,7 @@ fn check_steps(name: &'static str, make: Make, bound: Bound, steps: usize) {
             lr,
             momentum: 0.9,
             nesterov: true,
-            weight_decay: 1e-2,
+            weight_decay: 0.1,
             decay: Decay::NoNorm,
             label_smoothing: 0.1,
         };
