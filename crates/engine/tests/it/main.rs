@@ -443,3 +443,45 @@ fn updates_are_the_references() {
         }
     }
 }
+
+#[test]
+fn decay_covers_what_its_name_says() {
+    use graph::DecayClass::{Bias, Norm, Weight};
+    let covered = |decay: Decay| [Weight, Bias, Norm].map(|class| decay.covers(class));
+    assert_eq!(covered(Decay::All), [true, true, true]);
+    assert_eq!(covered(Decay::NoNorm), [true, true, false]);
+    assert_eq!(covered(Decay::NoNormNoBias), [true, false, false]);
+}
+
+/// docs/reference/vectors.json, `normalise`: seen through a network that hands its input on.
+#[test]
+fn pixels_are_normalised_as_the_reference_does() {
+    let vectors: serde_json::Value =
+        serde_json::from_str(include_str!("../../../../docs/reference/vectors.json")).unwrap();
+    let mut graph = Graph::new(Plane { h: 1, w: 1, c: 3 });
+    let image = graph.input();
+    let x = graph.avg_pool("pooled", image);
+    graph.linear("fc", x, 3, Init::Constant(0.0), Init::Constant(0.0));
+    let mut state = initial_state(&graph, 0);
+    state.get_mut("fc.weight").unwrap().values = vec![1., 0., 0., 0., 1., 0., 0., 0., 1.];
+    for vector in vectors["normalise"].as_array().unwrap() {
+        let pixels = [vector["pixel"].as_u64().unwrap() as u8; 3];
+        let expected = vector["f32"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|v| v.as_f64().unwrap());
+        let expected: Vec<f64> = expected.collect();
+        let mut cpu = Cpu::new(&graph, 1, 1, &state).unwrap();
+        let mut oracle = Oracle::new(&graph, 1, &state).unwrap();
+        for engine in [&mut cpu as &mut dyn Engine, &mut oracle] {
+            let logits = engine.predict(Pixels::U8(&pixels)).unwrap();
+            for (ours, expected) in logits.iter().zip(&expected) {
+                assert!(
+                    (f64::from(*ours) - expected).abs() < 1e-6,
+                    "{ours} is not {expected}"
+                );
+            }
+        }
+    }
+}
