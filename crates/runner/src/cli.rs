@@ -28,13 +28,8 @@ pub(crate) struct Cli {
     #[arg(required = true, value_name = "CONFIG")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Change a key of the spec, for example --set train.batch_size=256; may be given often
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(crate) set: Vec<String>,
-
-    /// Apply the table [profile.NAME] of the spec
-    #[arg(long, value_name = "NAME")]
-    pub(crate) profile: Option<String>,
+    #[command(flatten)]
+    pub(crate) changes: Changes,
 
     /// Put an earlier run of this name aside (runs/NAME.1, .2, ..) and start anew
     #[arg(long)]
@@ -58,14 +53,10 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
 }
 
-/// A spec and what changes it.
+/// What a command line changes in a spec.
 #[derive(Debug, Args)]
-pub(crate) struct Spec {
-    /// The TOML file
-    #[arg(value_name = "CONFIG")]
-    pub(crate) config: PathBuf,
-
-    /// Change a key of the spec, for example --set model.depth=18; may be given often
+pub(crate) struct Changes {
+    /// Change a key of the spec, for example --set train.batch_size=256; may be given often
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
@@ -74,19 +65,25 @@ pub(crate) struct Spec {
     pub(crate) profile: Option<String>,
 }
 
+/// A spec and what changes it.
+#[derive(Debug, Args)]
+pub(crate) struct Spec {
+    /// The TOML file
+    #[arg(value_name = "CONFIG")]
+    pub(crate) config: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) changes: Changes,
+}
+
 #[derive(Debug, Args)]
 pub(crate) struct ConfigArgs {
     /// The TOML file
     #[arg(value_name = "CONFIG", required_unless_present = "schema")]
     pub(crate) config: Option<PathBuf>,
 
-    /// Change a key of the spec, for example --set model.depth=18; may be given often
-    #[arg(long, value_name = "KEY=VALUE")]
-    pub(crate) set: Vec<String>,
-
-    /// Apply the table [profile.NAME] of the spec
-    #[arg(long, value_name = "NAME")]
-    pub(crate) profile: Option<String>,
+    #[command(flatten)]
+    pub(crate) changes: Changes,
 
     /// Say behind each key where its value comes from
     #[arg(long)]

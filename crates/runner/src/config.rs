@@ -5,13 +5,13 @@ use std::process::ExitCode;
 
 use spec::{Layers, Loaded, Run};
 
-use crate::cli::{ConfigArgs, Spec};
+use crate::cli::{Changes, ConfigArgs, Spec};
 use crate::failure::Failure;
 use crate::output;
 
 /// The spec that a command line names, with the environment over it.
 pub(crate) fn load(args: &Spec) -> Result<Run, Failure> {
-    Ok(layered(&args.config, args.profile.as_deref(), &args.set)?.run)
+    Ok(layered(&args.config, &args.changes)?.run)
 }
 
 /// `runner config`.
@@ -20,7 +20,7 @@ pub(crate) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
         output::print(&spec::schema());
         return Ok(ExitCode::SUCCESS);
     };
-    let loaded = layered(file, args.profile.as_deref(), &args.set)?;
+    let loaded = layered(file, &args.changes)?;
     output::print(&match args.origins {
         true => with_origins(&loaded),
         false => loaded.run.to_toml(),
@@ -28,7 +28,7 @@ pub(crate) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn layered(file: &Path, profile: Option<&str>, sets: &[String]) -> Result<Loaded, Failure> {
+fn layered(file: &Path, changes: &Changes) -> Result<Loaded, Failure> {
     // A variable that is not text has no name that a spec knows, or a value that it refuses.
     let environment: Vec<(String, String)> = std::env::vars_os()
         .map(|(name, value)| [name, value].map(|text| text.to_string_lossy().into_owned()))
@@ -36,9 +36,9 @@ fn layered(file: &Path, profile: Option<&str>, sets: &[String]) -> Result<Loaded
         .collect();
     Ok(spec::load(&Layers {
         file,
-        profile,
+        profile: changes.profile.as_deref(),
         environment: &environment,
-        sets,
+        sets: &changes.set,
     })?)
 }
 

@@ -28,8 +28,7 @@ fn main() -> ExitCode {
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,
-                set: cli.set,
-                profile: cli.profile,
+                changes: cli.changes,
             },
             cli.fresh,
         ),

@@ -54,10 +54,10 @@ fn start(args: &VerifyArgs, dir: &Path) -> Result<Child, Failure> {
         "track.mlflow=off".into(),
         "track.tensorboard=false".into(),
     ];
-    for set in args.spec.set.iter().chain(&own) {
+    for set in args.spec.changes.set.iter().chain(&own) {
         command.arg("--set").arg(set);
     }
-    if let Some(profile) = &args.spec.profile {
+    if let Some(profile) = &args.spec.changes.profile {
         command.arg("--profile").arg(profile);
     }
     command
