@@ -70,6 +70,7 @@ impl Drop for Block {
 pub(crate) trait Plain: Copy + Send + Sync {}
 impl Plain for f32 {}
 impl Plain for u8 {}
+impl Plain for half::bf16 {}
 
 /// A part of a block that several tasks may read and write at once.
 #[derive(Clone, Copy)]

@@ -9,10 +9,13 @@
 )]
 
 mod conv;
+pub(crate) mod fuse;
 mod memory;
 mod norm;
 mod pool;
+pub(crate) mod simd;
 mod simple;
+pub(crate) mod weights;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
