@@ -1,7 +1,7 @@
 //! Where a spec meets its network and its engine.
 
 use engine::State;
-use engine::cpu::Cpu;
+use engine::cpu::{Cpu, Options};
 use graph::Graph;
 use spec::Run;
 
@@ -33,7 +33,12 @@ pub(crate) fn threads(run: &Run) -> usize {
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
 pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<Cpu, Failure> {
     let state = state.unwrap_or_else(|| engine::initial_state(graph, run.seed));
-    Ok(Cpu::new(graph, run.train.bn_batch(), threads(run), &state)?)
+    Ok(Cpu::new(graph, &options(run), &state)?)
+}
+
+/// How the engine runs what a spec asks for.
+pub(crate) fn options(run: &Run) -> Options {
+    Options::new(run.train.bn_batch(), threads(run))
 }
 
 /// `resnet50 (tpu2018), 224 px, 1000 classes`.

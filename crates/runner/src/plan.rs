@@ -303,10 +303,14 @@ impl MemoryReport {
         };
         let besides = batches + records + checkpoint;
         let total = |bn_batch: usize| {
-            Memory::plan(graph, bn_batch, network::threads(run)).total() + besides
+            let options = engine::cpu::Options {
+                micro_batch: bn_batch,
+                ..network::options(run)
+            };
+            Memory::plan(graph, &options).total() + besides
         };
 
-        let engine = Memory::plan(graph, run.train.bn_batch(), network::threads(run));
+        let engine = Memory::plan(graph, &network::options(run));
         let peak_bytes = engine.total() + besides;
         let available_bytes = doctor::memory_available();
         let fits = |bytes: usize| available_bytes.map(|available| bytes as u64 <= available);

@@ -166,6 +166,9 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// As `stream`.
     unsafe fn stream_bf16(p: *mut bf16, v: Self::V);
     unsafe fn load_u8(p: *const u8) -> Self::V;
+    /// The first `n` lanes as whole numbers below 256.
+    unsafe fn store_u8(p: *mut u8, v: Self::V, n: usize);
+    unsafe fn eq(a: Self::V, b: Self::V) -> Self::M;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -189,6 +192,8 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
         unsafe { Self::store(out.as_mut_ptr(), v) };
         out
     }
+    /// Stores eight lanes at `p`, the next eight at `p + pitch`, and so on.
+    unsafe fn scatter8(p: *mut f32, pitch: usize, v: Self::V);
     /// Two neighbouring bf16 at `p`, in every lane as bits.
     unsafe fn splat_pair(p: *const bf16) -> Self::V;
     /// acc + a0 b0 + a1 b1 in each lane, where a lane of `a` and `b` holds two bf16.
@@ -294,6 +299,17 @@ unsafe impl Isa for Portable {
         lanes!(i => f32::from(unsafe { p.add(i).read() }))
     }
     #[inline(always)]
+    unsafe fn store_u8(p: *mut u8, v: Self::V, n: usize) {
+        for (i, v) in v.into_iter().enumerate().take(n) {
+            // SAFETY: the caller's word.
+            unsafe { p.add(i).write(v as u8) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn eq(a: Self::V, b: Self::V) -> Self::M {
+        std::array::from_fn(|i| a[i] == b[i])
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
         lanes!(i => a[i] + b[i])
     }
@@ -328,6 +344,11 @@ unsafe impl Isa for Portable {
     #[inline(always)]
     unsafe fn select(m: Self::M, a: Self::V, b: Self::V) -> Self::V {
         lanes!(i => if m[i] { a[i] } else { b[i] })
+    }
+    #[inline(always)]
+    unsafe fn scatter8(p: *mut f32, _: usize, v: Self::V) {
+        // SAFETY: the caller's word.
+        unsafe { Self::store(p, v) }
     }
     #[inline(always)]
     unsafe fn splat_pair(p: *const bf16) -> Self::V {
@@ -449,6 +470,24 @@ pub(crate) mod x86 {
             unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
         }
         #[inline(always)]
+        unsafe fn store_u8(p: *mut u8, v: __m256, n: usize) {
+            unsafe {
+                let v = _mm256_cvtps_epi32(v);
+                let v = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+                let v = _mm_packus_epi16(v, v);
+                if n >= 8 {
+                    _mm_storel_epi64(p.cast(), v);
+                } else {
+                    let bytes = _mm_cvtsi128_si64(v).to_ne_bytes();
+                    p.copy_from_nonoverlapping(bytes.as_ptr(), n);
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn eq(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b) }
+        }
+        #[inline(always)]
         unsafe fn add(a: __m256, b: __m256) -> __m256 {
             unsafe { _mm256_add_ps(a, b) }
         }
@@ -483,6 +522,10 @@ pub(crate) mod x86 {
         #[inline(always)]
         unsafe fn select(m: __m256, a: __m256, b: __m256) -> __m256 {
             unsafe { _mm256_blendv_ps(b, a, m) }
+        }
+        #[inline(always)]
+        unsafe fn scatter8(p: *mut f32, _: usize, v: __m256) {
+            unsafe { _mm256_storeu_ps(p, v) }
         }
         #[inline(always)]
         unsafe fn splat_pair(p: *const bf16) -> __m256 {
@@ -607,6 +650,17 @@ pub(crate) mod x86 {
                     unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
                 }
                 #[inline(always)]
+                unsafe fn store_u8(p: *mut u8, v: __m512, n: usize) {
+                    unsafe {
+                        let v = _mm512_cvtps_epi32(v);
+                        _mm512_mask_cvtepi32_storeu_epi8(p.cast(), first(n), v);
+                    }
+                }
+                #[inline(always)]
+                unsafe fn eq(a: __m512, b: __m512) -> __mmask16 {
+                    unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b) }
+                }
+                #[inline(always)]
                 unsafe fn add(a: __m512, b: __m512) -> __m512 {
                     unsafe { _mm512_add_ps(a, b) }
                 }
@@ -641,6 +695,13 @@ pub(crate) mod x86 {
                 #[inline(always)]
                 unsafe fn select(m: __mmask16, a: __m512, b: __m512) -> __m512 {
                     unsafe { _mm512_mask_blend_ps(m, b, a) }
+                }
+                #[inline(always)]
+                unsafe fn scatter8(p: *mut f32, pitch: usize, v: __m512) {
+                    unsafe {
+                        _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+                        _mm256_storeu_ps(p.add(pitch), _mm512_extractf32x8_ps::<1>(v));
+                    }
                 }
                 #[inline(always)]
                 unsafe fn splat_pair(p: *const bf16) -> __m512 {

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use engine::cpu::Cpu;
+use engine::cpu::{Cpu, Options};
 use engine::oracle::Oracle;
 use engine::{
     Batch, Decay, Engine, Hyper, MOMENTUM_PREFIX, Pixels, RUNNING_MEAN, RUNNING_VAR, State,
@@ -227,7 +227,7 @@ impl Verdict {
 /// Builds an engine for micro-batches of this many images.
 type Make = fn(&Graph, usize, &State) -> Box<dyn Engine>;
 
-const CPU: Make = |graph, images, state| Box::new(Cpu::new(graph, images, 2, state).unwrap());
+const CPU: Make = |graph, images, state| Box::new(Cpu::new(graph, &Options::new(images, 2), state).unwrap());
 const ORACLE: Make = |graph, images, state| Box::new(Oracle::new(graph, images, state).unwrap());
 
 /// Logits, and loss, gradients and statistics of one training step.
