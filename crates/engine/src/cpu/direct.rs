@@ -134,6 +134,11 @@ pub(crate) struct Plan {
     phases: Vec<Phase>,
 }
 
+/// Whether whole patches are packed: a few channels only, which would waste most of a vector.
+pub(crate) fn has_patches(kernel: usize, channels: usize) -> bool {
+    kernel > 1 && channels < 8 && kernel * kernel * channels + 16 <= PATCH
+}
+
 /// What one worker may use for packed input, bytes: with a panel of weights it fits the second-level cache.
 const PACK_BYTES: usize = 384 << 10;
 
@@ -160,7 +165,7 @@ impl Plan {
             .collect();
         let packing = match (g.kernel, g.input.c) {
             (1, _) => Packing::Points,
-            (_, c) if c < 8 => Packing::Columns,
+            (_, c) if has_patches(g.kernel, c) => Packing::Columns,
             _ => Packing::Planes,
         };
         let to = (g.output.h, g.output.w, g.output.c);
@@ -641,38 +646,93 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
     #[inline(always)]
     unsafe fn patches<I: Isa>(&self) {
         let p = self.plan;
-        let (h, w, c) = p.from;
         let chunk_len = p.chunk_len();
+        let mut patch = Patch::new(p.from, p.kernel, p.step);
         for (i, result) in self.rows.clone().enumerate() {
             let (image, rest) = (result / (p.grid.0 * p.grid.1), result % (p.grid.0 * p.grid.1));
-            let (gy, gx) = (rest / p.grid.1, rest % p.grid.1);
-            let mut depth = 0;
-            for ky in 0..p.kernel {
-                let y = (gy * p.step + ky) as isize + p.first.0;
-                for kx in 0..p.kernel {
-                    let x = (gx * p.step + kx) as isize + p.first.1;
-                    let inside = y >= 0 && y < h as isize && x >= 0 && x < w as isize;
-                    // SAFETY: as in `run`.
-                    unsafe {
-                        let v = if inside {
-                            let at = ((image * h + y as usize) * w + x as usize) * c;
-                            I::to_array(self.source.part::<I>(at, 0, c))
-                        } else {
-                            [0.0; 16]
-                        };
-                        for v in &v[..c] {
-                            let at = depth / CHUNK * chunk_len + i * CHUNK + depth % CHUNK;
-                            *self.to.add(at) = P::from_f32(*v);
-                            depth += 1;
-                        }
+            // SAFETY: as in `run`. The patch is filled up with zeros beyond the vectors that are read of it.
+            unsafe {
+                patch.read::<I, S>(&self.source, image, rest / p.grid.1, rest % p.grid.1);
+                for (chunk, values) in patch.values.chunks_exact(CHUNK).enumerate() {
+                    if chunk * CHUNK >= patch.depth {
+                        break;
+                    }
+                    let to = self.to.add(chunk * chunk_len + i * CHUNK);
+                    let length = (patch.depth - chunk * CHUNK).min(CHUNK);
+                    for c in (0..length).step_by(I::LANES) {
+                        P::store::<I>(to.add(c), I::load(values.as_ptr().add(c)));
                     }
                 }
             }
-            // The other half of a pair.
-            if P::STEP > 1 && !depth.is_multiple_of(P::STEP) {
-                let at = depth / CHUNK * chunk_len + i * CHUNK + depth % CHUNK;
-                // SAFETY: as in `run`.
-                unsafe { *self.to.add(at) = P::from_f32(0.0) };
+        }
+    }
+}
+
+/// Channels of the largest patch, and room behind.
+const PATCH: usize = 8 * CHUNK;
+
+/// What a window sees, row by row, as f32.
+pub(crate) struct Patch {
+    from: (usize, usize, usize),
+    kernel: usize,
+    stride: usize,
+    pub(crate) depth: usize,
+    /// The first `depth` are the patch, the others zero.
+    pub(crate) values: [f32; PATCH],
+}
+
+impl Patch {
+    /// Windows of a side of `kernel` on planes of height, width and channels `from`.
+    pub(crate) fn new(from: (usize, usize, usize), kernel: usize, stride: usize) -> Self {
+        let depth = kernel * kernel * from.2;
+        assert!(depth + 16 <= PATCH, "a patch has room");
+        Self {
+            from,
+            kernel,
+            stride,
+            depth,
+            values: [0.0; PATCH],
+        }
+    }
+
+    /// Reads the patch of the result at row `gy`, column `gx`.
+    ///
+    /// # Safety
+    /// The CPU has `I`'s instructions, the image is one of the source's, and nobody writes it meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn read<I: Isa, S: Read>(
+        &mut self,
+        source: &S,
+        image: usize,
+        gy: usize,
+        gx: usize,
+    ) {
+        let ((h, w, c), k) = (self.from, self.kernel);
+        let pad = (k - 1) / 2;
+        let (y0, x0) = (gy * self.stride, gx * self.stride);
+        let inside_y = pad.saturating_sub(y0)..k.min((h + pad).saturating_sub(y0));
+        let inside_x = pad.saturating_sub(x0)..k.min((w + pad).saturating_sub(x0));
+        if inside_y.len() < k || inside_x.len() < k {
+            self.values[..self.depth].fill(0.0);
+        }
+        for ky in inside_y {
+            let at = ((image * h + y0 + ky - pad) * w + x0 + inside_x.start - pad) * c;
+            let length = inside_x.len() * c;
+            let first = (ky * k + inside_x.start) * c;
+            // SAFETY: the caller's word; `values` has room behind the patch for a whole vector.
+            unsafe {
+                let to = self.values.as_mut_ptr().add(first);
+                if S::FLAT {
+                    for j in (0..length).step_by(I::LANES) {
+                        let n = (length - j).min(I::LANES);
+                        I::store_part(to.add(j), source.part::<I>(at, j, n), n);
+                    }
+                } else {
+                    for pixel in 0..inside_x.len() {
+                        let v = source.part::<I>(at + pixel * c, 0, c);
+                        I::store_part(to.add(pixel * c), v, c);
+                    }
+                }
             }
         }
     }
@@ -781,7 +841,7 @@ unsafe fn multiply<P: Operand>(
 struct FinishTile<'a, T: Element, F: Finish> {
     finish: F,
     out: Out<'a, T>,
-    tile: *const f32,
+    tile: *mut f32,
     runs: &'a [Run],
     /// Rows of the tile from one run to the next.
     run_rows: usize,
@@ -840,7 +900,20 @@ impl<T: Element, F: Finish> FinishTile<'_, T, F> {
                     }
                     let at = (run.pixel + r * self.spread) * self.out.channels;
                     let v = self.finish.apply::<I>(v, at, c, n, FULL, &mut sums);
-                    self.out.store::<I>(v, at, c, n, FULL);
+                    if F::READS {
+                        I::store(self.tile.add(row), v);
+                    } else {
+                        self.out.store::<I>(v, at, c, n, FULL);
+                    }
+                }
+            }
+            if F::READS {
+                for (q, run) in self.runs.iter().enumerate() {
+                    for r in run.skip..run.len {
+                        let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
+                        let at = (run.pixel + r * self.spread) * self.out.channels;
+                        self.out.store::<I>(I::load(self.tile.add(row)), at, c, n, FULL);
+                    }
                 }
             }
             if F::SUMMED {
@@ -1022,6 +1095,13 @@ unsafe fn run_task<T: Element, P: Operand>(
                 let mut bases = [packed.cast_const(); RUNS];
                 for (base, run) in bases.iter_mut().zip(&runs) {
                     *base = packed.wrapping_add(run.at);
+                }
+                // What the epilogue reads comes while the tile is multiplied.
+                for run in &runs[..filled] {
+                    for r in run.skip..run.len {
+                        let at = (run.pixel + r * plan.spread) * out.channels;
+                        finish_as!(*epilogue, finish => finish.prefetch(at, channel, nr));
+                    }
                 }
                 // SAFETY: the runs lie in the packed tile; a run shorter than the tile's reads on inside of the
                 // scratch, and its sums are not used. The record's columns belong to this task.

@@ -202,6 +202,20 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn pair(a: Self::V, b: Self::V) -> Self::V;
 }
 
+/// Asks for the cache line of an address, into the second level: pixels whose channels lie 4 KiB apart would push each
+/// other out of the first. A hint: no address is wrong.
+#[inline(always)]
+pub(crate) fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, of the baseline's instructions.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Rounds the bits of an f32 to those of the nearest bf16, NaN staying NaN.
 #[inline(always)]
 fn round_bits(bits: u32) -> u32 {

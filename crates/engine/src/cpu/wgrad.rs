@@ -15,6 +15,7 @@ use std::ops::Range;
 
 use graph::Geometry;
 
+use super::direct::{Patch, has_patches};
 use super::fuse::{Read, Source, read_as};
 use super::memory::{Scratch, Span};
 use super::pool::Pool;
@@ -29,6 +30,8 @@ const BLOCK: usize = 196;
 const SLICED: usize = 160 << 10;
 /// Slices at most.
 const SLICES: usize = 16;
+/// Tasks that a group is worth at least, if its weight is large enough.
+const TASKS: usize = 32;
 /// Packed images of a group, bytes.
 const GROUP_BYTES: usize = 6 << 20;
 
@@ -58,7 +61,7 @@ enum Cut {
 impl Plan {
     pub(crate) fn new(level: Level, g: &Geometry, batch: usize) -> Self {
         let panels = Panels::of(g, 2 * level.lanes());
-        let patches = g.kernel > 1 && g.input.c < 8;
+        let patches = has_patches(g.kernel, g.input.c);
         let linear = g.kernel == 1 || patches;
         let rows = if linear {
             BLOCK
@@ -268,38 +271,18 @@ impl<S: Read> PackX<'_, S> {
     #[inline(always)]
     unsafe fn patches<I: Isa>(&self) {
         let g = &self.plan.g;
-        let (h, w, c) = (g.input.h, g.input.w, g.input.c);
-        let pad = g.pad() as isize;
+        let from = (g.input.h, g.input.w, g.input.c);
+        let mut patch = Patch::new(from, g.kernel, g.stride);
         for (i, result) in self.rows.clone().enumerate() {
             let (image, rest) = (result / g.output.pixels(), result % g.output.pixels());
-            let (gy, gx) = (rest / g.output.w, rest % g.output.w);
-            let mut depth = 0;
-            for ky in 0..g.kernel {
-                let y = (gy * g.stride + ky) as isize - pad;
-                for kx in 0..g.kernel {
-                    let x = (gx * g.stride + kx) as isize - pad;
-                    let inside = y >= 0 && y < h as isize && x >= 0 && x < w as isize;
-                    // SAFETY: as in `run`.
-                    unsafe {
-                        let v = if inside {
-                            let at = ((image * h + y as usize) * w + x as usize) * c;
-                            I::to_array(self.source.part::<I>(at, 0, c))
-                        } else {
-                            [0.0; 16]
-                        };
-                        for v in &v[..c] {
-                            let at = depth / ROWS * self.panel_len + i * ROWS + depth % ROWS;
-                            *self.to.add(at) = *v;
-                            depth += 1;
-                        }
-                    }
+            // SAFETY: as in `run`; behind the patch there are zeros.
+            unsafe {
+                patch.read::<I, S>(&self.source, image, rest / g.output.w, rest % g.output.w);
+                for panel in 0..self.plan.x_panels() {
+                    let values = &patch.values[panel * ROWS..(panel + 1) * ROWS];
+                    let to = self.to.add(panel * self.panel_len + i * ROWS);
+                    to.copy_from_nonoverlapping(values.as_ptr(), ROWS);
                 }
-            }
-            while !depth.is_multiple_of(ROWS) {
-                let at = depth / ROWS * self.panel_len + i * ROWS + depth % ROWS;
-                // SAFETY: as in `run`.
-                unsafe { *self.to.add(at) = 0.0 };
-                depth += 1;
             }
         }
     }
@@ -595,8 +578,17 @@ fn by_groups<T: Element>(
     let d_panel = images * d_image;
     let (packed_x, rest) = (shared.part(0..plan.x_panels() * x_panel), plan.x_panels() * x_panel);
     let packed_d = shared.part(rest..rest + panels.count() * d_panel);
-    // x's panels of one task: a chunk.
-    let per_task = CHUNK / ROWS;
+    // A task's part of dw: the more, the less often operands are read; but enough tasks to share.
+    let (mut per_task, mut wide) = (CHUNK / ROWS, 1);
+    let count_of = |per_task: usize, wide: usize| {
+        plan.x_panels().div_ceil(per_task) * panels.count().div_ceil(wide)
+    };
+    if count_of(per_task, 2) >= TASKS {
+        wide = 2;
+    }
+    if count_of(2 * per_task, wide) >= TASKS {
+        per_task *= 2;
+    }
     let tasks = plan.x_panels().div_ceil(per_task);
     // Images whose pixels make a block.
     let block_images = (BLOCK / g.output.pixels()).max(1);
@@ -624,14 +616,17 @@ fn by_groups<T: Element>(
                 }
             }
         });
-        pool.run(tasks * panels.count(), |_, task| {
-            let (output, chunk) = (task / tasks, task % tasks);
+        pool.run(tasks * panels.count().div_ceil(wide), |_, task| {
+            let (outputs, chunk) = (task / tasks * wide, task % tasks);
+            let outputs = outputs..(outputs + wide).min(panels.count());
             let inputs = chunk * per_task..((chunk + 1) * per_task).min(plan.x_panels());
             // SAFETY: nobody writes the packed operands in this region; a task owns the rows of its inputs and
             // outputs in dw.
             unsafe {
                 if first == 0 && !accumulate {
-                    plan.clear(inputs.clone(), output, dw);
+                    for output in outputs.clone() {
+                        plan.clear(inputs.clone(), output, dw);
+                    }
                 }
                 for block in (0..count).step_by(block_images) {
                     // Planes larger than a block are cut into rows.
@@ -651,18 +646,20 @@ fn by_groups<T: Element>(
                             let x_at = row * g.stride * plan.x_row();
                             (g.output.w, rows, images, x_at, row * g.output.w * panels.nr)
                         };
-                        let over = Stretch {
-                            x: packed_x.ptr().add(block * x_image + x_at),
-                            d: packed_d.ptr().add(output * d_panel + block * d_image + d_at),
-                            width,
-                            rows,
-                            images,
-                            x_row: g.stride * plan.x_row(),
-                            x_image,
-                            d_row: g.output.w * panels.nr,
-                            d_image,
-                        };
-                        plan.tiles(over, x_panel, inputs.clone(), output, dw.ptr());
+                        for output in outputs.clone() {
+                            let over = Stretch {
+                                x: packed_x.ptr().add(block * x_image + x_at),
+                                d: packed_d.ptr().add(output * d_panel + block * d_image + d_at),
+                                width,
+                                rows,
+                                images,
+                                x_row: g.stride * plan.x_row(),
+                                x_image,
+                                d_row: g.output.w * panels.nr,
+                                d_image,
+                            };
+                            plan.tiles(over, x_panel, inputs.clone(), output, dw.ptr());
+                        }
                     }
                 }
             }
