@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use graph::{Geometry, Plane, Tiling, WEIGHT_CHUNK};
 
-use super::memory::{Span, matmul};
+use super::memory::{Scratch, Span, matmul};
 use super::pool::Pool;
 
 /// Neighbouring taps in one row of the window: they are contiguous in NHWC.
@@ -151,21 +151,6 @@ impl Gather {
                 at += len;
             }
         }
-    }
-}
-
-/// Per-worker memory.
-#[derive(Clone, Copy)]
-pub(crate) struct Scratch<'a> {
-    pub(crate) all: Span<'a, f32>,
-    pub(crate) per_worker: usize,
-}
-
-impl<'a> Scratch<'a> {
-    /// A worker's share; nobody else touches it.
-    fn of(self, worker: usize) -> Span<'a, f32> {
-        self.all
-            .part(worker * self.per_worker..(worker + 1) * self.per_worker)
     }
 }
 

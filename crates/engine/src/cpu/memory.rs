@@ -129,6 +129,21 @@ impl<'a, T: Plain> Span<'a, T> {
     }
 }
 
+/// Working memory of each worker.
+#[derive(Clone, Copy)]
+pub(crate) struct Scratch<'a> {
+    pub(crate) all: Span<'a, f32>,
+    pub(crate) per_worker: usize,
+}
+
+impl<'a> Scratch<'a> {
+    /// A worker's share; nobody else touches it.
+    pub(crate) fn of(self, worker: usize) -> Span<'a, f32> {
+        self.all
+            .part(worker * self.per_worker..(worker + 1) * self.per_worker)
+    }
+}
+
 /// `c = a b`, or `c += a b`: `m` x `k` times `k` x `n`, one thread. `c` has rows of `c_stride`; `a` and `b` have
 /// (row, column) strides.
 ///

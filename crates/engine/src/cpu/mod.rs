@@ -16,6 +16,7 @@ mod pool;
 pub(crate) mod simd;
 mod simple;
 pub(crate) mod weights;
+pub(crate) mod wino;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,8 +25,7 @@ use graph::{BufferId, Caps, Graph, Kernel, Mode, NORM_UPDATE, ParamId, Program};
 
 use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
 use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
-use conv::Scratch;
-use memory::{ALIGNMENT, Block, Span};
+use memory::{ALIGNMENT, Block, Scratch, Span};
 use norm::{NormState, Residual};
 use pool::Pool;
 use simple::Window;
