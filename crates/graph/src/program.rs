@@ -35,7 +35,7 @@ pub struct Needs {
     pub partials: usize,
     /// Weights in the order in which it reads them; 0 if that is the order of the parameters themselves.
     pub weights: usize,
-    /// Memory that its tasks share.
+    /// Working memory that its tasks share.
     pub shared: usize,
     /// Memory of each worker.
     pub worker: usize,
@@ -267,6 +267,7 @@ pub enum Kernel {
         geometry: Geometry,
         weight: ParamId,
         weights: Option<BufferId>,
+        shared: BufferId,
         x: Operand,
         y: BufferId,
         after: After,
@@ -340,6 +341,7 @@ pub enum Kernel {
         geometry: Geometry,
         weight: ParamId,
         weights: BufferId,
+        shared: BufferId,
         d: Operand,
         dx: BufferId,
         close: Close,
@@ -368,13 +370,14 @@ impl Kernel {
             Kernel::Input { y, .. } => vec![y],
             Kernel::Conv {
                 weights,
+                shared,
                 x,
                 y,
                 after,
                 ..
             } => {
                 let mut out = x.buffers();
-                out.push(y);
+                out.extend([shared, y]);
                 out.extend(weights);
                 match after {
                     After::Nothing => {}
@@ -432,6 +435,7 @@ impl Kernel {
             }
             Kernel::ConvBackwardInput {
                 weights,
+                shared,
                 d,
                 dx,
                 close,
@@ -440,7 +444,7 @@ impl Kernel {
             } => {
                 let mut out = close.buffers();
                 out.extend(d.buffers());
-                out.extend([weights, dx, partials]);
+                out.extend([weights, shared, dx, partials]);
                 out
             }
             Kernel::ConvBackwardWeight { x, d, shared, .. } => {
@@ -983,10 +987,12 @@ impl<'a> Planner<'a> {
         };
         let weights =
             weights.or_else(|| (needs.weights > 0).then(|| self.buffer(needs.weights)));
+        let shared = self.buffer(needs.shared);
         self.kernels.push(Kernel::Conv {
             geometry,
             weight,
             weights,
+            shared,
             x,
             y,
             after,
@@ -1194,12 +1200,14 @@ impl<'a> Planner<'a> {
         }
         let needs = self.needs(self.caps.backward_input(&geometry, self.batch));
         let weights = self.buffer(needs.weights);
+        let shared = self.buffer(needs.shared);
         let partials = self.buffer(needs.partials);
         let (dx, close) = self.close(x);
         self.kernels.push(Kernel::ConvBackwardInput {
             geometry,
             weight,
             weights,
+            shared,
             d,
             dx,
             close,

@@ -6,19 +6,28 @@ use half::bf16;
 use super::fuse::Partials;
 use super::memory::ALIGNMENT;
 use super::simd::Level;
-use super::{Options, Precision, direct, pixels, wgrad};
+use super::{Options, Precision, direct, pixels, wgrad, wino};
 
 /// What the engine asks of a program.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct CpuCaps {
     pub(crate) level: Level,
     pub(crate) precision: Precision,
+    winograd: bool,
 }
 
 /// A convolution's product, forward or for the gradient of its input.
 #[derive(Clone, Debug)]
 pub(crate) enum Product {
     Direct(direct::Plan),
+    Winograd(wino::Plan),
+}
+
+/// The gradient of a convolution's weight.
+#[derive(Clone, Debug)]
+pub(crate) enum WeightProduct {
+    Direct(wgrad::Plan),
+    Winograd(wino::Plan),
 }
 
 impl CpuCaps {
@@ -26,6 +35,7 @@ impl CpuCaps {
         Self {
             level: options.level,
             precision: options.precision,
+            winograd: options.winograd,
         }
     }
 
@@ -34,16 +44,40 @@ impl CpuCaps {
         self.precision == Precision::Bf16 && self.level == Level::Avx512Bf16
     }
 
+    /// Whether Winograd's transforms can be used, and pay.
+    fn transforms(&self, g: &Geometry, least: usize) -> bool {
+        let is_3x3 = g.kernel == 3 && g.stride == 1;
+        // A tile has 4 x 4 results.
+        let has_tiles = g.output.h >= 4 && g.output.w >= 4;
+        let has_channels = g.input.c.min(g.output.c) >= least;
+        self.winograd && !self.multiplies_bf16() && is_3x3 && has_tiles && has_channels
+    }
+
     pub(crate) fn forward_product(&self, g: &Geometry, batch: usize) -> Product {
+        if self.transforms(g, 32) {
+            let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
+            return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
+        }
         Product::Direct(direct::Plan::forward(self.level, g, batch))
     }
 
     pub(crate) fn backward_product(&self, g: &Geometry, batch: usize) -> Product {
+        if self.transforms(g, 32) {
+            let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.output.c, g.input.c);
+            return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
+        }
         Product::Direct(direct::Plan::backward(self.level, g, batch))
     }
 
-    pub(crate) fn weight_product(&self, g: &Geometry, batch: usize) -> wgrad::Plan {
-        wgrad::Plan::new(self.level, g, batch)
+    pub(crate) fn weight_product(&self, g: &Geometry, batch: usize) -> WeightProduct {
+        // On few channels the transforms cost more than they save.
+        if self.transforms(g, 128) {
+            let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
+            return WeightProduct::Winograd(wino::Plan::new(
+                self.level, h, w, inputs, outputs, batch,
+            ));
+        }
+        WeightProduct::Direct(wgrad::Plan::new(self.level, g, batch))
     }
 
     /// Channels rounded up to whole panels.
@@ -52,19 +86,26 @@ impl CpuCaps {
     }
 
     fn product_needs(&self, product: &Product, reads_masters: bool) -> Needs {
-        let Product::Direct(plan) = product;
-        let weights = if self.multiplies_bf16() {
-            plan.weights_len::<bf16>() * size_of::<bf16>()
-        } else if reads_masters {
-            0
-        } else {
-            plan.weights_len::<f32>() * size_of::<f32>()
-        };
-        Needs {
-            partials: plan.tasks() * Partials::record_len(plan.columns()) * size_of::<f32>(),
-            weights,
-            shared: 0,
-            worker: plan.worker_len() * size_of::<f32>(),
+        let f32s = |len: usize| len * size_of::<f32>();
+        match product {
+            Product::Direct(plan) => Needs {
+                partials: f32s(plan.tasks() * Partials::record_len(plan.columns())),
+                weights: if self.multiplies_bf16() {
+                    plan.weights_len::<bf16>() * size_of::<bf16>()
+                } else if reads_masters {
+                    0
+                } else {
+                    f32s(plan.weights_len::<f32>())
+                },
+                shared: 0,
+                worker: f32s(plan.worker_len()),
+            },
+            Product::Winograd(plan) => Needs {
+                partials: f32s(plan.tasks() * Partials::record_len(plan.columns())),
+                weights: f32s(plan.weights_len()),
+                shared: f32s(plan.shared_len()),
+                worker: f32s(plan.worker_len()),
+            },
         }
     }
 }
@@ -90,10 +131,13 @@ impl Caps for CpuCaps {
     }
 
     fn backward_weight(&self, g: &Geometry, batch: usize) -> Needs {
-        let plan = self.weight_product(g, batch);
+        let (shared, worker) = match self.weight_product(g, batch) {
+            WeightProduct::Direct(plan) => (plan.shared_len(), plan.worker_len()),
+            WeightProduct::Winograd(plan) => (plan.weight_shared_len(), plan.weight_worker_len()),
+        };
         Needs {
-            shared: plan.shared_len() * size_of::<f32>(),
-            worker: plan.worker_len() * size_of::<f32>(),
+            shared: shared * size_of::<f32>(),
+            worker: worker * size_of::<f32>(),
             ..Needs::default()
         }
     }

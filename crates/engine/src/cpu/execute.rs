@@ -7,7 +7,7 @@ use graph::{
 };
 use half::bf16;
 
-use super::choose::{CpuCaps, Product};
+use super::choose::{CpuCaps, Product, WeightProduct};
 use super::fuse::{
     Affine, Centred, Epilogue, Grad, Join, Mask, Norm, Out, Partials, Raw, Source, Stats, Store,
 };
@@ -16,7 +16,7 @@ use super::norm::{self, Row, State};
 use super::pool::Pool;
 use super::simd::Element;
 use super::weights::Panels;
-use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad};
+use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad, wino};
 use crate::{Batch, Metrics};
 
 /// Results of at least this size are stored past the caches: they will have left them before they are read again.
@@ -31,7 +31,7 @@ pub(crate) struct Compiled {
 enum Plan {
     None,
     Product(Product),
-    Weight(wgrad::Plan),
+    Weight(WeightProduct),
 }
 
 impl Compiled {
@@ -321,6 +321,7 @@ impl Cpu {
                 geometry,
                 weight,
                 weights,
+                shared,
                 x,
                 y,
                 after,
@@ -356,8 +357,8 @@ impl Cpu {
                     _ => None,
                 };
                 convolve(
-                    pool, caps, scratch, product, source, masters, weights, &buffers, out, epilogue,
-                    sums,
+                    pool, caps, scratch, product, source, masters, weights, shared, &buffers, out,
+                    epilogue, sums,
                 );
                 if let After::Statistics { norm, state, .. } = after {
                     let spec = &graph.norms()[norm.0];
@@ -471,6 +472,7 @@ impl Cpu {
                 geometry,
                 weight,
                 weights,
+                shared,
                 d,
                 dx,
                 close,
@@ -486,8 +488,8 @@ impl Cpu {
                 // SAFETY: see above.
                 let (source, epilogue) = unsafe { (buffers.source(d), buffers.epilogue(close)) };
                 convolve(
-                    pool, caps, scratch, product, source, masters, Some(weights), &buffers, out,
-                    epilogue, Some(sums),
+                    pool, caps, scratch, product, source, masters, Some(weights), shared, &buffers,
+                    out, epilogue, Some(sums),
                 );
                 let rows = n * geometry.input.pixels();
                 set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
@@ -505,7 +507,15 @@ impl Cpu {
                 // SAFETY: see above.
                 let (x, d) = unsafe { (buffers.source::<T>(x), buffers.source::<T>(d)) };
                 let (shared, dw) = (buffers.get(shared), slot(grads, weight));
-                wgrad::backward_weight(pool, scratch, shared, plan, x, d, dw, part.accumulate);
+                let add = part.accumulate;
+                match plan {
+                    WeightProduct::Direct(plan) => {
+                        wgrad::backward_weight(pool, scratch, shared, plan, x, d, dw, add);
+                    }
+                    WeightProduct::Winograd(plan) => {
+                        wino::backward_weight(pool, level, scratch, shared, plan, x, d, dw, add);
+                    }
+                }
             }
         }
     }
@@ -516,16 +526,24 @@ fn pack_forward(
     pool: &mut Pool,
     caps: &CpuCaps,
     product: &Product,
-    _geometry: &Geometry,
+    geometry: &Geometry,
     masters: Span<'_, f32>,
     weights: BufferId,
     buffers: &Buffers<'_>,
 ) {
-    let Product::Direct(plan) = product;
-    assert!(caps.multiplies_bf16(), "masters are in order for f32");
-    direct::pack_forward(pool, plan, masters, buffers.get(weights));
+    match product {
+        Product::Direct(plan) => {
+            assert!(caps.multiplies_bf16(), "masters are in order for f32");
+            direct::pack_forward(pool, plan, masters, buffers.get(weights));
+        }
+        Product::Winograd(plan) => {
+            let panels = Panels::of(geometry, 2 * caps.level.lanes());
+            wino::transform(pool, caps.level, plan, &panels, masters, buffers.get(weights), false);
+        }
+    }
 }
 
+/// Likewise, turned round for the gradient of the input.
 fn pack_backward(
     pool: &mut Pool,
     caps: &CpuCaps,
@@ -535,11 +553,17 @@ fn pack_backward(
     weights: BufferId,
     buffers: &Buffers<'_>,
 ) {
-    let Product::Direct(plan) = product;
-    if caps.multiplies_bf16() {
-        direct::pack_backward::<bf16>(pool, plan, geometry, masters, buffers.get(weights));
-    } else {
-        direct::pack_backward::<f32>(pool, plan, geometry, masters, buffers.get(weights));
+    match product {
+        Product::Direct(plan) if caps.multiplies_bf16() => {
+            direct::pack_backward::<bf16>(pool, plan, geometry, masters, buffers.get(weights));
+        }
+        Product::Direct(plan) => {
+            direct::pack_backward::<f32>(pool, plan, geometry, masters, buffers.get(weights));
+        }
+        Product::Winograd(plan) => {
+            let panels = Panels::of(geometry, 2 * caps.level.lanes());
+            wino::transform(pool, caps.level, plan, &panels, masters, buffers.get(weights), true);
+        }
     }
 }
 
@@ -551,20 +575,27 @@ fn convolve<T: Element>(
     source: Source<'_, T>,
     masters: Span<'_, f32>,
     weights: Option<BufferId>,
+    shared: BufferId,
     buffers: &Buffers<'_>,
     out: Out<'_, T>,
     epilogue: Epilogue<'_, T>,
     partials: Option<Partials<'_>>,
 ) {
-    let Product::Direct(plan) = product;
-    match weights {
-        Some(weights) if caps.multiplies_bf16() => {
+    match (product, weights) {
+        (Product::Direct(plan), Some(weights)) if caps.multiplies_bf16() => {
             let weights = buffers.get::<bf16>(weights);
             direct::convolve(pool, scratch, plan, source, weights, out, epilogue, partials);
         }
-        weights => {
+        (Product::Direct(plan), weights) => {
             let weights = weights.map_or(masters, |w| buffers.get(w));
             direct::convolve(pool, scratch, plan, source, weights, out, epilogue, partials);
+        }
+        (Product::Winograd(plan), weights) => {
+            let u = buffers.get(weights.expect("transformed weights have a buffer"));
+            let (level, shared) = (caps.level, buffers.get(shared));
+            wino::convolve(
+                pool, level, scratch, shared, plan, source, u, out, epilogue, partials,
+            );
         }
     }
 }

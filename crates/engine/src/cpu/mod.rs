@@ -22,6 +22,7 @@ mod simd;
 mod simple;
 mod weights;
 mod wgrad;
+mod wino;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
