@@ -230,7 +230,7 @@ fn plan_checks_on_request_only() {
     check(&nowhere, 0);
     let (_, said) = check(&[&nowhere[..], &["--check"]].concat(), 3);
     assert!(
-        said.starts_with("imagenet/train-*: no file matches\nhint: "),
+        said.starts_with("data.train: imagenet/train-*: no file matches\nhint: "),
         "{said}"
     );
     let home = Home::new();
@@ -267,7 +267,7 @@ fn plan_of_data_that_is_not_there_says_what_to_set() {
     std::fs::write(&path, text).unwrap();
     let (_, said) = check(&["plan", path.to_str().unwrap()], 3);
     assert!(
-        said.starts_with("nowhere/train-*: no file matches\nhint: "),
+        said.starts_with("data.train: nowhere/train-*: no file matches\nhint: "),
         "{said}"
     );
 }
@@ -328,7 +328,7 @@ fn wrong_data_exits_3() {
     );
     check(
         &["data.train_examples=1437"],
-        "data.train_examples is 1437, the shards hold 1438\nhint: ",
+        "data.train_examples is 1437, but data/digits/train-* holds 1438, in 4 files\nhint: ",
     );
     check(
         &["data.train=data/digits/labels.txt"],
