@@ -458,3 +458,52 @@ fn doctor_knows_the_machine() {
         );
     }
 }
+
+/// The spec in a checkpoint lies below the environment, as a file does.
+#[test]
+fn eval_knows_the_environment() {
+    let home = Home::new();
+    let small = [
+        "data.source=fake",
+        "data.eval_examples=8",
+        "train.length=1 step",
+        "train.batch_size=8",
+        "train.bn_batch=4",
+    ];
+    home.check(&small, 0);
+    let path = home.path();
+    let eval = |environment: &[(&str, &str)], more: &[&str]| {
+        let args = [&["eval", path.to_str().unwrap(), "--json"], more].concat();
+        runner(&args)
+            .envs(environment.iter().copied())
+            .output()
+            .unwrap()
+    };
+    let images = |output: Output| json(&text(&output.stdout))["images"].clone();
+    let environment = [("RUNNER__DATA__EVAL_EXAMPLES", "6")];
+    assert_eq!(images(eval(&[], &[])), 8);
+    assert_eq!(images(eval(&environment, &[])), 6);
+    let set = ["--set", "data.eval_examples=5"];
+    assert_eq!(images(eval(&environment, &set)), 5);
+
+    let said = |environment: &[(&str, &str)], more: &[&str]| {
+        let output = eval(environment, more);
+        assert_eq!(output.status.code(), Some(2));
+        text(&output.stderr)
+    };
+    assert_eq!(
+        said(&[("RUNNER__DATA__EVAL_EXAMPLE", "6")], &[]),
+        "environment variable RUNNER__DATA__EVAL_EXAMPLE: data.eval_example: unknown key\n\
+         hint: did you mean data.eval_examples?\n"
+    );
+    let other = said(&[("RUNNER__MODEL__DEPTH", "34")], &[]);
+    assert!(
+        other.contains("model.depth is 18 there and 34 here"),
+        "{other}"
+    );
+    // A resolved spec has no profiles, and the help says so.
+    let refused = said(&[], &["--profile", "small"]);
+    assert!(refused.contains("'--profile'"), "{refused}");
+    let (help, _) = check(&["eval", "--help"], 0);
+    assert!(help.contains("That spec is resolved"), "{help}");
+}
