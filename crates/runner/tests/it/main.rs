@@ -6,6 +6,7 @@
     reason = "a test may panic and write specs"
 )]
 
+mod messages;
 mod resume;
 
 use std::path::{Path, PathBuf};
@@ -313,39 +314,6 @@ fn a_wrong_spec_exits_2_with_every_problem() {
         assert!(said.contains(problem), "{problem} is missing in\n{said}");
     }
     assert!(!home.path().exists(), "nothing was touched");
-}
-
-#[test]
-fn wrong_data_exits_3() {
-    let check = |sets: &[&str], expected: &str| {
-        let home = Home::new();
-        let (_, said) = home.check(sets, 3);
-        assert!(said.contains(expected), "{expected} is missing in\n{said}");
-    };
-    check(
-        &["data.train=data/digits/nothing-*"],
-        "data/digits/nothing-*: no file matches\nhint: ",
-    );
-    check(
-        &["data.train_examples=1437"],
-        "data.train_examples is 1437, but data/digits/train-* holds 1438, in 4 files\nhint: ",
-    );
-    check(
-        &["data.train=data/digits/labels.txt"],
-        "data/digits/labels.txt: record 0 at byte 0: ",
-    );
-    check(&["data.label_offset=2"], "data/digits/train-0000");
-}
-
-#[test]
-fn labels_that_do_not_fit_the_classes_exit_2() {
-    let home = Home::new();
-    let (_, said) = home.check(&["model.classes=11"], 2);
-    assert_eq!(
-        said,
-        "data/digits/labels.txt: 10 labels, but model.classes is 11\n\
-         hint: one line for each class, in the order of the classes\n"
-    );
 }
 
 #[test]
