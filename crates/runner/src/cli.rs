@@ -46,6 +46,9 @@ pub(crate) enum Command {
     /// Print the resolved spec, defaults included, as TOML
     Config(ConfigArgs),
     /// Score a checkpoint on the evaluation set of its spec
+    ///
+    /// RUNNER__A__B variables and --set lie over the spec in the checkpoint. That spec is resolved: the profile that it
+    /// was trained with is applied, and there is none to choose.
     Eval(EvalArgs),
     /// Prove on this machine that a killed run, resumed, ends with the same bits as one that was not
     VerifyResume(VerifyArgs),
@@ -100,7 +103,7 @@ pub(crate) struct PlanArgs {
     pub(crate) spec: Spec,
 
     /// Reckon the time at this rate instead of that of the last run
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
     pub(crate) images_per_s: Option<f64>,
 
     /// Also open everything that the run would open, and fail as it would
@@ -110,6 +113,13 @@ pub(crate) struct PlanArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(rate) if rate > 0.0 && f64::is_finite(rate) => Ok(rate),
+        _ => Err("expected a number above 0".into()),
+    }
 }
 
 #[derive(Debug, Args)]

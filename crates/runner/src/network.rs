@@ -1,7 +1,7 @@
 //! Where a spec meets its network and its engine.
 
 use engine::State;
-use engine::cpu::{Cpu, Options};
+use engine::cpu::{Cpu, Level, Options, Precision};
 use graph::Graph;
 use spec::Run;
 
@@ -33,12 +33,33 @@ pub(crate) fn threads(run: &Run) -> usize {
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
 pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<Cpu, Failure> {
     let state = state.unwrap_or_else(|| engine::initial_state(graph, run.seed));
-    Ok(Cpu::new(graph, &options(run), &state)?)
+    let options = options(run);
+    if !options.level.is_available() {
+        let (level, best) = (options.level, Level::detect());
+        return Err(Failure::Spec(format!(
+            "train.instructions: this CPU has no {level} instructions\nhint: \"auto\" takes the best there is, {best} here"
+        )));
+    }
+    Ok(Cpu::new(graph, &options, &state)?)
 }
 
 /// How the engine runs what a spec asks for.
 pub(crate) fn options(run: &Run) -> Options {
-    Options::new(run.train.bn_batch(), threads(run))
+    Options {
+        precision: match run.train.precision {
+            spec::Precision::F32 => Precision::F32,
+            spec::Precision::Bf16 => Precision::Bf16,
+        },
+        level: match run.train.instructions {
+            spec::Instructions::Auto => Level::detect(),
+            spec::Instructions::Portable => Level::Portable,
+            spec::Instructions::Avx2 => Level::Avx2,
+            spec::Instructions::Avx512 => Level::Avx512,
+            spec::Instructions::Avx512Bf16 => Level::Avx512Bf16,
+        },
+        winograd: run.train.winograd,
+        ..Options::new(run.train.bn_batch(), threads(run))
+    }
 }
 
 /// `resnet50 (tpu2018), 224 px, 1000 classes`.

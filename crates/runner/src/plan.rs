@@ -316,7 +316,9 @@ impl MemoryReport {
         let fits = |bytes: usize| available_bytes.map(|available| bytes as u64 <= available);
         let divisors = (1..=run.train.batch_size.min(1024))
             .rev()
-            .filter(|n| run.train.batch_size.is_multiple_of(*n));
+            .filter(|n| run.train.batch_size.is_multiple_of(*n))
+            // The spec refuses to normalise one value.
+            .filter(|n| n * (run.model.resolution / 32).pow(2) > 1);
         Self {
             parameters: engine.parameters,
             gradients: engine.gradients,
