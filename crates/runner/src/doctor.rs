@@ -49,9 +49,16 @@ fn memory(key: &str) -> Option<u64> {
     Some(kib << 10)
 }
 
-/// Memory that a new process can have, bytes; none where the system does not say.
+/// Memory that a new process can have, bytes; none where the system does not say. A container's limit counts too.
 pub(crate) fn memory_available() -> Option<u64> {
-    memory("MemAvailable")
+    let number = |file: &str| -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?;
+        text.trim().parse().ok() // "max" where there is no limit
+    };
+    let left = number("memory.max")
+        .map(|limit| limit.saturating_sub(number("memory.current").unwrap_or(0)));
+    let free = memory("MemAvailable");
+    free.into_iter().chain(left).min()
 }
 
 /// The first line that a command prints, if it is there and succeeds.

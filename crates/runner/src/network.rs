@@ -1,10 +1,11 @@
 //! Where a spec meets its network and its engine.
 
 use engine::State;
-use engine::cpu::{Cpu, Level, Options, Precision};
+use engine::cpu::{Cpu, Level, Memory, Options, Precision};
 use graph::Graph;
 use spec::Run;
 
+use crate::doctor;
 use crate::failure::Failure;
 
 /// The network that a spec describes.
@@ -40,7 +41,46 @@ pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<C
             "train.instructions: this CPU has no {level} instructions\nhint: \"auto\" takes the best there is, {best} here"
         )));
     }
+    check_memory(run, graph, Memory::plan(graph, &options).total())?;
     Ok(Cpu::new(graph, &options, &state)?)
+}
+
+/// Says before anything is allocated that memory will not do, and what would.
+fn check_memory(run: &Run, graph: &Graph, needed: usize) -> Result<(), Failure> {
+    let Some(available) = doctor::memory_available().filter(|a| *a < needed as u64) else {
+        return Ok(());
+    };
+    let fitting = largest_bn_batch(run, graph, |bytes| bytes as u64 <= available);
+    let hint = match fitting {
+        Some(n) => format!("train.bn_batch = {n} would fit"),
+        None => "no train.bn_batch would fit; a smaller model.resolution needs less".into(),
+    };
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(Failure::Run(format!(
+        "train.bn_batch = {}: the engine needs {:.1} GiB of memory, {:.1} GiB are available\nhint: {hint}; runner plan says what takes how much",
+        run.train.bn_batch(),
+        gib(needed as u64),
+        gib(available),
+    )))
+}
+
+/// The largest `train.bn_batch` that divides the batch and whose engine fits.
+pub(crate) fn largest_bn_batch(
+    run: &Run,
+    graph: &Graph,
+    fits: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    let batch_size = run.train.batch_size;
+    let divisors = (1..=batch_size.min(1024)).rev();
+    let divisors = divisors.filter(|n| batch_size.is_multiple_of(*n));
+    let engine = |micro_batch| {
+        let options = Options {
+            micro_batch,
+            ..options(run)
+        };
+        Memory::plan(graph, &options).total()
+    };
+    divisors.into_iter().find(|&n| fits(engine(n)))
 }
 
 /// How the engine runs what a spec asks for.
