@@ -44,6 +44,11 @@ impl CpuCaps {
         self.precision == Precision::Bf16 && self.level == Level::Avx512Bf16
     }
 
+    /// Neighbouring depths that convolutions multiply at once.
+    fn pairs(&self) -> usize {
+        if self.multiplies_bf16() { 2 } else { 1 }
+    }
+
     /// Whether Winograd's transforms can be used, and pay.
     fn transforms(&self, g: &Geometry, least: usize) -> bool {
         let is_3x3 = g.kernel == 3 && g.stride == 1;
@@ -58,7 +63,7 @@ impl CpuCaps {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
             return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
         }
-        Product::Direct(direct::Plan::forward(self.level, g, batch))
+        Product::Direct(direct::Plan::forward(self.level, self.pairs(), g, batch))
     }
 
     pub(crate) fn backward_product(&self, g: &Geometry, batch: usize) -> Product {
@@ -66,7 +71,7 @@ impl CpuCaps {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.output.c, g.input.c);
             return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
         }
-        Product::Direct(direct::Plan::backward(self.level, g, batch))
+        Product::Direct(direct::Plan::backward(self.level, self.pairs(), g, batch))
     }
 
     pub(crate) fn weight_product(&self, g: &Geometry, batch: usize) -> WeightProduct {
@@ -91,11 +96,11 @@ impl CpuCaps {
             Product::Direct(plan) => Needs {
                 partials: f32s(plan.tasks() * Partials::record_len(plan.columns())),
                 weights: if self.multiplies_bf16() {
-                    plan.weights_len::<bf16>() * size_of::<bf16>()
+                    plan.weights_len() * size_of::<bf16>()
                 } else if reads_masters {
                     0
                 } else {
-                    f32s(plan.weights_len::<f32>())
+                    f32s(plan.weights_len())
                 },
                 shared: 0,
                 worker: f32s(plan.worker_len()),

@@ -87,6 +87,28 @@ enum Packing {
     Points,
     /// A patch for each result.
     Columns,
+    /// Small planes pixel by pixel, each for all images of the task. Runs go over images, and each pixel of the results
+    /// has taps of its own: those that do not fall on the border.
+    Images,
+}
+
+/// Neighbouring products of a dot product.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    /// Where the input starts in a packed tile.
+    at: usize,
+    /// Its length.
+    depth: usize,
+    /// Row of the panel of weights.
+    row: usize,
+}
+
+/// Where a tap lies in the plane that is read, from the place of a result, and which tap of the weights it is.
+#[derive(Clone, Copy, Debug)]
+struct Tap {
+    dy: isize,
+    dx: isize,
+    weight: usize,
 }
 
 /// One residue of the results' pixels and the taps that reach it.
@@ -96,8 +118,7 @@ struct Phase {
     at: (usize, usize),
     /// Rows and columns of results.
     grid: (usize, usize),
-    /// Where each stretch of the depth starts in a packed tile, and its length, in the order of the weights.
-    stretches: Vec<(u32, u32)>,
+    stretches: Vec<Stretch>,
     /// Results in a run and runs in a tile.
     tile: (usize, usize),
 }
@@ -131,6 +152,10 @@ pub(crate) struct Plan {
     rows: usize,
     /// Groups of panels, tasks of their own.
     groups: usize,
+    /// Neighbouring depths in a lane: 1, or 2 for bf16.
+    pairs: usize,
+    /// Taps that the weights have.
+    taps: usize,
     phases: Vec<Phase>,
 }
 
@@ -157,26 +182,29 @@ struct Run {
 const RUNS: usize = 8;
 
 impl Plan {
-    /// y = x * w.
-    pub(crate) fn forward(level: Level, g: &Geometry, batch: usize) -> Self {
+    /// y = x * w, multiplied as pairs of bf16 if `pairs` is 2.
+    pub(crate) fn forward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
         let pad = g.pad() as isize;
-        let taps: Vec<(isize, isize)> = (0..g.kernel * g.kernel)
-            .map(|t| ((t / g.kernel) as isize - pad, (t % g.kernel) as isize - pad))
-            .collect();
+        let tap = |weight: usize| Tap {
+            dy: (weight / g.kernel) as isize - pad,
+            dx: (weight % g.kernel) as isize - pad,
+            weight,
+        };
+        let taps: Vec<Tap> = (0..g.kernel * g.kernel).map(tap).collect();
         let packing = match (g.kernel, g.input.c) {
             (1, _) => Packing::Points,
-            (_, c) if has_patches(g.kernel, c) => Packing::Columns,
+            (k, c) if has_patches(k, c) => Packing::Columns,
             _ => Packing::Planes,
         };
         let to = (g.output.h, g.output.w, g.output.c);
         let from = (g.input.h, g.input.w, g.input.c);
+        let count = taps.len();
         let phases = vec![((0, 0), (to.0, to.1), taps)];
-        Self::new(level, batch, packing, from, to, g.stride, 1, g.kernel, phases)
+        Self::new(level, pairs, batch, packing, from, to, g.stride, 1, g.kernel, count, phases)
     }
 
     /// The gradient of x from that of y.
-    pub(crate) fn backward(level: Level, g: &Geometry, batch: usize) -> Self {
-        let phases = backward_phases(g);
+    pub(crate) fn backward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
         let packing = if g.is_matmul() {
             Packing::Points
         } else {
@@ -184,19 +212,18 @@ impl Plan {
         };
         let from = (g.output.h, g.output.w, g.output.c);
         let to = (g.input.h, g.input.w, g.input.c);
-        let phases = phases
-            .into_iter()
-            .map(|p| {
-                let taps = p.taps.iter().map(|t| (t.dy, t.dx)).collect();
-                (p.at, p.grid, taps)
-            })
-            .collect();
-        Self::new(level, batch, packing, from, to, 1, g.stride, g.kernel, phases)
+        let used = backward_taps(g);
+        let mut phases = backward_phases(g);
+        for tap in phases.iter_mut().flat_map(|p| &mut p.2) {
+            tap.weight = used.iter().position(|u| *u == tap.weight).unwrap_or(0);
+        }
+        let count = used.len();
+        Self::new(level, pairs, batch, packing, from, to, 1, g.stride, g.kernel, count, phases)
     }
 
-    #[expect(clippy::type_complexity, reason = "used twice, above")]
     fn new(
         level: Level,
+        pairs: usize,
         batch: usize,
         packing: Packing,
         from: (usize, usize, usize),
@@ -204,16 +231,24 @@ impl Plan {
         step: usize,
         spread: usize,
         kernel: usize,
-        phases: Vec<((usize, usize), (usize, usize), Vec<(isize, isize)>)>,
+        taps: usize,
+        phases: Vec<PhaseTaps>,
     ) -> Self {
-        let taps = || phases.iter().flat_map(|p| &p.2);
+        let (packing, step, spread, phases) = match packing {
+            Packing::Planes if is_small(from, to) => {
+                let phases = by_pixel(from, to, step, spread, &phases);
+                (Packing::Images, 1, 1, phases)
+            }
+            packing => (packing, step, spread, phases),
+        };
+        let all = || phases.iter().flat_map(|p| &p.2);
         let first = (
-            taps().map(|t| t.0).min().unwrap_or(0),
-            taps().map(|t| t.1).min().unwrap_or(0),
+            all().map(|t| t.dy).min().unwrap_or(0),
+            all().map(|t| t.dx).min().unwrap_or(0),
         );
         let last = (
-            taps().map(|t| t.0).max().unwrap_or(0),
-            taps().map(|t| t.1).max().unwrap_or(0),
+            all().map(|t| t.dy).max().unwrap_or(0),
+            all().map(|t| t.dx).max().unwrap_or(0),
         );
         let reach = ((last.0 - first.0) as usize, (last.1 - first.1) as usize);
         let grid = (
@@ -236,6 +271,8 @@ impl Plan {
             images: 1,
             rows: 1,
             groups: 1,
+            pairs,
+            taps,
             phases: vec![],
         };
         plan.cut();
@@ -243,7 +280,8 @@ impl Plan {
             let stretches = plan.stretches(&taps);
             let width = match packing {
                 Packing::Planes => grid.1,
-                _ => plan.rows,
+                Packing::Images => plan.images,
+                Packing::Points | Packing::Columns => plan.rows,
             };
             plan.phases.push(Phase {
                 at,
@@ -277,6 +315,10 @@ impl Plan {
                     // Blocks of equal height.
                     self.rows = self.grid.0.div_ceil(self.grid.0.div_ceil(rows));
                 }
+            }
+            Packing::Images => {
+                let image = self.from.0 * self.from.1 * depth;
+                self.images = (PACK_BYTES / image).clamp(1, self.batch);
             }
             Packing::Points | Packing::Columns => {
                 let all = self.batch * self.grid.0 * self.grid.1;
@@ -312,25 +354,62 @@ impl Plan {
             Packing::Planes => {
                 self.images * self.packed_rows(self.rows) * self.step * self.columns * CHUNK
             }
-            _ => self.rows * CHUNK,
+            Packing::Images => self.images * self.from.0 * self.from.1 * CHUNK,
+            Packing::Points | Packing::Columns => self.rows * CHUNK,
         }
     }
 
-    fn stretches(&self, taps: &[(isize, isize)]) -> Vec<(u32, u32)> {
+    /// Rows of a panel of weights for one tap of a chunk.
+    fn chunk_rows(&self, chunk: usize) -> usize {
+        let length = (self.depth_channels() - chunk * CHUNK).min(CHUNK);
+        length.next_multiple_of(self.pairs)
+    }
+
+    /// Taps of the weights as rows are counted: the one of a patch has the whole depth.
+    fn row_taps(&self) -> usize {
+        match self.packing {
+            Packing::Columns => 1,
+            _ => self.taps,
+        }
+    }
+
+    fn stretches(&self, taps: &[Tap]) -> Vec<Stretch> {
         let channels = self.depth_channels();
         let mut out = vec![];
         for chunk in 0..channels.div_ceil(CHUNK) {
-            let length = (channels - chunk * CHUNK).min(CHUNK);
-            if self.packing == Packing::Planes {
-                for (dy, dx) in taps {
-                    let row = (dy - self.first.0) as usize;
-                    let column = (dx - self.first.1) as usize;
-                    let at = (row * self.step + column % self.step) * self.columns
-                        + column / self.step;
-                    out.push(((chunk * self.chunk_len() + at * CHUNK) as u32, length as u32));
+            let depth = (channels - chunk * CHUNK).min(CHUNK);
+            let first_row = chunk * CHUNK * self.row_taps();
+            let start = chunk * self.chunk_len();
+            let mut push = |at: usize, weight: usize| {
+                out.push(Stretch {
+                    at: start + at * CHUNK,
+                    depth,
+                    row: first_row + weight * self.chunk_rows(chunk),
+                });
+            };
+            match self.packing {
+                Packing::Planes => {
+                    for tap in taps {
+                        let row = (tap.dy - self.first.0) as usize;
+                        let column = (tap.dx - self.first.1) as usize;
+                        let place = (row * self.step + column % self.step) * self.columns
+                            + column / self.step;
+                        push(place, tap.weight);
+                    }
                 }
-            } else if !taps.is_empty() {
-                out.push(((chunk * self.chunk_len()) as u32, length as u32));
+                // Of a pixel's phase the taps are places in the plane.
+                Packing::Images => {
+                    for tap in taps {
+                        let pixel = tap.dy as usize * self.from.1 + tap.dx as usize;
+                        push(pixel * self.images, tap.weight);
+                    }
+                }
+                Packing::Columns => push(0, 0),
+                Packing::Points => {
+                    for tap in taps {
+                        push(0, tap.weight);
+                    }
+                }
             }
         }
         out
@@ -339,11 +418,18 @@ impl Plan {
     /// Tasks that differ in their results' pixels; each has a record of partials.
     pub(crate) fn tasks(&self) -> usize {
         match self.packing {
-            Packing::Planes if self.images > 1 || self.rows == self.grid.0 => {
-                self.batch.div_ceil(self.images)
-            }
+            Packing::Images => self.batch.div_ceil(self.images),
+            Packing::Planes if self.rows == self.grid.0 => self.batch.div_ceil(self.images),
             Packing::Planes => self.batch * self.grid.0.div_ceil(self.rows),
             _ => (self.batch * self.grid.0 * self.grid.1).div_ceil(self.rows),
+        }
+    }
+
+    /// Pixels between neighbouring results of a run.
+    fn run_spread(&self) -> usize {
+        match self.packing {
+            Packing::Images => self.to.0 * self.to.1,
+            _ => self.spread,
         }
     }
 
@@ -358,27 +444,25 @@ impl Plan {
         TILE + self.pixel_len() / CHUNK * self.chunk_len() + RUNS * CHUNK
     }
 
-    /// Values of a panel of weights of a phase; pairs do not reach over the end of a stretch.
-    fn panel_len<P: Operand>(&self, phase: &Phase) -> usize {
-        let rows = |s: &(u32, u32)| (s.1 as usize).next_multiple_of(P::STEP);
-        phase.stretches.iter().map(rows).sum::<usize>() * 2 * self.level.lanes()
+    /// Values of a panel of weights.
+    fn panel_len(&self) -> usize {
+        let chunks = 0..self.depth_channels().div_ceil(CHUNK);
+        let rows: usize = chunks.map(|chunk| self.chunk_rows(chunk)).sum();
+        rows * self.row_taps() * 2 * self.level.lanes()
     }
 
-    /// Where the weights of a phase start.
-    fn weights_at<P: Operand>(&self, phase: usize) -> usize {
-        let panels = self.columns() / (2 * self.level.lanes());
-        let before = self.phases[..phase].iter();
-        before.map(|p| self.panel_len::<P>(p)).sum::<usize>() * panels
-    }
-
-    /// Values of the weights of all phases.
-    pub(crate) fn weights_len<P: Operand>(&self) -> usize {
-        self.weights_at::<P>(self.phases.len())
+    /// Values of the weights.
+    pub(crate) fn weights_len(&self) -> usize {
+        self.panel_len() * (self.columns() / (2 * self.level.lanes()))
     }
 
     /// Where task `index` is: images, rows (or results, counted over all images).
     fn place(&self, index: usize) -> (Range<usize>, Range<usize>) {
         match self.packing {
+            Packing::Images => {
+                let first = index * self.images;
+                (first..(first + self.images).min(self.batch), 0..1)
+            }
             Packing::Planes if self.rows == self.grid.0 => {
                 let first = index * self.images;
                 (first..(first + self.images).min(self.batch), 0..self.rows)
@@ -413,8 +497,41 @@ fn tile_shape(level: Level, width: usize) -> (usize, usize) {
     *best.unwrap_or(&shapes[shapes.len() - 1])
 }
 
-/// Puts weights into the order of [`Plan::forward`] as the operand that is multiplied. Masters already have it, so this
-/// is for bf16 only.
+/// Residue (or pixel) and grid of the results of a phase, and its taps.
+type PhaseTaps = ((usize, usize), (usize, usize), Vec<Tap>);
+
+/// Whether planes are so small that most windows hang over their border.
+fn is_small(from: (usize, usize, usize), to: (usize, usize, usize)) -> bool {
+    (from.0 * from.1).max(to.0 * to.1) <= 4
+}
+
+/// A phase for each pixel of the results, with the taps that lie inside, as places in the plane that is read.
+fn by_pixel(
+    (h, w, _): (usize, usize, usize),
+    to: (usize, usize, usize),
+    step: usize,
+    spread: usize,
+    phases: &[PhaseTaps],
+) -> Vec<PhaseTaps> {
+    let mut out = vec![];
+    for (at, grid, taps) in phases {
+        for gy in 0..grid.0 {
+            for gx in 0..grid.1 {
+                let inside = taps.iter().filter_map(|tap| {
+                    let (dy, dx) = ((gy * step) as isize + tap.dy, (gx * step) as isize + tap.dx);
+                    let is_inside = (0..h as isize).contains(&dy) && (0..w as isize).contains(&dx);
+                    is_inside.then_some(Tap { dy, dx, ..*tap })
+                });
+                let pixel = (gy * spread + at.0, gx * spread + at.1);
+                debug_assert!(pixel.0 < to.0 && pixel.1 < to.1, "a result lies in its plane");
+                out.push((pixel, (1, 1), inside.collect()));
+            }
+        }
+    }
+    out
+}
+
+/// Puts weights into the order of [`Plan::forward`] as pairs of bf16. For f32 the masters have it already.
 pub(crate) fn pack_forward(
     pool: &mut Pool,
     plan: &Plan,
@@ -422,8 +539,9 @@ pub(crate) fn pack_forward(
     to: Span<'_, bf16>,
 ) {
     let nr = 2 * plan.level.lanes();
-    let (phase, panels) = (&plan.phases[0], plan.columns() / nr);
-    let (from_len, to_len) = (masters.len() / panels, plan.panel_len::<bf16>(phase));
+    let panels = plan.columns() / nr;
+    let (from_len, to_len) = (masters.len() / panels, plan.panel_len());
+    assert!(plan.pairs == 2 && to.len() >= to_len * panels, "pairs have room");
     pool.run(panels, |_, panel| {
         // SAFETY: nobody writes masters in this region; tasks write disjoint panels.
         let (mut from, to) = unsafe {
@@ -431,22 +549,27 @@ pub(crate) fn pack_forward(
             (from, to.part(panel * to_len..(panel + 1) * to_len).get_mut())
         };
         let mut pairs = to.chunks_exact_mut(2 * nr);
-        for &(_, depth) in &phase.stretches {
-            let (rows, rest) = from.split_at(depth as usize * nr);
-            from = rest;
-            for rows in rows.chunks(2 * nr) {
-                let pair = pairs.next().expect("a panel has all its pairs");
-                let (first, second) = rows.split_at(nr);
-                for o in 0..nr {
-                    pair[2 * o] = bf16::from_f32(first[o]);
-                    pair[2 * o + 1] = second.get(o).map_or(bf16::ZERO, |v| bf16::from_f32(*v));
+        let channels = plan.depth_channels();
+        for chunk in 0..channels.div_ceil(CHUNK) {
+            let depth = (channels - chunk * CHUNK).min(CHUNK);
+            for _ in 0..plan.row_taps() {
+                let (rows, rest) = from.split_at(depth * nr);
+                from = rest;
+                for rows in rows.chunks(2 * nr) {
+                    let pair = pairs.next().expect("a panel has all its pairs");
+                    let (first, second) = rows.split_at(nr);
+                    for o in 0..nr {
+                        pair[2 * o] = bf16::from_f32(first[o]);
+                        pair[2 * o + 1] = second.get(o).map_or(bf16::ZERO, |v| bf16::from_f32(*v));
+                    }
                 }
             }
         }
     });
 }
 
-/// Puts weights into the order of [`Plan::backward`]: inputs and outputs change places, and each phase has its taps.
+/// Puts weights into the order of [`Plan::backward`]: inputs and outputs change places, taps that no pixel meets are
+/// left out.
 pub(crate) fn pack_backward<P: Operand>(
     pool: &mut Pool,
     plan: &Plan,
@@ -456,21 +579,24 @@ pub(crate) fn pack_backward<P: Operand>(
 ) {
     let nr = 2 * plan.level.lanes();
     let from = Panels::of(g, nr);
-    let phases = backward_phases(g);
-    let panels = plan.columns() / nr;
-    pool.run(phases.len() * panels, |_, task| {
-        let (index, panel) = (task / panels, task % panels);
-        let (phase, taps) = (&plan.phases[index], &phases[index].taps);
-        let len = plan.panel_len::<P>(phase);
-        let start = plan.weights_at::<P>(index) + panel * len;
+    let (panels, taps) = (plan.columns() / nr, backward_taps(g));
+    let len = plan.panel_len();
+    assert!(
+        plan.pairs == P::STEP && taps.len() == plan.taps && to.len() >= len * panels,
+        "the weights have room"
+    );
+    pool.run(panels, |_, panel| {
         // SAFETY: nobody writes masters in this region; tasks write disjoint panels.
-        let (masters, to) = unsafe { (masters.get(), to.part(start..start + len).get_mut()) };
+        let (masters, to) = unsafe {
+            let to = to.part(panel * len..(panel + 1) * len).get_mut();
+            (masters.get(), to)
+        };
         let mut at = 0;
         let inputs = (from.inputs - panel * nr).min(nr);
         for chunk in 0..from.outputs.div_ceil(CHUNK) {
             let outputs = chunk * CHUNK..(chunk * CHUNK + CHUNK).min(from.outputs);
-            for tap in taps {
-                let rows = outputs.len().next_multiple_of(P::STEP);
+            for &tap in &taps {
+                let rows = plan.chunk_rows(chunk);
                 let to = &mut to[at..at + rows * nr];
                 at += rows * nr;
                 if inputs < nr || rows > outputs.len() {
@@ -480,7 +606,7 @@ pub(crate) fn pack_backward<P: Operand>(
                 for first in outputs.clone().step_by(nr) {
                     let block = first..(first + nr).min(outputs.end);
                     for i in 0..inputs {
-                        let at = from.at(first, panel * nr + i, tap.tap);
+                        let at = from.at(first, panel * nr + i, tap);
                         let values = &masters[at..at + block.len()];
                         for (o, v) in block.clone().zip(values) {
                             let row = o - outputs.start;
@@ -494,21 +620,24 @@ pub(crate) fn pack_backward<P: Operand>(
     });
 }
 
-/// A tap of the weights as the gradient of the input reads it.
-struct BackTap {
-    dy: isize,
-    dx: isize,
-    /// Row-major index of the tap in the weight.
-    tap: usize,
+/// The taps of the weights that reach any pixel of the input, in order.
+fn backward_taps(g: &Geometry) -> Vec<usize> {
+    let mut used: Vec<usize> = vec![];
+    let from = (g.output.h, g.output.w, g.output.c);
+    let to = (g.input.h, g.input.w, g.input.c);
+    let phases = backward_phases(g);
+    let phases = if g.kernel > 1 && is_small(from, to) {
+        by_pixel(from, to, 1, g.stride, &phases)
+    } else {
+        phases
+    };
+    used.extend(phases.iter().flat_map(|p| &p.2).map(|tap| tap.weight));
+    used.sort_unstable();
+    used.dedup();
+    used
 }
 
-struct BackPhase {
-    at: (usize, usize),
-    grid: (usize, usize),
-    taps: Vec<BackTap>,
-}
-
-fn backward_phases(g: &Geometry) -> Vec<BackPhase> {
+fn backward_phases(g: &Geometry) -> Vec<PhaseTaps> {
     let (s, pad) = (g.stride, g.pad());
     // For residue r: the taps k and how far the result of the window lies from the grid point: the window of result
     // o covers input o s + k - pad, so input i s + r is met where o - i = (r + pad - k) / s.
@@ -524,17 +653,14 @@ fn backward_phases(g: &Geometry) -> Vec<BackPhase> {
         for rw in 0..s.min(g.input.w) {
             let (ys, xs) = (axis(rh), axis(rw));
             let taps = ys.iter().flat_map(|&(kh, dy)| {
-                xs.iter().map(move |&(kw, dx)| BackTap {
+                xs.iter().map(move |&(kw, dx)| Tap {
                     dy,
                     dx,
-                    tap: kh * g.kernel + kw,
+                    weight: kh * g.kernel + kw,
                 })
             });
-            phases.push(BackPhase {
-                at: (rh, rw),
-                grid: ((g.input.h - rh).div_ceil(s), (g.input.w - rw).div_ceil(s)),
-                taps: taps.collect(),
-            });
+            let grid = ((g.input.h - rh).div_ceil(s), (g.input.w - rw).div_ceil(s));
+            phases.push(((rh, rw), grid, taps.collect()));
         }
     }
     phases
@@ -556,6 +682,7 @@ impl<P: Operand, S: Read> Job for Pack<'_, P, S> {
         unsafe {
             match self.plan.packing {
                 Packing::Planes => self.planes::<I>(),
+                Packing::Images => self.small_planes::<I>(),
                 Packing::Points => self.points::<I>(),
                 Packing::Columns => self.patches::<I>(),
             }
@@ -593,6 +720,20 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn small_planes<I: Isa>(&self) {
+        let p = self.plan;
+        let (pixels, c) = (p.from.0 * p.from.1, p.from.2);
+        for image in self.images.clone() {
+            for pixel in 0..pixels {
+                let at = (image * pixels + pixel) * c;
+                let to = (pixel * p.images + image - self.images.start) * CHUNK;
+                // SAFETY: as in `run`.
+                unsafe { self.pixel::<I>(at, self.to.add(to), p.chunk_len()) };
             }
         }
     }
@@ -740,12 +881,12 @@ impl Patch {
 
 /// Products that are added up one after another before they are added to the sum of those before: rounding errors grow
 /// with the length of a chain.
-const CHAIN: u32 = 512;
+const CHAIN: usize = 512;
 
 /// Sums of R x Q results of two vectors over the depth.
 struct Multiply<'a, P: Operand, const R: usize, const Q: usize> {
     runs: [*const P; Q],
-    stretches: &'a [(u32, u32)],
+    stretches: &'a [Stretch],
     weights: *const P,
     to: *mut f32,
 }
@@ -756,15 +897,15 @@ impl<P: Operand, const R: usize, const Q: usize> Job for Multiply<'_, P, R, Q> {
         // SAFETY: runs and stretches lie in the packed tile, the weights hold the depth, `to` holds R x Q rows.
         unsafe {
             let mut sums = [[[I::zero(); 2]; R]; Q];
-            let mut w = self.weights;
             let (mut summed, mut kept) = (0, false);
-            for (i, &(at, depth)) in self.stretches.iter().enumerate() {
+            for (i, &Stretch { at, depth, row }) in self.stretches.iter().enumerate() {
+                let mut w = self.weights.add(row * I::NR);
                 let mut runs = self.runs;
                 for run in &mut runs {
-                    *run = run.add(at as usize);
+                    *run = run.add(at);
                 }
                 let mut k = 0;
-                while k < depth as usize {
+                while k < depth {
                     let (b0, b1) = (P::panel::<I>(w), P::panel::<I>(w.add(I::LANES * P::STEP)));
                     for q in 0..Q {
                         for r in 0..R {
@@ -812,7 +953,7 @@ unsafe fn multiply<P: Operand>(
     level: Level,
     (r, q): (usize, usize),
     runs: &[*const P; RUNS],
-    stretches: &[(u32, u32)],
+    stretches: &[Stretch],
     weights: *const P,
     to: *mut f32,
 ) {
@@ -944,7 +1085,8 @@ impl<'a> Runs<'a> {
     ) -> Self {
         let rows = match plan.packing {
             Packing::Planes => rows.start..rows.end.min(phase.grid.0),
-            _ => rows,
+            Packing::Images => 0..images.len(),
+            Packing::Points | Packing::Columns => rows,
         };
         let next = (images.start, rows.start, 0);
         Self {
@@ -971,9 +1113,16 @@ impl Iterator for Runs<'_> {
             let from = done.min(all.saturating_sub(length));
             let len = length.min(all - from);
             self.next.2 = from + len;
+            let pixel = match plan.packing {
+                Packing::Images => {
+                    let (y, x) = self.phase.at;
+                    ((self.images.start + from) * plan.to.0 + y) * plan.to.1 + x
+                }
+                _ => self.rows.start + from,
+            };
             return Some(Run {
                 at: from * CHUNK,
-                pixel: self.rows.start + from,
+                pixel,
                 skip: done - from,
                 len,
             });
@@ -1020,6 +1169,10 @@ pub(crate) fn convolve<T: Element, P: Operand>(
     partials: Option<Partials<'_>>,
 ) {
     let (h, w, c) = plan.from;
+    assert!(
+        plan.pairs == P::STEP && weights.len() >= plan.weights_len(),
+        "the weights are those of the plan"
+    );
     assert!(source.len() >= plan.batch * h * w * c, "the source holds its planes");
     let results = plan.batch * plan.to.0 * plan.to.1;
     assert!(
@@ -1076,9 +1229,9 @@ unsafe fn run_task<T: Element, P: Operand>(
             None => (std::ptr::null_mut(), 0),
         };
         count = 0;
-        for (index, phase) in plan.phases.iter().enumerate() {
+        for phase in &plan.phases {
             let (length, q) = phase.tile;
-            let w = plan.weights_at::<P>(index) + panel * plan.panel_len::<P>(phase);
+            let w = panel * plan.panel_len();
             let mut all = Runs::new(plan, phase, images.clone(), rows.clone());
             let w = weights.part(w..weights.len());
             loop {
@@ -1099,7 +1252,7 @@ unsafe fn run_task<T: Element, P: Operand>(
                 // What the epilogue reads comes while the tile is multiplied.
                 for run in &runs[..filled] {
                     for r in run.skip..run.len {
-                        let at = (run.pixel + r * plan.spread) * out.channels;
+                        let at = (run.pixel + r * plan.run_spread()) * out.channels;
                         finish_as!(*epilogue, finish => finish.prefetch(at, channel, nr));
                     }
                 }
@@ -1115,7 +1268,7 @@ unsafe fn run_task<T: Element, P: Operand>(
                         tile,
                         runs,
                         run_rows: length,
-                        spread: plan.spread,
+                        spread: plan.run_spread(),
                         channel,
                         sums,
                         columns,

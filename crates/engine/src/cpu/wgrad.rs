@@ -45,6 +45,8 @@ pub(crate) struct Plan {
     patches: bool,
     /// Pixels count one by one over all images (no window, or patches).
     linear: bool,
+    /// Small planes are packed pixel by pixel, each for all images of a group: a tap meets only pixels that are there.
+    by_pixel: bool,
     panels: Panels,
     /// Rows (pixels, if linear) of a block.
     rows: usize,
@@ -63,6 +65,7 @@ impl Plan {
         let panels = Panels::of(g, 2 * level.lanes());
         let patches = has_patches(g.kernel, g.input.c);
         let linear = g.kernel == 1 || patches;
+        let by_pixel = !linear && g.input.pixels().max(g.output.pixels()) <= 4;
         let rows = if linear {
             BLOCK
         } else {
@@ -74,11 +77,12 @@ impl Plan {
             batch,
             patches,
             linear,
+            by_pixel,
             panels,
             rows,
             cut: Cut::Slices(1),
         };
-        if panels.len() <= SLICED && (g.output.pixels() > BLOCK || patches) {
+        if panels.len() <= SLICED && !by_pixel && (g.output.pixels() > BLOCK || patches) {
             plan.cut = Cut::Slices(plan.blocks().min(SLICES));
         } else {
             let image = (plan.x_image_len() * plan.x_panels() + plan.d_image_len()) * 4;
@@ -135,7 +139,9 @@ impl Plan {
 
     /// Values of one image in a panel of x.
     fn x_image_len(&self) -> usize {
-        if self.linear {
+        if self.by_pixel {
+            self.g.input.pixels() * ROWS
+        } else if self.linear {
             self.g.output.pixels() * ROWS
         } else {
             self.x_len(self.g.output.h)
@@ -196,6 +202,8 @@ struct PackX<'a, S: Read> {
     to: *mut f32,
     /// Between panels.
     panel_len: usize,
+    /// Between pixels, of small planes.
+    pixel_len: usize,
 }
 
 impl<S: Read> Job for PackX<'_, S> {
@@ -205,7 +213,12 @@ impl<S: Read> Job for PackX<'_, S> {
         let (h, w, c) = (g.input.h, g.input.w, g.input.c);
         // SAFETY: `to` has room for the rows in every panel, and pixels are inside the plane.
         unsafe {
-            if plan.patches {
+            if plan.by_pixel {
+                for pixel in 0..h * w {
+                    let at = (self.image * h * w + pixel) * c;
+                    self.pixel::<I>(at, self.to.add(pixel * self.pixel_len));
+                }
+            } else if plan.patches {
                 self.patches::<I>();
             } else if plan.linear {
                 for (i, result) in self.rows.clone().enumerate() {
@@ -296,6 +309,8 @@ struct PackD<'a, S: Read> {
     pixels: Range<usize>,
     to: *mut f32,
     panel_len: usize,
+    /// Between pixels.
+    pixel_len: usize,
 }
 
 impl<S: Read> Job for PackD<'_, S> {
@@ -316,7 +331,7 @@ impl<S: Read> Job for PackD<'_, S> {
                         } else {
                             I::zero()
                         };
-                        let to = panel * self.panel_len + i * I::NR + half * I::LANES;
+                        let to = panel * self.panel_len + i * self.pixel_len + half * I::LANES;
                         I::store(self.to.add(to), v);
                     }
                 }
@@ -442,6 +457,58 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// As `tiles`, for small planes of `images.1` images in room for `images.0`: every tap adds the products of each
+    /// pair of pixels that it brings together.
+    ///
+    /// # Safety
+    /// The operands hold their planes, and nobody else touches that part of dw.
+    unsafe fn pixels(
+        &self,
+        x: *const f32,
+        d: *const f32,
+        images: (usize, usize),
+        x_panel: usize,
+        inputs: Range<usize>,
+        output: usize,
+        dw: *mut f32,
+    ) {
+        let (g, panels) = (&self.g, &self.panels);
+        for input in inputs {
+            let c = input * ROWS;
+            let rows = (panels.inputs - c).min(ROWS);
+            for tap in 0..panels.taps {
+                let first = output * panels.panel_len() + c % CHUNK * panels.nr;
+                let at = first + panels.rows(c / CHUNK, tap);
+                for pixel in 0..g.output.pixels() {
+                    let y = pixel / g.output.w * g.stride + tap / g.kernel;
+                    let z = pixel % g.output.w * g.stride + tap % g.kernel;
+                    let (y, z) = (y.wrapping_sub(g.pad()), z.wrapping_sub(g.pad()));
+                    if y >= g.input.h || z >= g.input.w {
+                        continue;
+                    }
+                    // SAFETY: the caller's word.
+                    unsafe {
+                        let from = (y * g.input.w + z) * images.0 * ROWS;
+                        let over = Stretch {
+                            x: x.add(input * x_panel + from),
+                            d: d.add(pixel * images.0 * panels.nr),
+                            width: images.1,
+                            rows: 1,
+                            images: 1,
+                            x_row: 0,
+                            x_image: 0,
+                            d_row: 0,
+                            d_image: 0,
+                        };
+                        accumulate(self.level, over, dw.add(at), rows);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// dw = gradient of the weight, added to what is there if `accumulate`; `dw` lies as [`Panels`] say. `shared` is of
 /// [`Plan::shared_len`].
 pub(crate) fn backward_weight<T: Element>(
@@ -508,9 +575,10 @@ fn by_slices<T: Element>(
                     (image, first, 0..plan.packed_rows(last - first), pixels)
                 };
                 let (to, panel_len) = (packed_x, x_panel);
-                read_as!(*x, source => plan.level.call(PackX { plan, source, image, rows, first, to, panel_len }));
+                read_as!(*x, source => plan.level.call(PackX { plan, source, image, rows, first, to, panel_len, pixel_len: 0 }));
                 let (to, panel_len, over) = (packed_d, d_panel, pixels.clone());
-                read_as!(*d, source => plan.level.call(PackD { plan, source, pixels: over, to, panel_len }));
+                let pixel_len = plan.panels.nr;
+                read_as!(*d, source => plan.level.call(PackD { plan, source, pixels: over, to, panel_len, pixel_len }));
                 let (width, rows) = if plan.linear {
                     (pixels.len(), 1)
                 } else {
@@ -601,18 +669,28 @@ fn by_groups<T: Element>(
             unsafe {
                 if is_d {
                     let pixels = image * g.output.pixels()..(image + 1) * g.output.pixels();
-                    let to = packed_d.part(local * d_image..packed_d.len()).ptr();
+                    let (at, pixel_len) = if plan.by_pixel {
+                        (local * panels.nr, images * panels.nr)
+                    } else {
+                        (local * d_image, panels.nr)
+                    };
+                    let to = packed_d.part(at..packed_d.len()).ptr();
                     let panel_len = d_panel;
-                    read_as!(*d, source => plan.level.call(PackD { plan, source, pixels, to, panel_len }));
+                    read_as!(*d, source => plan.level.call(PackD { plan, source, pixels, to, panel_len, pixel_len }));
                 } else {
                     let rows = if plan.linear {
                         image * g.output.pixels()..(image + 1) * g.output.pixels()
                     } else {
                         0..plan.packed_rows(g.output.h)
                     };
-                    let to = packed_x.part(local * x_image..packed_x.len()).ptr();
+                    let (at, pixel_len) = if plan.by_pixel {
+                        (local * ROWS, images * ROWS)
+                    } else {
+                        (local * x_image, 0)
+                    };
+                    let to = packed_x.part(at..packed_x.len()).ptr();
                     let (panel_len, first) = (x_panel, 0);
-                    read_as!(*x, source => plan.level.call(PackX { plan, source, image, rows, first, to, panel_len }));
+                    read_as!(*x, source => plan.level.call(PackX { plan, source, image, rows, first, to, panel_len, pixel_len }));
                 }
             }
         });
@@ -627,6 +705,14 @@ fn by_groups<T: Element>(
                     for output in outputs.clone() {
                         plan.clear(inputs.clone(), output, dw);
                     }
+                }
+                if plan.by_pixel {
+                    let (x, d) = (packed_x.ptr(), packed_d.ptr());
+                    for output in outputs.clone() {
+                        let d = d.add(output * d_panel);
+                        plan.pixels(x, d, (images, count), x_panel, inputs.clone(), output, dw.ptr());
+                    }
+                    return;
                 }
                 for block in (0..count).step_by(block_images) {
                     // Planes larger than a block are cut into rows.
