@@ -2,9 +2,7 @@
 
 use std::time::Instant;
 
-use graph::{
-    After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, Program,
-};
+use graph::{After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, Program};
 use half::bf16;
 
 use super::choose::{CpuCaps, Product, WeightProduct};
@@ -175,7 +173,6 @@ fn floor(relu: bool) -> f32 {
     if relu { 0.0 } else { f32::NEG_INFINITY }
 }
 
-
 /// What a close adds.
 fn added(close: &Close) -> Option<BufferId> {
     match *close {
@@ -245,7 +242,15 @@ impl Cpu {
             }
             if plain != weights {
                 let product = self.caps.forward_product(&geometry, program.batch);
-                pack_forward(&mut self.pool, &self.caps, &product, &geometry, plain_span, weights, &buffers);
+                pack_forward(
+                    &mut self.pool,
+                    &self.caps,
+                    &product,
+                    &geometry,
+                    plain_span,
+                    weights,
+                    &buffers,
+                );
             }
         }
     }
@@ -364,7 +369,15 @@ impl Cpu {
                     let spec = &graph.norms()[norm.0];
                     let state = buffers.state(state);
                     let sums = sums.expect("just made");
-                    set_statistics(pool, layout, params, spec, &mut running[norm.0], state, sums);
+                    set_statistics(
+                        pool,
+                        layout,
+                        params,
+                        spec,
+                        &mut running[norm.0],
+                        state,
+                        sums,
+                    );
                 }
             }
             Kernel::Sum {
@@ -443,13 +456,18 @@ impl Cpu {
                 close,
                 partials: id,
             } => {
-                let (out, sums) = (buffers.out(dx, plane.c, added(&close)), partials(id, plane.c));
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
                 // SAFETY: see above.
                 let epilogue = unsafe { buffers.epilogue::<T>(close) };
                 let d = buffers.get(d);
                 pixels::avg_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
                 let rows = n * plane.pixels();
-                set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
             }
             Kernel::MaxPoolBackward {
                 window,
@@ -460,13 +478,18 @@ impl Cpu {
                 partials: id,
             } => {
                 let plane = window.input;
-                let (out, sums) = (buffers.out(dx, plane.c, added(&close)), partials(id, plane.c));
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
                 // SAFETY: see above.
                 let epilogue = unsafe { buffers.epilogue::<T>(close) };
                 let (argmax, d) = (buffers.get(argmax), buffers.get(d));
                 pixels::max_pool_backward(pool, level, window, n, argmax, d, out, epilogue, sums);
                 let rows = n * plane.pixels();
-                set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
             }
             Kernel::ConvBackwardInput {
                 geometry,
@@ -484,15 +507,30 @@ impl Cpu {
                 let masters = slot(params, weight);
                 pack_backward(pool, caps, product, &geometry, masters, weights, &buffers);
                 let channels = geometry.input.c;
-                let (out, sums) = (buffers.out::<T>(dx, channels, added(&close)), partials(id, channels));
+                let (out, sums) = (
+                    buffers.out::<T>(dx, channels, added(&close)),
+                    partials(id, channels),
+                );
                 // SAFETY: see above.
                 let (source, epilogue) = unsafe { (buffers.source(d), buffers.epilogue(close)) };
                 convolve(
-                    pool, caps, scratch, product, source, masters, Some(weights), shared, &buffers,
-                    out, epilogue, Some(sums),
+                    pool,
+                    caps,
+                    scratch,
+                    product,
+                    source,
+                    masters,
+                    Some(weights),
+                    shared,
+                    &buffers,
+                    out,
+                    epilogue,
+                    Some(sums),
                 );
                 let rows = n * geometry.input.pixels();
-                set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
             }
             Kernel::ConvBackwardWeight {
                 geometry: _,
@@ -538,7 +576,15 @@ fn pack_forward(
         }
         Product::Winograd(plan) => {
             let panels = Panels::of(geometry, 2 * caps.level.lanes());
-            wino::transform(pool, caps.level, plan, &panels, masters, buffers.get(weights), false);
+            wino::transform(
+                pool,
+                caps.level,
+                plan,
+                &panels,
+                masters,
+                buffers.get(weights),
+                false,
+            );
         }
     }
 }
@@ -562,7 +608,15 @@ fn pack_backward(
         }
         Product::Winograd(plan) => {
             let panels = Panels::of(geometry, 2 * caps.level.lanes());
-            wino::transform(pool, caps.level, plan, &panels, masters, buffers.get(weights), true);
+            wino::transform(
+                pool,
+                caps.level,
+                plan,
+                &panels,
+                masters,
+                buffers.get(weights),
+                true,
+            );
         }
     }
 }
@@ -584,11 +638,15 @@ fn convolve<T: Element>(
     match (product, weights) {
         (Product::Direct(plan), Some(weights)) if caps.multiplies_bf16() => {
             let weights = buffers.get::<bf16>(weights);
-            direct::convolve(pool, scratch, plan, source, weights, out, epilogue, partials);
+            direct::convolve(
+                pool, scratch, plan, source, weights, out, epilogue, partials,
+            );
         }
         (Product::Direct(plan), weights) => {
             let weights = weights.map_or(masters, |w| buffers.get(w));
-            direct::convolve(pool, scratch, plan, source, weights, out, epilogue, partials);
+            direct::convolve(
+                pool, scratch, plan, source, weights, out, epilogue, partials,
+            );
         }
         (Product::Winograd(plan), weights) => {
             let u = buffers.get(weights.expect("transformed weights have a buffer"));
@@ -626,11 +684,15 @@ fn set_statistics(
 ) {
     // SAFETY: nobody writes parameters meanwhile.
     let (gamma, beta) = unsafe {
-        let (gamma, beta) = (layout.slot(params, norm.weight), layout.slot(params, norm.bias));
+        let (gamma, beta) = (
+            layout.slot(params, norm.weight),
+            layout.slot(params, norm.bias),
+        );
         (gamma.get(), beta.get())
     };
-    let results: Vec<std::sync::OnceLock<(f64, f64)>> =
-        (0..norm.channels).map(|_| std::sync::OnceLock::new()).collect();
+    let results: Vec<std::sync::OnceLock<(f64, f64)>> = (0..norm.channels)
+        .map(|_| std::sync::OnceLock::new())
+        .collect();
     norm::statistics(pool, partials, norm.channels, |c, mean, var, count| {
         // SAFETY: each channel is done once, by one task.
         unsafe { state.set_statistics(c, mean, var, gamma[c], beta[c]) };

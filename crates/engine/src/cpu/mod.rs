@@ -119,12 +119,7 @@ impl Memory {
 
     /// The sum.
     pub fn total(&self) -> usize {
-        self.parameters
-            + self.gradients
-            + self.optimizer
-            + self.arena
-            + self.folded
-            + self.scratch
+        self.parameters + self.gradients + self.optimizer + self.arena + self.folded + self.scratch
     }
 }
 
@@ -291,7 +286,12 @@ impl Cpu {
 
     /// What was measured since, slowest first; measuring ends.
     pub fn take_profile(&mut self) -> Vec<KernelTime> {
-        let mut all: Vec<_> = self.profile.take().unwrap_or_default().into_values().collect();
+        let mut all: Vec<_> = self
+            .profile
+            .take()
+            .unwrap_or_default()
+            .into_values()
+            .collect();
         all.sort_by_key(|k| std::cmp::Reverse(k.time));
         all
     }
@@ -399,7 +399,10 @@ impl Engine for Cpu {
             Precision::Bf16 => "bf16",
         };
         let threads = self.pool.threads();
-        format!("cpu: {precision}, {}, {threads} threads", self.options.level)
+        format!(
+            "cpu: {precision}, {}, {threads} threads",
+            self.options.level
+        )
     }
 
     fn load(&mut self, state: &State) -> Result<(), Error> {

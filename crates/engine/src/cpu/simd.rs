@@ -43,9 +43,8 @@ impl Level {
         {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = || has!("avx2") && has!("fma") && has!("f16c") && has!("bmi2");
-            let avx512 = || {
-                has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")
-            };
+            let avx512 =
+                || has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
             match self {
                 Self::Portable => true,
                 Self::Avx2 => avx2(),
@@ -118,7 +117,10 @@ impl FromStr for Level {
     type Err = ();
 
     fn from_str(name: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|l| l.to_string() == name).ok_or(())
+        Self::ALL
+            .into_iter()
+            .find(|l| l.to_string() == name)
+            .ok_or(())
     }
 }
 
@@ -442,7 +444,12 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn load_part(p: *const f32, n: usize) -> __m256 {
-            unsafe { _mm256_maskload_ps(p, _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast())) }
+            unsafe {
+                _mm256_maskload_ps(
+                    p,
+                    _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast()),
+                )
+            }
         }
         #[inline(always)]
         unsafe fn store(p: *mut f32, v: __m256) {
@@ -450,7 +457,13 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn store_part(p: *mut f32, v: __m256, n: usize) {
-            unsafe { _mm256_maskstore_ps(p, _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast()), v) }
+            unsafe {
+                _mm256_maskstore_ps(
+                    p,
+                    _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast()),
+                    v,
+                )
+            }
         }
         #[inline(always)]
         unsafe fn stream(p: *mut f32, v: __m256) {
@@ -467,7 +480,8 @@ pub(crate) mod x86 {
         unsafe fn store_bf16(p: *mut bf16, v: __m256) {
             unsafe {
                 let r = round8(v);
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+                let packed =
+                    _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
                 _mm_storeu_si128(p.cast(), packed);
             }
         }
@@ -475,7 +489,8 @@ pub(crate) mod x86 {
         unsafe fn stream_bf16(p: *mut bf16, v: __m256) {
             unsafe {
                 let r = round8(v);
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+                let packed =
+                    _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
                 _mm_stream_si128(p.cast(), packed);
             }
         }
@@ -558,7 +573,9 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn pair(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_castsi256_ps(_mm256_or_si256(round8(a), _mm256_slli_epi32(round8(b), 16))) }
+            unsafe {
+                _mm256_castsi256_ps(_mm256_or_si256(round8(a), _mm256_slli_epi32(round8(b), 16)))
+            }
         }
     }
 
@@ -719,7 +736,9 @@ pub(crate) mod x86 {
                 }
                 #[inline(always)]
                 unsafe fn splat_pair(p: *const bf16) -> __m512 {
-                    unsafe { _mm512_castsi512_ps(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())) }
+                    unsafe {
+                        _mm512_castsi512_ps(_mm512_set1_epi32(p.cast::<i32>().read_unaligned()))
+                    }
                 }
                 #[inline(always)]
                 unsafe fn dot2(acc: __m512, a: __m512, b: __m512) -> __m512 {

@@ -360,7 +360,10 @@ fn a_foreign_state_is_refused_by_name() {
     let check = |change: &dyn Fn(&mut State), expected: Error| {
         let mut state = good.clone();
         change(&mut state);
-        assert_eq!(Cpu::new(&graph, &Options::new(2, 1), &state).err(), Some(expected));
+        assert_eq!(
+            Cpu::new(&graph, &Options::new(2, 1), &state).err(),
+            Some(expected)
+        );
     };
     let name = || "fc.bias".to_owned();
     check(
