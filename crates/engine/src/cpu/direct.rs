@@ -181,6 +181,18 @@ struct Run {
 /// Most runs in a tile.
 const RUNS: usize = 8;
 
+/// A convolution before it is cut; the fields are those of [`Plan`].
+struct Shape {
+    packing: Packing,
+    from: (usize, usize, usize),
+    to: (usize, usize, usize),
+    step: usize,
+    spread: usize,
+    kernel: usize,
+    taps: usize,
+    phases: Vec<PhaseTaps>,
+}
+
 impl Plan {
     /// y = x * w, multiplied as pairs of bf16 if `pairs` is 2.
     pub(crate) fn forward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
@@ -198,11 +210,17 @@ impl Plan {
         };
         let to = (g.output.h, g.output.w, g.output.c);
         let from = (g.input.h, g.input.w, g.input.c);
-        let count = taps.len();
-        let phases = vec![((0, 0), (to.0, to.1), taps)];
-        Self::new(
-            level, pairs, batch, packing, from, to, g.stride, 1, g.kernel, count, phases,
-        )
+        let shape = Shape {
+            packing,
+            from,
+            to,
+            step: g.stride,
+            spread: 1,
+            kernel: g.kernel,
+            taps: taps.len(),
+            phases: vec![((0, 0), (to.0, to.1), taps)],
+        };
+        Self::new(level, pairs, batch, shape)
     }
 
     /// The gradient of x from that of y.
@@ -219,25 +237,30 @@ impl Plan {
         for tap in phases.iter_mut().flat_map(|p| &mut p.2) {
             tap.weight = used.iter().position(|u| *u == tap.weight).unwrap_or(0);
         }
-        let count = used.len();
-        Self::new(
-            level, pairs, batch, packing, from, to, 1, g.stride, g.kernel, count, phases,
-        )
+        let shape = Shape {
+            packing,
+            from,
+            to,
+            step: 1,
+            spread: g.stride,
+            kernel: g.kernel,
+            taps: used.len(),
+            phases,
+        };
+        Self::new(level, pairs, batch, shape)
     }
 
-    fn new(
-        level: Level,
-        pairs: usize,
-        batch: usize,
-        packing: Packing,
-        from: (usize, usize, usize),
-        to: (usize, usize, usize),
-        step: usize,
-        spread: usize,
-        kernel: usize,
-        taps: usize,
-        phases: Vec<PhaseTaps>,
-    ) -> Self {
+    fn new(level: Level, pairs: usize, batch: usize, shape: Shape) -> Self {
+        let Shape {
+            packing,
+            from,
+            to,
+            step,
+            spread,
+            kernel,
+            taps,
+            phases,
+        } = shape;
         let (packing, step, spread, phases) = match packing {
             Packing::Planes if is_small(from, to) => {
                 let phases = by_pixel(from, to, step, spread, &phases);
@@ -911,6 +934,10 @@ struct Multiply<'a, P: Operand, const R: usize, const Q: usize> {
 }
 
 impl<P: Operand, const R: usize, const Q: usize> Job for Multiply<'_, P, R, Q> {
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "indices of constant bounds unroll, and the sums stay in registers"
+    )]
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         // SAFETY: runs and stretches lie in the packed tile, the weights hold the depth, `to` holds R x Q rows.

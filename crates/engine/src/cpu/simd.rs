@@ -135,10 +135,6 @@ pub(crate) trait Job {
 ///
 /// # Safety
 /// Every function needs a CPU with the instructions; those with pointers need memory for what they read or write.
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "said once, for all functions, on the trait"
-)]
 pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// `LANES` f32.
     type V: Copy;
@@ -200,8 +196,6 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn splat_pair(p: *const bf16) -> Self::V;
     /// acc + a0 b0 + a1 b1 in each lane, where a lane of `a` and `b` holds two bf16.
     unsafe fn dot2(acc: Self::V, a: Self::V, b: Self::V) -> Self::V;
-    /// Pairs of bf16 (as bits): lane i holds (a_i, b_i), rounded to nearest even.
-    unsafe fn pair(a: Self::V, b: Self::V) -> Self::V;
 }
 
 /// Asks for the cache line of an address, into the second level: pixels whose channels lie 4 KiB apart would push each
@@ -376,10 +370,6 @@ unsafe impl Isa for Portable {
         let low = |v: f32| f32::from_bits(v.to_bits() << 16);
         let high = |v: f32| f32::from_bits(v.to_bits() & 0xffff_0000);
         lanes!(i => low(a[i]) * low(b[i]) + (high(a[i]) * high(b[i]) + acc[i]))
-    }
-    #[inline(always)]
-    unsafe fn pair(a: Self::V, b: Self::V) -> Self::V {
-        lanes!(i => f32::from_bits(round_bits(a[i].to_bits()) | (round_bits(b[i].to_bits()) << 16)))
     }
 }
 
@@ -571,12 +561,6 @@ pub(crate) mod x86 {
                 _mm256_fmadd_ps(_mm256_castsi256_ps(a0), _mm256_castsi256_ps(b0), acc)
             }
         }
-        #[inline(always)]
-        unsafe fn pair(a: __m256, b: __m256) -> __m256 {
-            unsafe {
-                _mm256_castsi256_ps(_mm256_or_si256(round8(a), _mm256_slli_epi32(round8(b), 16)))
-            }
-        }
     }
 
     #[derive(Clone, Copy)]
@@ -620,7 +604,7 @@ pub(crate) mod x86 {
     }
 
     macro_rules! avx512_isa {
-        ($name:ident, $call:ident, $round:expr, $dot:expr, $pair:expr) => {
+        ($name:ident, $call:ident, $round:expr, $dot:expr) => {
             // SAFETY: each function is the instruction that its name says.
             unsafe impl Isa for $name {
                 type V = __m512;
@@ -744,10 +728,6 @@ pub(crate) mod x86 {
                 unsafe fn dot2(acc: __m512, a: __m512, b: __m512) -> __m512 {
                     unsafe { $dot(acc, a, b) }
                 }
-                #[inline(always)]
-                unsafe fn pair(a: __m512, b: __m512) -> __m512 {
-                    unsafe { $pair(a, b) }
-                }
             }
         };
     }
@@ -770,14 +750,6 @@ pub(crate) mod x86 {
     }
 
     #[inline(always)]
-    unsafe fn pair_by_bits(a: __m512, b: __m512) -> __m512 {
-        unsafe {
-            let high = _mm512_slli_epi32(round16(b), 16);
-            _mm512_castsi512_ps(_mm512_or_si512(round16(a), high))
-        }
-    }
-
-    #[inline(always)]
     unsafe fn narrow_bf16(v: __m512) -> __m256i {
         // SAFETY: both types are 256 bits.
         unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v)) }
@@ -793,8 +765,8 @@ pub(crate) mod x86 {
         }
     }
 
-    avx512_isa!(Avx512, avx512, narrow, dot_by_fma, pair_by_bits);
-    avx512_isa!(Avx512Bf16, avx512_bf16, narrow_bf16, dot_bf16, pair_by_bits);
+    avx512_isa!(Avx512, avx512, narrow, dot_by_fma);
+    avx512_isa!(Avx512Bf16, avx512_bf16, narrow_bf16, dot_bf16);
 }
 
 /// How a tensor is stored. Arithmetic is f32 in any case.
