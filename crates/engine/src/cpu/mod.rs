@@ -16,6 +16,7 @@ mod execute;
 mod fuse;
 mod memory;
 mod norm;
+mod peak;
 mod pixels;
 mod pool;
 mod simd;
@@ -25,6 +26,8 @@ mod wgrad;
 mod wino;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +38,7 @@ use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
 use choose::CpuCaps;
 use execute::{Compiled, Part};
 use memory::{ALIGNMENT, Block, Span};
+pub use peak::peak;
 use pool::Pool;
 pub use simd::Level;
 use weights::Panels;
@@ -47,6 +51,31 @@ pub enum Precision {
     /// 8 bits of mantissa and f32's range, in half the memory. Where the CPU has dot products of bf16, convolutions
     /// multiply in bf16 too; sums are f32.
     Bf16,
+}
+
+impl Precision {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Self::ALL
+            .into_iter()
+            .find(|p| p.to_string() == name)
+            .ok_or(())
+    }
 }
 
 /// How an engine runs.
@@ -394,15 +423,11 @@ fn from_panels(values: &[f32], panels: &Panels) -> Vec<f32> {
 
 impl Engine for Cpu {
     fn describe(&self) -> String {
-        let precision = match self.options.precision {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        };
+        let Options {
+            precision, level, ..
+        } = self.options;
         let threads = self.pool.threads();
-        format!(
-            "cpu: {precision}, {}, {threads} threads",
-            self.options.level
-        )
+        format!("cpu: {precision}, {level}, {threads} threads")
     }
 
     fn load(&mut self, state: &State) -> Result<(), Error> {
