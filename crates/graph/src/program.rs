@@ -985,8 +985,7 @@ impl<'a> Planner<'a> {
             }
             (_, None) => (self.value(out), None, After::Nothing),
         };
-        let weights =
-            weights.or_else(|| (needs.weights > 0).then(|| self.buffer(needs.weights)));
+        let weights = weights.or_else(|| (needs.weights > 0).then(|| self.buffer(needs.weights)));
         let shared = self.buffer(needs.shared);
         self.kernels.push(Kernel::Conv {
             geometry,

@@ -22,6 +22,7 @@ pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};
 pub use run::{
     Checkpoint, Crop, Data, Decay, Device, Eval, Instructions, Loss, Mlflow, Mode, Model,
-    Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source, Track, Train,
+    Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source,
+    Track, Train,
 };
 pub use schema::schema;

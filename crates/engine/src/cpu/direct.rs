@@ -181,6 +181,18 @@ struct Run {
 /// Most runs in a tile.
 const RUNS: usize = 8;
 
+/// A convolution before it is cut; the fields are those of [`Plan`].
+struct Shape {
+    packing: Packing,
+    from: (usize, usize, usize),
+    to: (usize, usize, usize),
+    step: usize,
+    spread: usize,
+    kernel: usize,
+    taps: usize,
+    phases: Vec<PhaseTaps>,
+}
+
 impl Plan {
     /// y = x * w, multiplied as pairs of bf16 if `pairs` is 2.
     pub(crate) fn forward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
@@ -198,9 +210,17 @@ impl Plan {
         };
         let to = (g.output.h, g.output.w, g.output.c);
         let from = (g.input.h, g.input.w, g.input.c);
-        let count = taps.len();
-        let phases = vec![((0, 0), (to.0, to.1), taps)];
-        Self::new(level, pairs, batch, packing, from, to, g.stride, 1, g.kernel, count, phases)
+        let shape = Shape {
+            packing,
+            from,
+            to,
+            step: g.stride,
+            spread: 1,
+            kernel: g.kernel,
+            taps: taps.len(),
+            phases: vec![((0, 0), (to.0, to.1), taps)],
+        };
+        Self::new(level, pairs, batch, shape)
     }
 
     /// The gradient of x from that of y.
@@ -217,23 +237,30 @@ impl Plan {
         for tap in phases.iter_mut().flat_map(|p| &mut p.2) {
             tap.weight = used.iter().position(|u| *u == tap.weight).unwrap_or(0);
         }
-        let count = used.len();
-        Self::new(level, pairs, batch, packing, from, to, 1, g.stride, g.kernel, count, phases)
+        let shape = Shape {
+            packing,
+            from,
+            to,
+            step: 1,
+            spread: g.stride,
+            kernel: g.kernel,
+            taps: used.len(),
+            phases,
+        };
+        Self::new(level, pairs, batch, shape)
     }
 
-    fn new(
-        level: Level,
-        pairs: usize,
-        batch: usize,
-        packing: Packing,
-        from: (usize, usize, usize),
-        to: (usize, usize, usize),
-        step: usize,
-        spread: usize,
-        kernel: usize,
-        taps: usize,
-        phases: Vec<PhaseTaps>,
-    ) -> Self {
+    fn new(level: Level, pairs: usize, batch: usize, shape: Shape) -> Self {
+        let Shape {
+            packing,
+            from,
+            to,
+            step,
+            spread,
+            kernel,
+            taps,
+            phases,
+        } = shape;
         let (packing, step, spread, phases) = match packing {
             Packing::Planes if is_small(from, to) => {
                 let phases = by_pixel(from, to, step, spread, &phases);
@@ -523,7 +550,10 @@ fn by_pixel(
                     is_inside.then_some(Tap { dy, dx, ..*tap })
                 });
                 let pixel = (gy * spread + at.0, gx * spread + at.1);
-                debug_assert!(pixel.0 < to.0 && pixel.1 < to.1, "a result lies in its plane");
+                debug_assert!(
+                    pixel.0 < to.0 && pixel.1 < to.1,
+                    "a result lies in its plane"
+                );
                 out.push((pixel, (1, 1), inside.collect()));
             }
         }
@@ -541,12 +571,18 @@ pub(crate) fn pack_forward(
     let nr = 2 * plan.level.lanes();
     let panels = plan.columns() / nr;
     let (from_len, to_len) = (masters.len() / panels, plan.panel_len());
-    assert!(plan.pairs == 2 && to.len() >= to_len * panels, "pairs have room");
+    assert!(
+        plan.pairs == 2 && to.len() >= to_len * panels,
+        "pairs have room"
+    );
     pool.run(panels, |_, panel| {
         // SAFETY: nobody writes masters in this region; tasks write disjoint panels.
         let (mut from, to) = unsafe {
             let from = masters.part(panel * from_len..(panel + 1) * from_len).get();
-            (from, to.part(panel * to_len..(panel + 1) * to_len).get_mut())
+            (
+                from,
+                to.part(panel * to_len..(panel + 1) * to_len).get_mut(),
+            )
         };
         let mut pairs = to.chunks_exact_mut(2 * nr);
         let channels = plan.depth_channels();
@@ -747,7 +783,10 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
             let pixel = if p.step == 1 {
                 result
             } else {
-                let (image, rest) = (result / (p.grid.0 * p.grid.1), result % (p.grid.0 * p.grid.1));
+                let (image, rest) = (
+                    result / (p.grid.0 * p.grid.1),
+                    result % (p.grid.0 * p.grid.1),
+                );
                 let (y, x) = (rest / p.grid.1 * p.step, rest % p.grid.1 * p.step);
                 (image * h + y) * w + x
             };
@@ -790,7 +829,10 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
         let chunk_len = p.chunk_len();
         let mut patch = Patch::new(p.from, p.kernel, p.step);
         for (i, result) in self.rows.clone().enumerate() {
-            let (image, rest) = (result / (p.grid.0 * p.grid.1), result % (p.grid.0 * p.grid.1));
+            let (image, rest) = (
+                result / (p.grid.0 * p.grid.1),
+                result % (p.grid.0 * p.grid.1),
+            );
             // SAFETY: as in `run`. The patch is filled up with zeros beyond the vectors that are read of it.
             unsafe {
                 patch.read::<I, S>(&self.source, image, rest / p.grid.1, rest % p.grid.1);
@@ -892,6 +934,10 @@ struct Multiply<'a, P: Operand, const R: usize, const Q: usize> {
 }
 
 impl<P: Operand, const R: usize, const Q: usize> Job for Multiply<'_, P, R, Q> {
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "indices of constant bounds unroll, and the sums stay in registers"
+    )]
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         // SAFETY: runs and stretches lie in the packed tile, the weights hold the depth, `to` holds R x Q rows.
@@ -1053,7 +1099,8 @@ impl<T: Element, F: Finish> FinishTile<'_, T, F> {
                     for r in run.skip..run.len {
                         let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
                         let at = (run.pixel + r * self.spread) * self.out.channels;
-                        self.out.store::<I>(I::load(self.tile.add(row)), at, c, n, FULL);
+                        self.out
+                            .store::<I>(I::load(self.tile.add(row)), at, c, n, FULL);
                     }
                 }
             }
@@ -1077,12 +1124,7 @@ struct Runs<'a> {
 }
 
 impl<'a> Runs<'a> {
-    fn new(
-        plan: &'a Plan,
-        phase: &'a Phase,
-        images: Range<usize>,
-        rows: Range<usize>,
-    ) -> Self {
+    fn new(plan: &'a Plan, phase: &'a Phase, images: Range<usize>, rows: Range<usize>) -> Self {
         let rows = match plan.packing {
             Packing::Planes => rows.start..rows.end.min(phase.grid.0),
             Packing::Images => 0..images.len(),
@@ -1173,7 +1215,10 @@ pub(crate) fn convolve<T: Element, P: Operand>(
         plan.pairs == P::STEP && weights.len() >= plan.weights_len(),
         "the weights are those of the plan"
     );
-    assert!(source.len() >= plan.batch * h * w * c, "the source holds its planes");
+    assert!(
+        source.len() >= plan.batch * h * w * c,
+        "the source holds its planes"
+    );
     let results = plan.batch * plan.to.0 * plan.to.1;
     assert!(
         out.channels == plan.to.2 && out.y.len() >= results * plan.to.2,
@@ -1187,7 +1232,11 @@ pub(crate) fn convolve<T: Element, P: Operand>(
         let record = partials.map(|p| (p.record(task), p.columns));
         // SAFETY: nobody writes what is read in this region; tasks write disjoint results and records, and each
         // worker has its share of scratch to itself.
-        unsafe { run_task(plan, task, panels, share, &source, weights, out, &epilogue, record) };
+        unsafe {
+            run_task(
+                plan, task, panels, share, &source, weights, out, &epilogue, record,
+            )
+        };
     });
 }
 
@@ -1224,7 +1273,10 @@ unsafe fn run_task<T: Element, P: Operand>(
                     // SAFETY: the task's own columns of its record.
                     unsafe { record.part(at..at + nr).get_mut() }.fill(0.0);
                 }
-                (record.part(HEAD + channel..HEAD + channel + nr).ptr(), columns)
+                (
+                    record.part(HEAD + channel..HEAD + channel + nr).ptr(),
+                    columns,
+                )
             }
             None => (std::ptr::null_mut(), 0),
         };
@@ -1259,7 +1311,14 @@ unsafe fn run_task<T: Element, P: Operand>(
                 // SAFETY: the runs lie in the packed tile; a run shorter than the tile's reads on inside of the
                 // scratch, and its sums are not used. The record's columns belong to this task.
                 unsafe {
-                    multiply(plan.level, (length, q), &bases, &phase.stretches, w.ptr(), tile);
+                    multiply(
+                        plan.level,
+                        (length, q),
+                        &bases,
+                        &phase.stretches,
+                        w.ptr(),
+                        tile,
+                    );
                     let begins = count == 0;
                     let runs = &runs[..filled];
                     finish_as!(*epilogue, finish => plan.level.call(FinishTile {
@@ -1286,7 +1345,9 @@ unsafe fn run_task<T: Element, P: Operand>(
                 record.part(0..1).get_mut()[0] = count as f32;
             }
             for c in panels.start * nr..panels.end * nr {
-                let at = |row: usize| record.part(HEAD + row * columns + c..HEAD + row * columns + c + 1);
+                let at = |row: usize| {
+                    record.part(HEAD + row * columns + c..HEAD + row * columns + c + 1)
+                };
                 let sums = [at(0).get()[0], at(1).get()[0], at(2).get()[0]];
                 let closed = finish_as!(*epilogue, finish => finish.close(sums, count));
                 for (row, v) in closed.into_iter().enumerate() {

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use graph::{
-    After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, Program,
+    After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, ParamId, Program,
 };
 use half::bf16;
 
@@ -11,7 +11,7 @@ use super::choose::{CpuCaps, Product, WeightProduct};
 use super::fuse::{
     Affine, Centred, Epilogue, Grad, Join, Mask, Norm, Out, Partials, Raw, Source, Stats, Store,
 };
-use super::memory::{Block, Scratch, Span};
+use super::memory::{ALIGNMENT, Block, Scratch, Span};
 use super::norm::{self, Row, State};
 use super::pool::Pool;
 use super::simd::Element;
@@ -76,6 +76,9 @@ struct Buffers<'a> {
     program: &'a Program,
     arena: &'a Block,
     constants: &'a Block,
+    layout: &'a Layout,
+    params: &'a Block,
+    scratch: Scratch<'a>,
 }
 
 impl<'a> Buffers<'a> {
@@ -171,10 +174,17 @@ impl<'a> Buffers<'a> {
     }
 }
 
+/// The workers' memory, cut for a program.
+fn share<'a>(program: &Program, scratch: &'a Block) -> Scratch<'a> {
+    Scratch {
+        all: scratch.all(),
+        per_worker: program.worker_bytes.next_multiple_of(ALIGNMENT) / size_of::<f32>(),
+    }
+}
+
 fn floor(relu: bool) -> f32 {
     if relu { 0.0 } else { f32::NEG_INFINITY }
 }
-
 
 /// What a close adds.
 fn added(close: &Close) -> Option<BufferId> {
@@ -186,9 +196,9 @@ fn added(close: &Close) -> Option<BufferId> {
 
 impl Cpu {
     pub(crate) fn run(&mut self, compiled: &Compiled, batch: &Batch<'_>, part: &Part) -> Metrics {
-        match (self.options.precision, self.caps.multiplies_bf16()) {
-            (Precision::F32, _) => self.execute::<f32>(compiled, batch, part),
-            (Precision::Bf16, _) => self.execute::<bf16>(compiled, batch, part),
+        match self.options.precision {
+            Precision::F32 => self.execute::<f32>(compiled, batch, part),
+            Precision::Bf16 => self.execute::<bf16>(compiled, batch, part),
         }
     }
 
@@ -199,6 +209,9 @@ impl Cpu {
             program,
             arena: &self.arena,
             constants: &self.folded,
+            layout: &self.layout,
+            params: &self.params,
+            scratch: share(program, &self.scratch),
         };
         for kernel in &program.setup {
             let Kernel::Fold {
@@ -245,7 +258,15 @@ impl Cpu {
             }
             if plain != weights {
                 let product = self.caps.forward_product(&geometry, program.batch);
-                pack_forward(&mut self.pool, &self.caps, &product, &geometry, plain_span, weights, &buffers);
+                pack_forward(
+                    &mut self.pool,
+                    &self.caps,
+                    &product,
+                    &geometry,
+                    plain_span,
+                    weights,
+                    &buffers,
+                );
             }
         }
     }
@@ -300,11 +321,11 @@ impl Cpu {
             program,
             arena,
             constants: folded,
+            layout,
+            params,
+            scratch: share(program, scratch),
         };
-        let scratch = Scratch {
-            all: scratch.all(),
-            per_worker: program.worker_bytes.next_multiple_of(super::ALIGNMENT) / size_of::<f32>(),
-        };
+        let scratch = buffers.scratch;
         let partials = |id: BufferId, channels: usize| Partials {
             all: buffers.get(id),
             columns: caps.columns(channels),
@@ -356,15 +377,25 @@ impl Cpu {
                     After::Statistics { partials: id, .. } => Some(partials(id, channels)),
                     _ => None,
                 };
-                convolve(
-                    pool, caps, scratch, product, source, masters, weights, shared, &buffers, out,
-                    epilogue, sums,
-                );
+                let weights = Weights {
+                    masters: weight,
+                    packed: weights,
+                    shared,
+                };
+                buffers.convolve(pool, caps, product, source, weights, out, epilogue, sums);
                 if let After::Statistics { norm, state, .. } = after {
                     let spec = &graph.norms()[norm.0];
                     let state = buffers.state(state);
                     let sums = sums.expect("just made");
-                    set_statistics(pool, layout, params, spec, &mut running[norm.0], state, sums);
+                    set_statistics(
+                        pool,
+                        layout,
+                        params,
+                        spec,
+                        &mut running[norm.0],
+                        state,
+                        sums,
+                    );
                 }
             }
             Kernel::Sum {
@@ -443,13 +474,18 @@ impl Cpu {
                 close,
                 partials: id,
             } => {
-                let (out, sums) = (buffers.out(dx, plane.c, added(&close)), partials(id, plane.c));
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
                 // SAFETY: see above.
                 let epilogue = unsafe { buffers.epilogue::<T>(close) };
                 let d = buffers.get(d);
                 pixels::avg_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
                 let rows = n * plane.pixels();
-                set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
             }
             Kernel::MaxPoolBackward {
                 window,
@@ -460,13 +496,18 @@ impl Cpu {
                 partials: id,
             } => {
                 let plane = window.input;
-                let (out, sums) = (buffers.out(dx, plane.c, added(&close)), partials(id, plane.c));
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
                 // SAFETY: see above.
                 let epilogue = unsafe { buffers.epilogue::<T>(close) };
                 let (argmax, d) = (buffers.get(argmax), buffers.get(d));
                 pixels::max_pool_backward(pool, level, window, n, argmax, d, out, epilogue, sums);
                 let rows = n * plane.pixels();
-                set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
             }
             Kernel::ConvBackwardInput {
                 geometry,
@@ -484,15 +525,31 @@ impl Cpu {
                 let masters = slot(params, weight);
                 pack_backward(pool, caps, product, &geometry, masters, weights, &buffers);
                 let channels = geometry.input.c;
-                let (out, sums) = (buffers.out::<T>(dx, channels, added(&close)), partials(id, channels));
+                let (out, sums) = (
+                    buffers.out::<T>(dx, channels, added(&close)),
+                    partials(id, channels),
+                );
                 // SAFETY: see above.
                 let (source, epilogue) = unsafe { (buffers.source(d), buffers.epilogue(close)) };
-                convolve(
-                    pool, caps, scratch, product, source, masters, Some(weights), shared, &buffers,
-                    out, epilogue, Some(sums),
+                let weights = Weights {
+                    masters: weight,
+                    packed: Some(weights),
+                    shared,
+                };
+                buffers.convolve(
+                    pool,
+                    caps,
+                    product,
+                    source,
+                    weights,
+                    out,
+                    epilogue,
+                    Some(sums),
                 );
                 let rows = n * geometry.input.pixels();
-                set_gradients(pool, layout, grads, graph, close, &buffers, sums, rows, part);
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
             }
             Kernel::ConvBackwardWeight {
                 geometry: _,
@@ -538,7 +595,15 @@ fn pack_forward(
         }
         Product::Winograd(plan) => {
             let panels = Panels::of(geometry, 2 * caps.level.lanes());
-            wino::transform(pool, caps.level, plan, &panels, masters, buffers.get(weights), false);
+            wino::transform(
+                pool,
+                caps.level,
+                plan,
+                &panels,
+                masters,
+                buffers.get(weights),
+                false,
+            );
         }
     }
 }
@@ -562,40 +627,63 @@ fn pack_backward(
         }
         Product::Winograd(plan) => {
             let panels = Panels::of(geometry, 2 * caps.level.lanes());
-            wino::transform(pool, caps.level, plan, &panels, masters, buffers.get(weights), true);
+            wino::transform(
+                pool,
+                caps.level,
+                plan,
+                &panels,
+                masters,
+                buffers.get(weights),
+                true,
+            );
         }
     }
 }
 
-fn convolve<T: Element>(
-    pool: &mut Pool,
-    caps: &CpuCaps,
-    scratch: Scratch<'_>,
-    product: &Product,
-    source: Source<'_, T>,
-    masters: Span<'_, f32>,
-    weights: Option<BufferId>,
+/// What a product reads besides its source.
+#[derive(Clone, Copy)]
+struct Weights {
+    masters: ParamId,
+    /// In the order in which the product reads them, if that is another.
+    packed: Option<BufferId>,
+    /// Working memory.
     shared: BufferId,
-    buffers: &Buffers<'_>,
-    out: Out<'_, T>,
-    epilogue: Epilogue<'_, T>,
-    partials: Option<Partials<'_>>,
-) {
-    match (product, weights) {
-        (Product::Direct(plan), Some(weights)) if caps.multiplies_bf16() => {
-            let weights = buffers.get::<bf16>(weights);
-            direct::convolve(pool, scratch, plan, source, weights, out, epilogue, partials);
-        }
-        (Product::Direct(plan), weights) => {
-            let weights = weights.map_or(masters, |w| buffers.get(w));
-            direct::convolve(pool, scratch, plan, source, weights, out, epilogue, partials);
-        }
-        (Product::Winograd(plan), weights) => {
-            let u = buffers.get(weights.expect("transformed weights have a buffer"));
-            let (level, shared) = (caps.level, buffers.get(shared));
-            wino::convolve(
-                pool, level, scratch, shared, plan, source, u, out, epilogue, partials,
-            );
+}
+
+impl Buffers<'_> {
+    fn convolve<T: Element>(
+        &self,
+        pool: &mut Pool,
+        caps: &CpuCaps,
+        product: &Product,
+        source: Source<'_, T>,
+        weights: Weights,
+        out: Out<'_, T>,
+        epilogue: Epilogue<'_, T>,
+        partials: Option<Partials<'_>>,
+    ) {
+        let scratch = self.scratch;
+        match (product, weights.packed) {
+            (Product::Direct(plan), Some(weights)) if caps.multiplies_bf16() => {
+                let weights = self.get::<bf16>(weights);
+                direct::convolve(
+                    pool, scratch, plan, source, weights, out, epilogue, partials,
+                );
+            }
+            (Product::Direct(plan), packed) => {
+                let masters = || self.layout.slot(self.params, weights.masters);
+                let weights = packed.map_or_else(masters, |w| self.get(w));
+                direct::convolve(
+                    pool, scratch, plan, source, weights, out, epilogue, partials,
+                );
+            }
+            (Product::Winograd(plan), packed) => {
+                let u = self.get(packed.expect("transformed weights have a buffer"));
+                let (level, shared) = (caps.level, self.get(weights.shared));
+                wino::convolve(
+                    pool, level, scratch, shared, plan, source, u, out, epilogue, partials,
+                );
+            }
         }
     }
 }
@@ -626,11 +714,15 @@ fn set_statistics(
 ) {
     // SAFETY: nobody writes parameters meanwhile.
     let (gamma, beta) = unsafe {
-        let (gamma, beta) = (layout.slot(params, norm.weight), layout.slot(params, norm.bias));
+        let (gamma, beta) = (
+            layout.slot(params, norm.weight),
+            layout.slot(params, norm.bias),
+        );
         (gamma.get(), beta.get())
     };
-    let results: Vec<std::sync::OnceLock<(f64, f64)>> =
-        (0..norm.channels).map(|_| std::sync::OnceLock::new()).collect();
+    let results: Vec<std::sync::OnceLock<(f64, f64)>> = (0..norm.channels)
+        .map(|_| std::sync::OnceLock::new())
+        .collect();
     norm::statistics(pool, partials, norm.channels, |c, mean, var, count| {
         // SAFETY: each channel is done once, by one task.
         unsafe { state.set_statistics(c, mean, var, gamma[c], beta[c]) };

@@ -49,7 +49,9 @@ impl Block {
     /// would touch aligned memory to zero it.
     #[cfg(target_os = "linux")]
     fn map(bytes: usize) -> Result<Self, Error> {
-        let length = bytes.checked_add(HUGE).ok_or(Error::OutOfMemory { bytes })?;
+        let length = bytes
+            .checked_add(HUGE)
+            .ok_or(Error::OutOfMemory { bytes })?;
         // SAFETY: a new private mapping of no file; its pages are zero. Inside, the first address that is a multiple
         // of a huge page leaves `bytes` behind it. The advice is a hint.
         unsafe {

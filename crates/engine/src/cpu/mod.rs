@@ -16,6 +16,7 @@ mod execute;
 mod fuse;
 mod memory;
 mod norm;
+mod peak;
 mod pixels;
 mod pool;
 mod simd;
@@ -27,6 +28,8 @@ mod wgrad;
 mod wino;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -37,6 +40,7 @@ use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
 use choose::CpuCaps;
 use execute::{Compiled, Part};
 use memory::{ALIGNMENT, Block, Span};
+pub use peak::peak;
 use pool::Pool;
 pub use simd::Level;
 use weights::Panels;
@@ -49,6 +53,31 @@ pub enum Precision {
     /// 8 bits of mantissa and f32's range, in half the memory. Where the CPU has dot products of bf16, convolutions
     /// multiply in bf16 too; sums are f32.
     Bf16,
+}
+
+impl Precision {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Self::ALL
+            .into_iter()
+            .find(|p| p.to_string() == name)
+            .ok_or(())
+    }
 }
 
 /// How an engine runs.
@@ -121,12 +150,7 @@ impl Memory {
 
     /// The sum.
     pub fn total(&self) -> usize {
-        self.parameters
-            + self.gradients
-            + self.optimizer
-            + self.arena
-            + self.folded
-            + self.scratch
+        self.parameters + self.gradients + self.optimizer + self.arena + self.folded + self.scratch
     }
 }
 
@@ -293,7 +317,12 @@ impl Cpu {
 
     /// What was measured since, slowest first; measuring ends.
     pub fn take_profile(&mut self) -> Vec<KernelTime> {
-        let mut all: Vec<_> = self.profile.take().unwrap_or_default().into_values().collect();
+        let mut all: Vec<_> = self
+            .profile
+            .take()
+            .unwrap_or_default()
+            .into_values()
+            .collect();
         all.sort_by_key(|k| std::cmp::Reverse(k.time));
         all
     }
@@ -396,12 +425,11 @@ fn from_panels(values: &[f32], panels: &Panels) -> Vec<f32> {
 
 impl Engine for Cpu {
     fn describe(&self) -> String {
-        let precision = match self.options.precision {
-            Precision::F32 => "f32",
-            Precision::Bf16 => "bf16",
-        };
+        let Options {
+            precision, level, ..
+        } = self.options;
         let threads = self.pool.threads();
-        format!("cpu: {precision}, {}, {threads} threads", self.options.level)
+        format!("cpu: {precision}, {level}, {threads} threads")
     }
 
     fn load(&mut self, state: &State) -> Result<(), Error> {

@@ -57,7 +57,14 @@ impl<'a> State<'a> {
     ///
     /// # Safety
     /// Nobody else uses channel `c` meanwhile.
-    pub(crate) unsafe fn set_statistics(self, c: usize, mean: f64, var: f64, gamma: f32, beta: f32) {
+    pub(crate) unsafe fn set_statistics(
+        self,
+        c: usize,
+        mean: f64,
+        var: f64,
+        gamma: f32,
+        beta: f32,
+    ) {
         let inv_std = 1.0 / (var + f64::from(NORM_EPSILON)).sqrt();
         let scale = f64::from(gamma) * inv_std;
         // SAFETY: the caller's word.

@@ -232,7 +232,10 @@ fn visit_all<T: Element>(
     epilogue: Epilogue<'_, T>,
     partials: Partials<'_>,
 ) {
-    assert!(out.y.len() >= images * plane.elements(), "the gradient holds its plane");
+    assert!(
+        out.y.len() >= images * plane.elements(),
+        "the gradient holds its plane"
+    );
     pool.run(visits(plane, images), |_, task| {
         let (image, rows) = visit(plane, task);
         let (record, columns) = (partials.record(task), partials.columns);
@@ -329,7 +332,9 @@ impl<T: Element> Gradient for Won<'_, T> {
         // Windows o with o s - pad <= h < o s - pad + K.
         let covering = |at: usize, count: usize| {
             let last = (at + pad_before) / stride;
-            let first = (at + pad_before + 1).saturating_sub(kernel).div_ceil(stride);
+            let first = (at + pad_before + 1)
+                .saturating_sub(kernel)
+                .div_ceil(stride);
             first..(last + 1).min(count)
         };
         // SAFETY: the caller's word.
@@ -345,8 +350,15 @@ impl<T: Element> Gradient for Won<'_, T> {
                         (won, T::load::<I>(self.d.ptr().add(at)))
                     } else {
                         let mut all = [0u8; 16];
-                        std::ptr::copy_nonoverlapping(self.argmax.ptr().add(at), all.as_mut_ptr(), n);
-                        (I::load_u8(all.as_ptr()), T::load_part::<I>(self.d.ptr().add(at), n))
+                        std::ptr::copy_nonoverlapping(
+                            self.argmax.ptr().add(at),
+                            all.as_mut_ptr(),
+                            n,
+                        );
+                        (
+                            I::load_u8(all.as_ptr()),
+                            T::load_part::<I>(self.d.ptr().add(at), n),
+                        )
                     };
                     sum = I::add(sum, I::select(I::eq(won, tap), d, I::zero()));
                 }
@@ -369,9 +381,21 @@ pub(crate) fn max_pool_backward<T: Element>(
     partials: Partials<'_>,
 ) {
     let len = images * window.output.elements();
-    assert!(argmax.len() >= len && d.len() >= len, "the tensors hold their planes");
+    assert!(
+        argmax.len() >= len && d.len() >= len,
+        "the tensors hold their planes"
+    );
     let won = Won { window, argmax, d };
-    visit_all(pool, level, window.input, images, won, out, epilogue, partials);
+    visit_all(
+        pool,
+        level,
+        window.input,
+        images,
+        won,
+        out,
+        epilogue,
+        partials,
+    );
 }
 
 /// y = mean over the plane.

@@ -225,7 +225,8 @@ impl<S: Read> Job for PackX<'_, S> {
                     let pixel = if g.stride == 1 {
                         result
                     } else {
-                        let (image, rest) = (result / g.output.pixels(), result % g.output.pixels());
+                        let (image, rest) =
+                            (result / g.output.pixels(), result % g.output.pixels());
                         let (y, x) = (rest / g.output.w * g.stride, rest % g.output.w * g.stride);
                         (image * h + y) * w + x
                     };
@@ -410,7 +411,13 @@ unsafe fn accumulate(level: Level, over: Stretch, dw: *mut f32, rows: usize) {
         } else {
             // Sixteen registers hold half a tile.
             level.call(Accumulate::<4> { over, dw });
-            let (over, dw) = (Stretch { x: over.x.add(4), ..over }, dw.add(4 * 2 * level.lanes()));
+            let (over, dw) = (
+                Stretch {
+                    x: over.x.add(4),
+                    ..over
+                },
+                dw.add(4 * 2 * level.lanes()),
+            );
             level.call(Accumulate::<4> { over, dw });
         }
     }
@@ -623,7 +630,9 @@ fn add_up(
                 dw.fill(0.0);
             }
             for slice in 0..slices {
-                let from = shared.part(slice * len + part.start..slice * len + part.end).get();
+                let from = shared
+                    .part(slice * len + part.start..slice * len + part.end)
+                    .get();
                 dw.iter_mut().zip(from).for_each(|(dw, v)| *dw += v);
             }
         }
@@ -644,7 +653,10 @@ fn by_groups<T: Element>(
     let (x_image, d_image) = (plan.x_image_len(), g.output.pixels() * panels.nr);
     let x_panel = images * x_image;
     let d_panel = images * d_image;
-    let (packed_x, rest) = (shared.part(0..plan.x_panels() * x_panel), plan.x_panels() * x_panel);
+    let (packed_x, rest) = (
+        shared.part(0..plan.x_panels() * x_panel),
+        plan.x_panels() * x_panel,
+    );
     let packed_d = shared.part(rest..rest + panels.count() * d_panel);
     // A task's part of dw: the more, the less often operands are read; but enough tasks to share.
     let (mut per_task, mut wide) = (CHUNK / ROWS, 1);
@@ -710,7 +722,15 @@ fn by_groups<T: Element>(
                     let (x, d) = (packed_x.ptr(), packed_d.ptr());
                     for output in outputs.clone() {
                         let d = d.add(output * d_panel);
-                        plan.pixels(x, d, (images, count), x_panel, inputs.clone(), output, dw.ptr());
+                        plan.pixels(
+                            x,
+                            d,
+                            (images, count),
+                            x_panel,
+                            inputs.clone(),
+                            output,
+                            dw.ptr(),
+                        );
                     }
                     return;
                 }
@@ -735,7 +755,9 @@ fn by_groups<T: Element>(
                         for output in outputs.clone() {
                             let over = Stretch {
                                 x: packed_x.ptr().add(block * x_image + x_at),
-                                d: packed_d.ptr().add(output * d_panel + block * d_image + d_at),
+                                d: packed_d
+                                    .ptr()
+                                    .add(output * d_panel + block * d_image + d_at),
                                 width,
                                 rows,
                                 images,

@@ -130,5 +130,8 @@ fn oracle_equals_dfdx() {
 
 #[test]
 fn cpu_equals_dfdx() {
-    check(|g, s| Box::new(Cpu::new(g, &Options::new(N, 2), s).unwrap()), 1e-5);
+    check(
+        |g, s| Box::new(Cpu::new(g, &Options::new(N, 2), s).unwrap()),
+        1e-5,
+    );
 }

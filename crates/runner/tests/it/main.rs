@@ -6,6 +6,7 @@
     reason = "a test may panic and write specs"
 )]
 
+mod bench;
 mod messages;
 mod resume;
 
@@ -416,9 +417,18 @@ fn doctor_knows_the_machine() {
     let report = json(&check(&["doctor", "--json"], 0).0);
     assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
     assert!(report["cores"].as_u64().unwrap() >= 1);
+    let level = report["level"].as_str().unwrap();
+    assert!(
+        ["portable", "avx2", "avx512", "avx512_bf16"].contains(&level),
+        "{level}"
+    );
     let (text, _) = check(&["doctor"], 0);
+    assert!(
+        text.contains(&format!("\nengine       cpu at level {level}\n")),
+        "{text}"
+    );
     for name in [
-        "runner", "system", "cpu", "vector", "memory", "gpu", "git", "mlflow",
+        "runner", "system", "cpu", "vector", "engine", "memory", "gpu", "git", "mlflow",
     ] {
         assert!(
             text.lines().any(|line| line.starts_with(name)),

@@ -9,7 +9,8 @@ use std::path::Path;
 
 use layers::load;
 use spec::{
-    Crop, Decay, Device, Instructions, Length, Mlflow, Mode, OptimizerKind, Precision, Recipe, Resize, Run,
+    Crop, Decay, Device, Instructions, Length, Mlflow, Mode, OptimizerKind, Precision, Recipe,
+    Resize, Run,
 };
 use spec::{ScheduleKind, Source, parse};
 

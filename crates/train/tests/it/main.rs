@@ -52,7 +52,8 @@ fn run(dir: &Path, steps: u64, wrap: &dyn Fn(Cpu) -> Box<dyn Engine>) -> Ended {
         metrics_bytes: at.metrics_bytes,
     });
     let mut trackers = Trackers::open(dir, resume, &Config::default(), Terminal::Quiet);
-    let mut engine = wrap(Cpu::new(&graph, &Options::new(4, 1), &initial_state(&graph, 0)).unwrap());
+    let mut engine =
+        wrap(Cpu::new(&graph, &Options::new(4, 1), &initial_state(&graph, 0)).unwrap());
     let mut at = Progress::default();
     if let Some((progress, state)) = start {
         at = progress;
