@@ -1721,6 +1721,43 @@ fn pools_and_their_gradients() {
     }
 }
 
+/// As in PyTorch: a window with NaN has no other maximum, wherever it is.
+#[test]
+fn a_nan_is_the_maximum_of_its_windows() {
+    let pool = &mut Pool::new(1);
+    let (input, output) = (Plane { h: 5, w: 4, c: 20 }, Plane { h: 3, w: 2, c: 20 });
+    let window = Window {
+        input,
+        output,
+        kernel: 3,
+        stride: 2,
+        pad_before: 1,
+    };
+    let r = &mut Random::new(6);
+    for nan in 0..input.pixels() {
+        let mut x = Values::Real.many(r, input.elements(), 4);
+        x[nan * input.c..(nan + 1) * input.c].fill(f64::NAN);
+        let x = Guarded::<f32>::of(&x);
+        for level in levels() {
+            let y = Guarded::<f32>::unset(output.elements());
+            let source = Source::Raw(Raw(x.span()));
+            pixels::max_pool(pool, level, window, 1, source, y.span(), None);
+            for (pixel, values) in y.get().chunks_exact(output.c).enumerate() {
+                // Rows 2 y - 1 to 2 y + 1.
+                let near = |result: usize, at: usize| (2 * result).abs_diff(at) <= 1;
+                let (oy, ox) = (pixel / output.w, pixel % output.w);
+                let sees = near(oy, nan / input.w) && near(ox, nan % input.w);
+                let all = values.iter().all(|v| v.is_nan() == sees);
+                assert!(
+                    all,
+                    "{level}: NaN at {nan}, result {pixel} is {}",
+                    values[0]
+                );
+            }
+        }
+    }
+}
+
 fn check_mean<T: Element>(pool: &mut Pool, seed: u64) {
     let r = &mut Random::new(seed);
     let side = (1 + r.below(9), 1 + r.below(9));
