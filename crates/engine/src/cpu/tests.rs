@@ -1721,6 +1721,43 @@ fn pools_and_their_gradients() {
     }
 }
 
+/// As in PyTorch: a window with NaN has no other maximum, wherever it is.
+#[test]
+fn a_nan_is_the_maximum_of_its_windows() {
+    let pool = &mut Pool::new(1);
+    let (input, output) = (Plane { h: 5, w: 4, c: 20 }, Plane { h: 3, w: 2, c: 20 });
+    let window = Window {
+        input,
+        output,
+        kernel: 3,
+        stride: 2,
+        pad_before: 1,
+    };
+    let r = &mut Random::new(6);
+    for nan in 0..input.pixels() {
+        let mut x = Values::Real.many(r, input.elements(), 4);
+        x[nan * input.c..(nan + 1) * input.c].fill(f64::NAN);
+        let x = Guarded::<f32>::of(&x);
+        for level in levels() {
+            let y = Guarded::<f32>::unset(output.elements());
+            let source = Source::Raw(Raw(x.span()));
+            pixels::max_pool(pool, level, window, 1, source, y.span(), None);
+            for (pixel, values) in y.get().chunks_exact(output.c).enumerate() {
+                // Rows 2 y - 1 to 2 y + 1.
+                let near = |result: usize, at: usize| (2 * result).abs_diff(at) <= 1;
+                let (oy, ox) = (pixel / output.w, pixel % output.w);
+                let sees = near(oy, nan / input.w) && near(ox, nan % input.w);
+                let all = values.iter().all(|v| v.is_nan() == sees);
+                assert!(
+                    all,
+                    "{level}: NaN at {nan}, result {pixel} is {}",
+                    values[0]
+                );
+            }
+        }
+    }
+}
+
 fn check_mean<T: Element>(pool: &mut Pool, seed: u64) {
     let r = &mut Random::new(seed);
     let side = (1 + r.below(9), 1 + r.below(9));
@@ -2148,14 +2185,13 @@ enum Op {
     Eq,
     NotLe0,
     Select,
-    Pair,
     Dot2,
     Zero,
     Splat,
     ToArray,
 }
 
-const OPS: [Op; 15] = [
+const OPS: [Op; 14] = [
     Op::Add,
     Op::Sub,
     Op::Mul,
@@ -2166,7 +2202,6 @@ const OPS: [Op; 15] = [
     Op::Eq,
     Op::NotLe0,
     Op::Select,
-    Op::Pair,
     Op::Dot2,
     Op::Zero,
     Op::Splat,
@@ -2201,8 +2236,7 @@ impl Job for Apply<'_> {
                     Op::Eq => I::select(I::eq(a, b), one, zero),
                     Op::NotLe0 => I::select(I::not_le0(a), one, zero),
                     Op::Select => I::select(I::gt(a, zero), b, c),
-                    Op::Pair => I::pair(a, b),
-                    Op::Dot2 => I::dot2(c, I::pair(a, b), I::pair(b, a)),
+                    Op::Dot2 => I::dot2(c, a, b),
                     Op::Zero => I::zero(),
                     Op::Splat => I::splat(self.a[0]),
                     Op::ToArray => I::load(I::to_array(a).as_ptr()),
@@ -2213,10 +2247,10 @@ impl Job for Apply<'_> {
     }
 }
 
-/// What an operation makes of a lane: bits, or a sum of products and how far from it another may be.
+/// What an operation makes of a lane: bits, or a sum of two products and a number.
 enum Lane {
     Bits(u32),
-    Sum { products: f64, c: f64, error: f64 },
+    Sum([f64; 3]),
 }
 
 impl Lane {
@@ -2224,50 +2258,51 @@ impl Lane {
         match *self {
             Self::Bits(bits) => {
                 // What is computed may be any NaN, what is moved is the same.
-                let is_moved = matches!(
-                    op,
-                    Op::Select | Op::Max | Op::Pair | Op::Splat | Op::ToArray
-                );
+                let is_moved = matches!(op, Op::Select | Op::Max | Op::Splat | Op::ToArray);
                 let is_nan = found.is_nan() && f32::from_bits(bits).is_nan();
                 found.to_bits() == bits || is_nan && !is_moved
             }
-            Self::Sum { products, c, error } => {
-                let (sum, found) = (products + c, f64::from(found));
+            Self::Sum(terms) => {
+                let [p, q, c] = terms;
+                let (sum, found) = (p + q + c, f64::from(found));
+                // Where f32 overflows on the way, the order of the roundings decides.
                 let overflows = |v: f64| v.is_finite() && v.abs() > f64::from(f32::MAX) * 0.99;
-                // Where f32 overflows on the way the order of roundings decides.
-                let is_open = overflows(products) || overflows(sum);
-                is_open
-                    || found == sum
-                    || found.is_nan() && sum.is_nan()
-                    || (found - sum).abs() <= error
+                if [p, q, p + q, p + c, q + c, sum].into_iter().any(overflows) {
+                    return true;
+                }
+                // Each product is rounded or not, and each sum; the dot products of bf16 flush what is subnormal.
+                let size: f64 = terms.iter().map(|v| v.abs()).sum();
+                let error = 2.0 * EPS * size + 4.0 * f64::from(f32::MIN_POSITIVE);
+                found == sum || found.is_nan() && sum.is_nan() || (found - sum).abs() <= error
             }
         }
     }
 }
 
-fn lane(op: Op, first: f32, [a, b, c]: [f32; 3]) -> Lane {
+fn lane(level: Level, op: Op, first: f32, [a, b, c]: [f32; 3]) -> Lane {
     let truth = |v: bool| Lane::Bits(if v { 1.0f32 } else { 0.0 }.to_bits());
-    // A rounding of each product, or none, and of each sum; the dot products of bf16 take subnormals for zero.
-    let sum = |products: f64| {
-        let (c, least) = (f64::from(c), f64::from(f32::MIN_POSITIVE));
-        let error = 2.0 * EPS * (products.abs() + c.abs()) + 4.0 * least;
-        Lane::Sum { products, c, error }
+    let [wide_a, wide_b, wide_c] = [a, b, c].map(f64::from);
+    let half = |bits: u32| {
+        let v = f32::from_bits(bits << 16);
+        let is_flushed = level == Level::Avx512Bf16 && v.is_subnormal();
+        if is_flushed { 0.0 } else { f64::from(v) }
     };
-    let [wide_a, wide_b] = [a, b].map(f64::from);
-    let wide = |v: f32| f64::from(f32::from_bits(u32::from(nearest_bf16(v)) << 16));
+    let halves = |v: f32| [half(v.to_bits()), half(v.to_bits() >> 16)];
     match op {
         Op::Add => Lane::Bits((a + b).to_bits()),
         Op::Sub => Lane::Bits((a - b).to_bits()),
         Op::Mul => Lane::Bits((a * b).to_bits()),
-        Op::Fma => sum(wide_a * wide_b),
-        Op::Fnma => sum(-wide_a * wide_b),
+        Op::Fma => Lane::Sum([wide_a * wide_b, 0.0, wide_c]),
+        Op::Fnma => Lane::Sum([-wide_a * wide_b, 0.0, wide_c]),
         Op::Max => Lane::Bits(if a > b { a } else { b }.to_bits()),
         Op::Gt => truth(a > b),
         Op::Eq => truth(a == b),
         Op::NotLe0 => truth(a.is_nan() || a > 0.0),
         Op::Select => Lane::Bits(if a > 0.0 { b } else { c }.to_bits()),
-        Op::Pair => Lane::Bits(u32::from(nearest_bf16(a)) | u32::from(nearest_bf16(b)) << 16),
-        Op::Dot2 => sum(2.0 * wide(a) * wide(b)),
+        Op::Dot2 => {
+            let ([a0, a1], [b0, b1]) = (halves(a), halves(b));
+            Lane::Sum([a0 * b0, a1 * b1, wide_c])
+        }
         Op::Zero => Lane::Bits(0),
         Op::Splat => Lane::Bits(first.to_bits()),
         Op::ToArray => Lane::Bits(a.to_bits()),
@@ -2294,7 +2329,7 @@ fn every_instruction_is_that_of_every_other_level() {
                 // SAFETY: the level is available.
                 unsafe { level.call(job) };
                 for i in 0..a.len() {
-                    let is_same = lane(op, a[0], [a[i], b[i], c[i]]).holds(op, to[i]);
+                    let is_same = lane(level, op, a[0], [a[i], b[i], c[i]]).holds(op, to[i]);
                     assert!(
                         is_same,
                         "{level}: {op:?} of {:e}, {:e}, {:e} is {:e}",
