@@ -50,6 +50,11 @@
 //! ranges of tiles, channels and panels are the plan's own. Nobody writes what they read meanwhile, and tasks write
 //! disjoint memory: that is what `SAFETY` comments here mean by the contract.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "indices of constant bounds unroll, and the arrays stay in registers"
+)]
+
 use std::ops::Range;
 
 use super::fuse::{Epilogue, Finish, Out, Partials, Read, SUMS, Source, finish_as, read_as};
@@ -684,7 +689,8 @@ impl<T: Element, F: Finish> Job for Emit<'_, T, F> {
         for panel in self.panels.clone() {
             let c = panel * I::NR;
             let left = self.plan.outputs - c;
-            let mut sums = [[I::zero(); SUMS]; 2];
+            // SAFETY: the contract.
+            let mut sums = unsafe { [[I::zero(); SUMS]; 2] };
             let mut count = 0;
             let mut tile = self.plan.tile(self.tiles.start);
             for t in 0..self.tiles.len() {
