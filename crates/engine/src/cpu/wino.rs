@@ -2064,10 +2064,6 @@ mod tests {
         check_fusions::<bf16>();
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the function's own, with threads"
-    )]
     fn weight_gradient_of<T: Element>(
         level: Level,
         plan: &Plan,
