@@ -32,6 +32,15 @@ impl Pixels {
         }
     }
 
+    /// Size of a whole batch.
+    pub(crate) fn bytes(config: &Config) -> usize {
+        let value = match Self::new(config, 0) {
+            Self::U8(_) => size_of::<u8>(),
+            Self::F32(_) => size_of::<f32>(),
+        };
+        config.batch_size * 3 * config.resolution.pow(2) * value
+    }
+
     /// The images from the `first` on, of `len` values each.
     pub(crate) fn slots(&mut self, len: usize, first: usize) -> Vec<Slot<'_>> {
         match self {

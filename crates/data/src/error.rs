@@ -19,6 +19,11 @@ pub enum Error {
     Cursor(String),
     /// The operating system gives no more threads.
     Threads(String),
+    /// The operating system gives no memory for a batch.
+    Memory {
+        /// Size of the batch.
+        bytes: usize,
+    },
 }
 
 /// A record that cannot be used.
@@ -70,28 +75,49 @@ impl fmt::Display for Error {
             Self::Config(what) => f.write_str(what),
             Self::Store(error) => error.fmt(f),
             Self::Record(record) => {
-                write!(f, "{record}\nhint: ")?;
-                if matches!(record.reason, Reason::Label { .. }) {
-                    f.write_str("check model.classes and data.label_offset, or ")?;
-                }
-                f.write_str("let such records pass with a larger data.max_bad_records")
-            }
-            Self::NoRecords { shards } => match &shards[..] {
-                [] => f.write_str("the dataset holds no examples"),
-                [only] => write!(f, "{}: the shard holds no records", only.display()),
-                [first, rest @ ..] => write!(
+                let mend = match record.reason {
+                    Reason::Checksum => "the shard is damaged: copy or convert it again",
+                    Reason::Example(_) => {
+                        "every record needs a JPEG in image/encoded and a whole number in image/class/label"
+                    }
+                    Reason::Label { .. } => "check model.classes and data.label_offset",
+                    Reason::Jpeg(_) => "only whole JPEG files can be read",
+                };
+                write!(
                     f,
-                    "{} and {} more: the shards hold no records",
-                    first.display(),
-                    rest.len()
-                ),
-            },
+                    "{record}\nhint: {mend}; or let such records pass with a larger data.max_bad_records"
+                )
+            }
+            Self::NoRecords { shards } => {
+                match &shards[..] {
+                    [] => return f.write_str("the dataset holds no examples"),
+                    [only] => write!(f, "{}: the shard holds no records", only.display())?,
+                    [first, rest @ ..] => write!(
+                        f,
+                        "{} and {} more: the shards hold no records",
+                        first.display(),
+                        rest.len()
+                    )?,
+                }
+                f.write_str("\nhint: copy or convert again, or name other shards in data.train or data.eval")
+            }
             Self::Cursor(what) => write!(
                 f,
                 "the saved position does not fit the data: {what}\n\
                  hint: the shards, data.lanes or data.shuffle_window have changed; start another run"
             ),
-            Self::Threads(what) => write!(f, "cannot start threads: {what}"),
+            Self::Threads(what) => {
+                write!(
+                    f,
+                    "cannot start threads: {what}\nhint: train.threads says how many decode"
+                )
+            }
+            Self::Memory { bytes } => write!(
+                f,
+                "no memory for a batch of {} MiB\n\
+                 hint: a smaller train.batch_size or model.resolution needs less; runner plan says how much",
+                bytes >> 20
+            ),
         }
     }
 }
@@ -126,7 +152,8 @@ impl fmt::Display for Reason {
                 classes,
             } => write!(
                 f,
-                "the stored label {stored} less the offset {offset} is not in 0..{classes}"
+                "the stored label {stored} less the offset {offset} is no class from 0 to {}",
+                classes - 1
             ),
             Self::Jpeg(what) => write!(f, "the image cannot be decoded: {what}"),
         }

@@ -90,10 +90,16 @@ fn check(config: &Config) -> Result<(), Error> {
             "the crop's aspect must be a range of positive numbers, at most 10^6",
         ));
     }
-    match rules.into_iter().find(|(holds, _)| !holds) {
-        Some((_, what)) => Err(Error::Config(what)),
-        None => Ok(()),
+    if let Some((_, what)) = rules.into_iter().find(|(holds, _)| !holds) {
+        return Err(Error::Config(what));
     }
+    // Memory that is refused to a batch would end the process; asked for once and given back, it is an error.
+    let bytes = Pixels::bytes(config);
+    let mut room: Vec<u8> = Vec::new();
+    room.try_reserve_exact(bytes)
+        .map_err(|_| Error::Memory { bytes })?;
+    std::hint::black_box(&mut room); // or the compiler leaves the request out
+    Ok(())
 }
 
 fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {

@@ -9,7 +9,8 @@ mod program;
 mod summary;
 
 pub use program::{
-    Buffer, BufferId, Caps, Geometry, Grad, Kernel, Mode, Program, Statistics, Tiling, WEIGHT_CHUNK,
+    After, Buffer, BufferId, Caps, Close, Geometry, Kernel, Mode, Needs, Normed, Operand, Program,
+    STATE_ROWS, Window,
 };
 pub use summary::{Counts, Row};
 

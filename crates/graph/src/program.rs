@@ -1,14 +1,44 @@
 //! From a graph to a program: fused kernels in order, and a place in one arena for every buffer.
+//!
+//! Three kinds of values exist at run time. What a convolution, a pool or a sum produces is *stored*. A normalisation
+//! (with its ReLU) that only a convolution, a pool or a sum reads is *lazy*: it is applied by whoever reads it, from
+//! the stored convolution and two numbers per channel. In inference it is *folded* into the convolution before it.
+//!
+//! The backward pass visits the operations in reverse. What reads a value hands it a gradient; the last to do so
+//! *closes* the value: it adds what the others handed in, zeroes what a ReLU had off, and gathers the two sums per
+//! channel that the normalisations before it need (see [`Close`]). So neither pass has a pass of its own for
+//! normalisation, ReLU or sum, but for the sum at the end of a residual block.
 
 use crate::{Graph, NormId, Op, ParamId, Plane, ValueId};
 
-/// What an engine can do and wants; it decides tiling and therefore the summation order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Caps {
+/// What an engine can do and wants. Everything is a function of shapes, never of the number of threads.
+pub trait Caps {
     /// Alignment of buffers in the arena, bytes.
-    pub alignment: usize,
-    /// What one worker may use to gather its part of a convolution's input, bytes.
-    pub tile_bytes: usize,
+    fn alignment(&self) -> usize;
+    /// Bytes of a stored value of an activation or its gradient. Small tensors (statistics, pooled features, logits)
+    /// are f32.
+    fn element(&self) -> usize;
+    /// For y = x * w.
+    fn forward(&self, geometry: &Geometry, batch: usize) -> Needs;
+    /// For the gradient of x.
+    fn backward_input(&self, geometry: &Geometry, batch: usize) -> Needs;
+    /// For the gradient of w.
+    fn backward_weight(&self, geometry: &Geometry, batch: usize) -> Needs;
+    /// For a kernel that visits the pixels of a plane and closes a value.
+    fn visit(&self, plane: Plane, batch: usize) -> Needs;
+}
+
+/// Memory of a kernel besides its tensors, bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Needs {
+    /// Sums that its tasks leave behind.
+    pub partials: usize,
+    /// Weights in the order in which it reads them; 0 if that is the order of the parameters themselves.
+    pub weights: usize,
+    /// Working memory that its tasks share.
+    pub shared: usize,
+    /// Memory of each worker.
+    pub worker: usize,
 }
 
 /// Training keeps what the backward pass reads; inference normalises with running statistics.
@@ -24,7 +54,7 @@ pub enum Mode {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BufferId(pub usize);
 
-/// A piece of the arena.
+/// A piece of the arena, or of the constants.
 #[derive(Clone, Debug)]
 pub struct Buffer {
     /// Where it starts, bytes.
@@ -35,47 +65,8 @@ pub struct Buffer {
     pub first: usize,
     /// Last kernel that touches it.
     pub last: usize,
-}
-
-/// How a matrix of `rows` x `cols` results is cut into tasks. It depends on shapes only, never on the number of
-/// threads, so sums have one order.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tiling {
-    /// Rows of the whole.
-    pub rows: usize,
-    /// Columns of the whole.
-    pub cols: usize,
-    /// Rows of one task (the last may have fewer).
-    pub tile_rows: usize,
-    /// Columns of one task (the last may have fewer).
-    pub tile_cols: usize,
-}
-
-impl Tiling {
-    /// Tasks along the rows.
-    pub fn row_tasks(&self) -> usize {
-        self.rows.div_ceil(self.tile_rows)
-    }
-
-    /// Tasks along the columns.
-    pub fn col_tasks(&self) -> usize {
-        self.cols.div_ceil(self.tile_cols)
-    }
-
-    /// All tasks.
-    pub fn tasks(&self) -> usize {
-        self.row_tasks() * self.col_tasks()
-    }
-
-    /// Rows and columns of task `index`.
-    pub fn task(&self, index: usize) -> (std::ops::Range<usize>, std::ops::Range<usize>) {
-        let (r, c) = (index / self.col_tasks(), index % self.col_tasks());
-        let (r, c) = (r * self.tile_rows, c * self.tile_cols);
-        (
-            r..(r + self.tile_rows).min(self.rows),
-            c..(c + self.tile_cols).min(self.cols),
-        )
-    }
+    /// Lies in memory that is filled before the program runs and kept as long as the parameters are.
+    pub constant: bool,
 }
 
 /// Sizes of a convolution, one image.
@@ -106,76 +97,204 @@ impl Geometry {
     pub fn is_matmul(&self) -> bool {
         self.kernel == 1 && self.stride == 1
     }
+
+    /// Multiply-adds of one image.
+    pub fn macs(&self) -> usize {
+        self.depth() * self.output.elements()
+    }
 }
 
-/// Batch statistics gathered in the epilogue of a convolution.
+/// Rows of `channels` f32 in the state of a normalisation: mean, 1 / sqrt(var + eps), scale, shift, and the constants
+/// a, b and c of its gradient, a g + b (z - mean) + c.
+pub const STATE_ROWS: usize = 7;
+
+/// A tensor as a kernel reads it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Statistics {
-    /// Whose statistics.
+pub enum Operand {
+    /// As it is stored.
+    Stored(BufferId),
+    /// A lazy normalisation, with a ReLU perhaps.
+    Normed {
+        /// What is normalised.
+        z: BufferId,
+        /// Scale and shift.
+        state: BufferId,
+        /// max(0, ..).
+        relu: bool,
+    },
+    /// The gradient of what a normalisation reads.
+    Gradient {
+        /// Gradient of what it produces.
+        g: BufferId,
+        /// What it reads.
+        z: BufferId,
+        /// Mean, a, b and c.
+        state: BufferId,
+    },
+}
+
+impl Operand {
+    fn buffers(&self) -> Vec<BufferId> {
+        match *self {
+            Self::Stored(x) => vec![x],
+            Self::Normed { z, state, .. } => vec![z, state],
+            Self::Gradient { g, z, state } => vec![g, z, state],
+        }
+    }
+}
+
+/// A normalisation whose sums a closing kernel gathers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Normed {
+    /// Which one.
     pub norm: NormId,
-    /// Per row task: mean and sum of squared deviations of each channel.
-    pub partials: BufferId,
-    /// Four rows of `channels`: mean, 1 / sqrt(var + eps), scale, shift.
+    /// What it reads.
+    pub z: BufferId,
+    /// Its state: mean is read, a, b and c are set.
     pub state: BufferId,
 }
 
-/// Where a gradient goes.
+/// What becomes of the gradient of a value as a kernel stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Grad {
-    /// The buffer.
-    pub buffer: BufferId,
-    /// Add to what is there instead of replacing it.
-    pub accumulate: bool,
+pub enum Close {
+    /// Others have still to add to it.
+    Open {
+        /// What was handed in before.
+        add: Option<BufferId>,
+    },
+    /// The value is lazy: the gradient of the sum under the ReLU, with the sums of its normalisation.
+    Lazy {
+        /// The normalisation.
+        normed: Normed,
+        /// Whether there is a ReLU.
+        relu: bool,
+    },
+    /// The value is stored: likewise, with the sums of every normalisation that it is the sum of.
+    Stored {
+        /// What was handed in before.
+        add: Option<BufferId>,
+        /// The value, if there is a ReLU.
+        y: Option<BufferId>,
+        /// The normalisations.
+        normed: [Option<Normed>; 2],
+    },
 }
 
-/// One fused kernel. `x` is read, `y` is written, `d` is a gradient.
+impl Close {
+    /// The normalisations whose sums are gathered.
+    pub fn normed(&self) -> impl Iterator<Item = Normed> {
+        let both = match *self {
+            Self::Open { .. } => [None, None],
+            Self::Lazy { normed, .. } => [Some(normed), None],
+            Self::Stored { normed, .. } => normed,
+        };
+        both.into_iter().flatten()
+    }
+
+    fn buffers(&self) -> Vec<BufferId> {
+        let mut out: Vec<_> = self.normed().flat_map(|n| [n.z, n.state]).collect();
+        match *self {
+            Self::Open { add } => out.extend(add),
+            Self::Lazy { .. } => {}
+            Self::Stored { add, y, .. } => out.extend(add.into_iter().chain(y)),
+        }
+        out
+    }
+}
+
+/// What a convolution does with its results.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum After {
+    /// Stores them.
+    Nothing,
+    /// Stores them and sets mean, 1 / std, scale and shift of a normalisation (training).
+    Statistics {
+        /// Whose.
+        norm: NormId,
+        /// Where.
+        state: BufferId,
+        /// Sums that tasks leave behind.
+        partials: BufferId,
+    },
+    /// relu?(y + shift + residual), the normalisation's scale being in the weights (inference).
+    Folded {
+        /// Per channel; a constant.
+        shift: BufferId,
+        /// Added.
+        residual: Option<BufferId>,
+        /// max(0, ..).
+        relu: bool,
+    },
+}
+
+/// Sizes of a max-pool.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Input plane.
+    pub input: Plane,
+    /// Output plane.
+    pub output: Plane,
+    /// Side of the window.
+    pub kernel: usize,
+    /// Step between windows.
+    pub stride: usize,
+    /// Rows above and columns to the left that the first window hangs over.
+    pub pad_before: usize,
+}
+
+/// One fused kernel. `x` is read, `y` is written, `d` is a gradient that is read, `dx` one that is written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[expect(
     missing_docs,
     reason = "the fields are named as in the formula of each variant"
 )]
 pub enum Kernel {
+    /// Fills the constants of a convolution: its weights times the scale of the running normalisation, in the order
+    /// in which it reads them, and the shift. `plain` is room for the product in the order of the parameters.
+    Fold {
+        geometry: Geometry,
+        weight: ParamId,
+        norm: NormId,
+        plain: BufferId,
+        weights: BufferId,
+        shift: BufferId,
+    },
     /// y = (pixels - mean) / std, from the batch that the caller hands in.
     Input { y: BufferId, plane: Plane },
-    /// y = x * w; with `statistics`, also the batch mean and variance of y.
+    /// y = x * w. `weights` are those in the order in which the kernel reads them, packed first unless they are
+    /// constants; none if the parameters lie like that.
     Conv {
         geometry: Geometry,
         weight: ParamId,
-        x: BufferId,
+        weights: Option<BufferId>,
+        shared: BufferId,
+        x: Operand,
         y: BufferId,
-        statistics: Option<Statistics>,
-        tiling: Tiling,
+        after: After,
     },
-    /// Scale and shift from the running statistics into `state` (inference).
-    RunningNorm { norm: NormId, state: BufferId },
-    /// y = relu?(z * scale + shift + residual?).
-    Normalize {
-        channels: usize,
-        rows: usize,
+    /// y = relu?(z * scale + shift + side).
+    Sum {
+        plane: Plane,
         state: BufferId,
         z: BufferId,
-        residual: Option<BufferId>,
+        side: Option<Operand>,
         relu: bool,
         y: BufferId,
     },
     /// y = window maxima of x; `argmax` keeps the winning tap (0..9), the first in row order on a tie.
     MaxPool {
-        input: Plane,
-        output: Plane,
-        kernel: usize,
-        stride: usize,
-        pad_before: usize,
-        x: BufferId,
+        window: Window,
+        x: Operand,
         y: BufferId,
         argmax: Option<BufferId>,
     },
-    /// y = mean over the plane.
+    /// y = mean over the plane, f32.
     AvgPool {
-        input: Plane,
+        plane: Plane,
         x: BufferId,
         y: BufferId,
     },
-    /// y = x w^T + b.
+    /// y = x w^T + b, all f32.
     Linear {
         inputs: usize,
         outputs: usize,
@@ -190,7 +309,7 @@ pub enum Kernel {
         logits: BufferId,
         d: Option<BufferId>,
     },
-    /// Gradients of weight, bias and x.
+    /// Gradients of weight, bias and x, all f32.
     LinearBackward {
         inputs: usize,
         outputs: usize,
@@ -198,103 +317,160 @@ pub enum Kernel {
         bias: ParamId,
         x: BufferId,
         d: BufferId,
-        dx: Grad,
+        dx: BufferId,
     },
     /// Spreads d over the plane.
-    AvgPoolBackward { input: Plane, d: BufferId, dx: Grad },
+    AvgPoolBackward {
+        plane: Plane,
+        d: BufferId,
+        dx: BufferId,
+        close: Close,
+        partials: BufferId,
+    },
     /// Sends d to the winners.
     MaxPoolBackward {
-        input: Plane,
-        output: Plane,
-        kernel: usize,
-        stride: usize,
-        pad_before: usize,
+        window: Window,
         argmax: BufferId,
         d: BufferId,
-        dx: Grad,
-    },
-    /// `d` enters as the gradient of y and leaves as that of z; the masked gradient goes to the residual. `y` is
-    /// the mask of the ReLU, where there was one.
-    NormalizeBackward {
-        norm: NormId,
-        state: BufferId,
-        z: BufferId,
-        y: Option<BufferId>,
-        d: BufferId,
-        residual: Option<Grad>,
+        dx: BufferId,
+        close: Close,
         partials: BufferId,
-        tiling: Tiling,
     },
-    /// Gradients of the weight (`weight_tiling` over depth x channels) and of x (`x_tiling` over its pixels).
-    ConvBackward {
+    /// Gradient of a convolution's x. `weights` are those turned round, packed first.
+    ConvBackwardInput {
         geometry: Geometry,
         weight: ParamId,
-        x: BufferId,
-        d: BufferId,
-        dx: Option<Grad>,
-        packed: Option<BufferId>,
-        weight_tiling: Tiling,
-        x_tiling: Tiling,
+        weights: BufferId,
+        shared: BufferId,
+        d: Operand,
+        dx: BufferId,
+        close: Close,
+        partials: BufferId,
+    },
+    /// Gradient of a convolution's weight.
+    ConvBackwardWeight {
+        geometry: Geometry,
+        weight: ParamId,
+        x: Operand,
+        d: Operand,
+        shared: BufferId,
     },
 }
 
 impl Kernel {
     /// Every buffer that the kernel reads or writes.
     pub fn buffers(&self) -> Vec<BufferId> {
-        let mut out = vec![];
         match *self {
-            Kernel::Input { y, .. } => out.push(y),
+            Kernel::Fold {
+                plain,
+                weights,
+                shift,
+                ..
+            } => vec![plain, weights, shift],
+            Kernel::Input { y, .. } => vec![y],
             Kernel::Conv {
-                x, y, statistics, ..
-            } => {
-                out.extend([x, y]);
-                out.extend(statistics.iter().flat_map(|s| [s.partials, s.state]));
-            }
-            Kernel::RunningNorm { state, .. } => out.push(state),
-            Kernel::Normalize {
-                state,
-                z,
-                residual,
+                weights,
+                shared,
+                x,
                 y,
+                after,
                 ..
             } => {
-                out.extend([state, z, y]);
-                out.extend(residual);
+                let mut out = x.buffers();
+                out.extend([shared, y]);
+                out.extend(weights);
+                match after {
+                    After::Nothing => {}
+                    After::Statistics {
+                        state, partials, ..
+                    } => out.extend([state, partials]),
+                    After::Folded {
+                        shift, residual, ..
+                    } => out.extend(residual.into_iter().chain([shift])),
+                }
+                out
+            }
+            Kernel::Sum {
+                state, z, side, y, ..
+            } => {
+                let mut out = vec![state, z, y];
+                out.extend(side.iter().flat_map(Operand::buffers));
+                out
             }
             Kernel::MaxPool { x, y, argmax, .. } => {
-                out.extend([x, y]);
+                let mut out = x.buffers();
+                out.push(y);
                 out.extend(argmax);
+                out
             }
-            Kernel::AvgPool { x, y, .. } | Kernel::Linear { x, y, .. } => out.extend([x, y]),
+            Kernel::AvgPool { x, y, .. } | Kernel::Linear { x, y, .. } => vec![x, y],
             Kernel::Loss { logits, d, .. } => {
-                out.push(logits);
+                let mut out = vec![logits];
                 out.extend(d);
+                out
             }
-            Kernel::LinearBackward { x, d, dx, .. } => out.extend([x, d, dx.buffer]),
-            Kernel::AvgPoolBackward { d, dx, .. } => out.extend([d, dx.buffer]),
-            Kernel::MaxPoolBackward { argmax, d, dx, .. } => out.extend([argmax, d, dx.buffer]),
-            Kernel::NormalizeBackward {
-                state,
-                z,
-                y,
+            Kernel::LinearBackward { x, d, dx, .. } => vec![x, d, dx],
+            Kernel::AvgPoolBackward {
                 d,
-                residual,
+                dx,
+                close,
                 partials,
                 ..
             } => {
-                out.extend([state, z, d, partials]);
-                out.extend(y);
-                out.extend(residual.map(|r| r.buffer));
+                let mut out = close.buffers();
+                out.extend([d, dx, partials]);
+                out
             }
-            Kernel::ConvBackward {
-                x, d, dx, packed, ..
+            Kernel::MaxPoolBackward {
+                argmax,
+                d,
+                dx,
+                close,
+                partials,
+                ..
             } => {
-                out.extend([x, d]);
-                out.extend(dx.map(|g| g.buffer));
-                out.extend(packed);
+                let mut out = close.buffers();
+                out.extend([argmax, d, dx, partials]);
+                out
+            }
+            Kernel::ConvBackwardInput {
+                weights,
+                shared,
+                d,
+                dx,
+                close,
+                partials,
+                ..
+            } => {
+                let mut out = close.buffers();
+                out.extend(d.buffers());
+                out.extend([weights, shared, dx, partials]);
+                out
+            }
+            Kernel::ConvBackwardWeight { x, d, shared, .. } => {
+                let mut out = x.buffers();
+                out.extend(d.buffers());
+                out.push(shared);
+                out
             }
         }
-        out
+    }
+
+    /// Multiply-adds for a batch, as if every tap were multiplied.
+    pub fn macs(&self, batch: usize) -> usize {
+        let one = match self {
+            Kernel::Conv { geometry, .. }
+            | Kernel::ConvBackwardInput { geometry, .. }
+            | Kernel::ConvBackwardWeight { geometry, .. } => geometry.macs(),
+            Kernel::Linear {
+                inputs, outputs, ..
+            } => inputs * outputs,
+            Kernel::LinearBackward {
+                inputs, outputs, ..
+            } => 2 * inputs * outputs,
+            _ => 0,
+        };
+        one * batch
     }
 }
 
@@ -305,14 +481,18 @@ pub struct Program {
     pub batch: usize,
     /// What it is for.
     pub mode: Mode,
+    /// Fill the constants; run again whenever parameters have changed.
+    pub setup: Vec<Kernel>,
     /// In order of execution.
     pub kernels: Vec<Kernel>,
-    /// Placed in the arena.
+    /// Placed in the arena, or among the constants.
     pub buffers: Vec<Buffer>,
     /// Length of the arena.
     pub arena_bytes: usize,
+    /// Length of the constants; their places do not depend on the batch.
+    pub constant_bytes: usize,
     /// What each worker needs besides.
-    pub scratch_bytes: usize,
+    pub worker_bytes: usize,
     /// Where the logits are, `batch x classes` f32.
     pub logits: BufferId,
 }
@@ -321,46 +501,60 @@ impl Program {
     /// Plans `graph` for `batch` images.
     ///
     /// # Panics
-    /// If the graph has a shape of fusion that no network of `nn` records: a ReLU or sum that does not follow a
-    /// normalisation, or a normalisation that does not follow a convolution.
-    pub fn new(graph: &Graph, caps: &Caps, batch: usize, mode: Mode) -> Self {
+    /// If the graph has a shape that no network of `nn` records: a ReLU or sum that does not follow a normalisation,
+    /// a normalisation that does not follow a convolution of its own, a shortcut that is the last reader of a value.
+    pub fn new(graph: &Graph, caps: &dyn Caps, batch: usize, mode: Mode) -> Self {
         assert!(batch > 0, "a program needs at least one image");
         let mut planner = Planner::new(graph, caps, batch, mode);
         planner.forward();
-        let logits = planner.values[graph.logits().0].expect("the logits were just computed");
+        let logits = planner.value(graph.logits());
         if mode == Mode::Train {
             planner.backward();
         }
         let Planner {
+            setup,
             kernels,
             mut buffers,
-            scratch_bytes,
+            worker_bytes,
             ..
         } = planner;
-        for (i, kernel) in kernels.iter().enumerate() {
+        // Setup runs before everything else, so what it uses is alive before kernel 0.
+        let steps = setup.iter().map(|k| (0, k));
+        let steps = steps.chain(kernels.iter().enumerate().map(|(i, k)| (i + 1, k)));
+        for (i, kernel) in steps {
             for id in kernel.buffers() {
                 let buffer = &mut buffers[id.0];
                 buffer.first = buffer.first.min(i);
                 buffer.last = buffer.last.max(i);
             }
         }
-        buffers[logits.0].last = kernels.len(); // predictions are read after the last kernel
-        let arena_bytes = place(&mut buffers, caps.alignment);
+        buffers[logits.0].last = kernels.len() + 1; // predictions are read after the last kernel
+        let (arena_bytes, constant_bytes) = place(&mut buffers, caps.alignment());
         Self {
             batch,
             mode,
+            setup,
             kernels,
             buffers,
             arena_bytes,
-            scratch_bytes,
+            constant_bytes,
+            worker_bytes,
             logits,
         }
     }
 }
 
-/// Gives every buffer the lowest offset that no buffer alive at the same time covers, largest first.
-fn place(buffers: &mut [Buffer], alignment: usize) -> usize {
-    let mut order: Vec<usize> = (0..buffers.len()).collect();
+/// Gives every buffer the lowest offset that no buffer alive at the same time covers, largest first; constants come one
+/// after another. Returns the lengths of both.
+fn place(buffers: &mut [Buffer], alignment: usize) -> (usize, usize) {
+    let mut constants = 0;
+    for buffer in buffers.iter_mut().filter(|b| b.constant) {
+        buffer.offset = constants;
+        constants = (constants + buffer.bytes).next_multiple_of(alignment);
+    }
+    let mut order: Vec<usize> = (0..buffers.len())
+        .filter(|&i| !buffers[i].constant)
+        .collect();
     order.sort_by_key(|&i| (std::cmp::Reverse(buffers[i].bytes), i));
     let mut placed: Vec<usize> = vec![];
     let mut end = 0;
@@ -384,7 +578,22 @@ fn place(buffers: &mut [Buffer], alignment: usize) -> usize {
         buffers[i].offset = offset;
         placed.push(i);
     }
-    end.next_multiple_of(alignment)
+    (end.next_multiple_of(alignment), constants)
+}
+
+/// A normalisation and what follows it.
+#[derive(Clone, Copy)]
+struct Chain {
+    norm: NormId,
+    /// The convolution that it reads.
+    z: ValueId,
+    /// The value that others read: after the sum and the ReLU, if there are.
+    end: ValueId,
+    relu: bool,
+    /// What it is the first summand of.
+    sum: Option<usize>,
+    /// No buffer: its readers apply it.
+    lazy: bool,
 }
 
 /// What the backward pass has to undo, in forward order.
@@ -395,18 +604,12 @@ enum Step {
         x: ValueId,
         z: ValueId,
     },
-    Normalize {
-        norm: NormId,
-        state: BufferId,
-        z: ValueId,
-        residual: Option<ValueId>,
-        relu: bool,
-        y: ValueId,
+    Sum {
+        side: ValueId,
+        end: ValueId,
     },
     MaxPool {
-        kernel: usize,
-        stride: usize,
-        pad_before: usize,
+        window: Window,
         argmax: BufferId,
         x: ValueId,
         y: ValueId,
@@ -425,86 +628,62 @@ enum Step {
 
 struct Planner<'a> {
     graph: &'a Graph,
-    caps: &'a Caps,
+    caps: &'a dyn Caps,
     batch: usize,
     mode: Mode,
-    /// Readers of each value.
+    /// Nodes that read each value.
     readers: Vec<Vec<usize>>,
+    /// By the value of the convolution, and by the value that others read.
+    chains: Vec<Option<Chain>>,
+    ends: Vec<Option<usize>>,
     values: Vec<Option<BufferId>>,
+    /// Gradient of a value as far as readers have handed it in.
     grads: Vec<Option<BufferId>>,
+    /// Readers that have not handed in yet.
+    open: Vec<usize>,
     states: Vec<Option<BufferId>>,
+    setup: Vec<Kernel>,
     kernels: Vec<Kernel>,
     buffers: Vec<Buffer>,
     steps: Vec<Step>,
-    scratch_bytes: usize,
+    worker_bytes: usize,
 }
 
-/// Pixels whose outer products one weight-gradient task sums at a time.
-pub const WEIGHT_CHUNK: usize = 1024;
-const F32: usize = size_of::<f32>();
+const F32: usize = 4;
 
 impl<'a> Planner<'a> {
-    fn new(graph: &'a Graph, caps: &'a Caps, batch: usize, mode: Mode) -> Self {
+    fn new(graph: &'a Graph, caps: &'a dyn Caps, batch: usize, mode: Mode) -> Self {
         let n = graph.nodes().len();
         let mut readers = vec![vec![]; n];
         for (i, node) in graph.nodes().iter().enumerate() {
-            for x in &node.inputs {
-                readers[x.0].push(i);
+            for input in &node.inputs {
+                readers[input.0].push(i);
             }
         }
-        Self {
+        let mut planner = Self {
             graph,
             caps,
             batch,
             mode,
             readers,
+            chains: vec![None; n],
+            ends: vec![None; n],
             values: vec![None; n],
             grads: vec![None; n],
+            open: vec![0; n],
             states: vec![None; graph.norms().len()],
+            setup: vec![],
             kernels: vec![],
             buffers: vec![],
             steps: vec![],
-            scratch_bytes: 0,
-        }
+            worker_bytes: 0,
+        };
+        planner.find_chains();
+        planner
     }
 
-    fn buffer(&mut self, bytes: usize) -> BufferId {
-        self.buffers.push(Buffer {
-            offset: 0,
-            bytes,
-            first: usize::MAX,
-            last: 0,
-        });
-        BufferId(self.buffers.len() - 1)
-    }
-
-    fn value(&mut self, id: ValueId) -> BufferId {
-        if let Some(buffer) = self.values[id.0] {
-            return buffer;
-        }
-        let buffer = self.buffer(self.graph.plane(id).elements() * self.batch * F32);
-        self.values[id.0] = Some(buffer);
-        buffer
-    }
-
-    /// The gradient of a value as the next writer sees it.
-    fn grad(&mut self, id: ValueId) -> Grad {
-        if let Some(buffer) = self.grads[id.0] {
-            return Grad {
-                buffer,
-                accumulate: true,
-            };
-        }
-        let buffer = self.buffer(self.graph.plane(id).elements() * self.batch * F32);
-        self.grads[id.0] = Some(buffer);
-        Grad {
-            buffer,
-            accumulate: false,
-        }
-    }
-
-    fn grad_done(&self, id: ValueId) -> BufferId {
-        self.grads[id.0].expect("every value that is read has a gradient by now")
+    fn op(&self, index: usize) -> Op {
+        self.graph.nodes()[index].op
     }
 
     /// The one reader of a value, if it has just one.
@@ -515,35 +694,129 @@ impl<'a> Planner<'a> {
         }
     }
 
-    fn op(&self, index: usize) -> Op {
-        self.graph.nodes()[index].op
-    }
-
-    /// The value after a ReLU that alone reads `y`.
-    fn after_relu(&self, y: ValueId) -> (ValueId, bool) {
-        match self.only_reader(y) {
-            Some(i) if self.op(i) == Op::Relu => (ValueId(i), true),
-            _ => (y, false),
+    fn find_chains(&mut self) {
+        for (i, node) in self.graph.nodes().iter().enumerate() {
+            let Op::BatchNorm { norm } = node.op else {
+                continue;
+            };
+            let (out, z) = (ValueId(i), node.inputs[0]);
+            let name = &node.name;
+            assert!(
+                matches!(self.op(z.0), Op::Conv { .. }) && self.only_reader(z) == Some(i),
+                "{name}: a normalisation follows a convolution that nothing else reads"
+            );
+            let sum = self.only_reader(out).filter(|&r| self.op(r) == Op::Add);
+            let is_main = sum.is_some_and(|r| self.graph.nodes()[r].inputs[0] == out);
+            let summed = sum.filter(|_| is_main).map_or(out, ValueId);
+            let (end, relu) = match self.only_reader(summed) {
+                Some(r) if self.op(r) == Op::Relu => (ValueId(r), true),
+                _ => (summed, false),
+            };
+            let reader = self.only_reader(end).map(|r| self.op(r));
+            let is_side = sum.is_some() && !is_main;
+            let read_lazily = matches!(reader, Some(Op::Conv { .. } | Op::MaxPool { .. }));
+            self.chains[z.0] = Some(Chain {
+                norm,
+                z,
+                end,
+                relu,
+                sum: sum.filter(|_| is_main),
+                lazy: is_side || (read_lazily && !is_main),
+            });
+            self.ends[end.0] = Some(z.0);
+        }
+        for (i, node) in self.graph.nodes().iter().enumerate() {
+            let name = &node.name;
+            match node.op {
+                Op::Add => assert!(
+                    self.chains
+                        .iter()
+                        .flatten()
+                        .any(|chain| chain.sum == Some(i)),
+                    "{name}: the first summand has to be a normalisation"
+                ),
+                Op::Relu => assert!(
+                    self.ends[i].is_some(),
+                    "{name}: a ReLU follows a normalisation or a sum"
+                ),
+                _ => {}
+            }
         }
     }
 
-    fn scratch(&mut self, elements: usize) {
-        self.scratch_bytes = self.scratch_bytes.max(elements * F32);
+    /// The chain whose end a value is.
+    fn chain_of(&self, end: ValueId) -> Option<Chain> {
+        self.ends[end.0].and_then(|z| self.chains[z])
     }
 
-    fn rows(&self, plane: Plane) -> usize {
-        plane.pixels() * self.batch
+    fn buffer(&mut self, bytes: usize) -> BufferId {
+        self.buffers.push(Buffer {
+            offset: 0,
+            bytes,
+            first: usize::MAX,
+            last: 0,
+            constant: false,
+        });
+        BufferId(self.buffers.len() - 1)
     }
 
-    /// Row tiles that fit the worker's share; columns are cut too where rows alone give few tasks.
-    fn gather_tiling(&self, rows: usize, depth: usize, cols: usize) -> Tiling {
-        let tile_rows = (self.caps.tile_bytes / (depth * F32)).clamp(64, 512);
-        let few = rows.div_ceil(tile_rows) < 8;
-        Tiling {
-            rows,
-            cols,
-            tile_rows,
-            tile_cols: if few { 128 } else { cols },
+    fn constant(&mut self, bytes: usize) -> BufferId {
+        let id = self.buffer(bytes);
+        self.buffers[id.0].constant = true;
+        id
+    }
+
+    fn bytes(&self, id: ValueId) -> usize {
+        let plane = self.graph.plane(id);
+        // What has lost its plane is small and keeps full precision.
+        let small = matches!(self.op(id.0), Op::AvgPool | Op::Linear { .. });
+        let element = if small { F32 } else { self.caps.element() };
+        plane.elements() * self.batch * element
+    }
+
+    fn value(&mut self, id: ValueId) -> BufferId {
+        if let Some(buffer) = self.values[id.0] {
+            return buffer;
+        }
+        let buffer = self.buffer(self.bytes(id));
+        self.values[id.0] = Some(buffer);
+        buffer
+    }
+
+    fn state(&mut self, norm: NormId) -> BufferId {
+        if let Some(state) = self.states[norm.0] {
+            return state;
+        }
+        let bytes = STATE_ROWS * self.graph.norms()[norm.0].channels * F32;
+        let state = self.buffer(bytes);
+        self.states[norm.0] = Some(state);
+        state
+    }
+
+    /// A value as its readers see it.
+    fn operand(&mut self, id: ValueId) -> Operand {
+        match self.chain_of(id) {
+            Some(chain) if chain.lazy && self.mode == Mode::Train => Operand::Normed {
+                z: self.value(chain.z),
+                state: self.state(chain.norm),
+                relu: chain.relu,
+            },
+            _ => Operand::Stored(self.value(id)),
+        }
+    }
+
+    fn needs(&mut self, needs: Needs) -> Needs {
+        self.worker_bytes = self.worker_bytes.max(needs.worker);
+        needs
+    }
+
+    fn geometry(&self, out: ValueId, kernel: usize, stride: usize) -> Geometry {
+        let input = self.graph.node(out).inputs[0];
+        Geometry {
+            input: self.graph.plane(input),
+            output: self.graph.plane(out),
+            kernel,
+            stride,
         }
     }
 
@@ -553,80 +826,75 @@ impl<'a> Planner<'a> {
             match node.op {
                 Op::Input => {
                     let y = self.value(out);
-                    self.kernels.push(Kernel::Input {
-                        y,
-                        plane: node.plane,
-                    });
+                    let plane = node.plane;
+                    self.kernels.push(Kernel::Input { y, plane });
                 }
-                Op::Conv {
-                    weight,
-                    kernel,
-                    stride,
-                } => self.conv(out, weight, kernel, stride),
-                Op::BatchNorm { norm } => {
-                    let main_of_add = self.only_reader(out).is_some_and(|r| {
-                        self.op(r) == Op::Add && self.graph.nodes()[r].inputs[0] == out
-                    });
-                    if !main_of_add {
-                        self.normalize(norm, node.inputs[0], None, out);
+                Op::Conv { .. } => {
+                    // Folded, the convolution before a sum runs when the other summand is there.
+                    let waits = self.chains[i].is_some_and(|chain| chain.sum.is_some());
+                    if self.mode == Mode::Train || !waits {
+                        self.conv(out, None);
+                    }
+                }
+                Op::BatchNorm { .. } => {
+                    let chain = self.chains[node.inputs[0].0].expect("found before");
+                    if self.mode == Mode::Train && chain.sum.is_none() && !chain.lazy {
+                        self.sum(chain, None);
                     }
                 }
                 Op::Add => {
-                    let [main, residual] = node.inputs[..] else {
-                        unreachable!("a sum reads two values")
-                    };
-                    let Op::BatchNorm { norm } = self.op(main.0) else {
-                        panic!("{}: the first summand has to be a normalisation", node.name)
-                    };
-                    self.normalize(norm, self.graph.node(main).inputs[0], Some(residual), out);
+                    let (main, side) = (node.inputs[0], node.inputs[1]);
+                    let z = self.graph.node(main).inputs[0];
+                    let chain = self.chains[z.0].expect("found before");
+                    if self.mode == Mode::Train {
+                        let operand = self.operand(side);
+                        self.sum(chain, Some(operand));
+                        let end = chain.end;
+                        self.steps.push(Step::Sum { side, end });
+                    } else {
+                        let side = self.value(side);
+                        self.conv(z, Some(side));
+                    }
                 }
-                Op::Relu => assert!(
-                    self.values[i].is_some(),
-                    "{}: no normalisation before it",
-                    node.name
-                ),
+                Op::Relu => {}
                 Op::MaxPool {
                     kernel,
                     stride,
                     pad_before,
                 } => {
                     let input = node.inputs[0];
-                    let (x, y) = (self.value(input), self.value(out));
+                    let (x, y) = (self.operand(input), self.value(out));
                     let bytes = node.plane.elements() * self.batch;
                     let argmax = (self.mode == Mode::Train).then(|| self.buffer(bytes));
-                    let (from, to) = (self.graph.plane(input), node.plane);
-                    self.kernels.push(Kernel::MaxPool {
-                        input: from,
-                        output: to,
+                    let window = Window {
+                        input: self.graph.plane(input),
+                        output: node.plane,
                         kernel,
                         stride,
                         pad_before,
+                    };
+                    self.kernels.push(Kernel::MaxPool {
+                        window,
                         x,
                         y,
                         argmax,
                     });
                     if let Some(argmax) = argmax {
+                        let (x, y) = (input, out);
                         self.steps.push(Step::MaxPool {
-                            kernel,
-                            stride,
-                            pad_before,
+                            window,
                             argmax,
-                            x: input,
-                            y: out,
+                            x,
+                            y,
                         });
                     }
                 }
                 Op::AvgPool => {
-                    let (x, y) = (self.value(node.inputs[0]), self.value(out));
-                    self.kernels.push(Kernel::AvgPool {
-                        input: self.graph.plane(node.inputs[0]),
-                        x,
-                        y,
-                    });
-                    self.steps.push(Step::AvgPool {
-                        x: node.inputs[0],
-                        y: out,
-                    });
+                    let (input, plane) = (node.inputs[0], self.graph.plane(node.inputs[0]));
+                    let (x, y) = (self.value(input), self.value(out));
+                    self.kernels.push(Kernel::AvgPool { plane, x, y });
+                    let (x, y) = (input, out);
+                    self.steps.push(Step::AvgPool { x, y });
                 }
                 Op::Linear { weight, bias } => {
                     let input = node.inputs[0];
@@ -640,17 +908,15 @@ impl<'a> Planner<'a> {
                         x,
                         y,
                     });
-                    self.steps.push(Step::Linear {
-                        weight,
-                        bias,
-                        x: input,
-                        y: out,
-                    });
+                    let (x, y) = (input, out);
+                    self.steps.push(Step::Linear { weight, bias, x, y });
                 }
             }
         }
         let logits = self.value(self.graph.logits());
-        let d = (self.mode == Mode::Train).then(|| self.grad(self.graph.logits()).buffer);
+        let bytes = self.bytes(self.graph.logits());
+        let d = (self.mode == Mode::Train).then(|| self.buffer(bytes));
+        self.grads[self.graph.logits().0] = d;
         self.kernels.push(Kernel::Loss {
             classes: self.graph.classes(),
             logits,
@@ -658,108 +924,188 @@ impl<'a> Planner<'a> {
         });
     }
 
-    fn conv(&mut self, out: ValueId, weight: ParamId, kernel: usize, stride: usize) {
-        let input = self.graph.node(out).inputs[0];
-        let geometry = Geometry {
-            input: self.graph.plane(input),
-            output: self.graph.plane(out),
+    /// A convolution; in inference with the normalisation that follows, and `residual`.
+    fn conv(&mut self, out: ValueId, residual: Option<BufferId>) {
+        let node = self.graph.node(out);
+        let Op::Conv {
+            weight,
             kernel,
             stride,
+        } = node.op
+        else {
+            unreachable!("the caller looked")
         };
-        let (x, y) = (self.value(input), self.value(out));
-        let tiling = self.gather_tiling(
-            self.rows(geometry.output),
-            geometry.depth(),
-            geometry.output.c,
-        );
-        if !geometry.is_matmul() {
-            self.scratch(tiling.tile_rows * geometry.depth());
-        }
-        let statistics = match (self.mode, self.only_reader(out).map(|r| self.op(r))) {
-            (Mode::Train, Some(Op::BatchNorm { norm })) => {
-                let partials = self.buffer(tiling.row_tasks() * 2 * geometry.output.c * F32);
-                let state = self.state(norm);
-                Some(Statistics {
+        let geometry = self.geometry(out, kernel, stride);
+        let input = node.inputs[0];
+        let x = self.operand(input);
+        let needs = self.needs(self.caps.forward(&geometry, self.batch));
+        let chain = self.chains[out.0];
+        let (y, weights, after) = match (self.mode, chain) {
+            (Mode::Train, Some(chain)) => {
+                let partials = self.buffer(needs.partials);
+                let state = self.state(chain.norm);
+                let norm = chain.norm;
+                let after = After::Statistics {
                     norm,
-                    partials,
                     state,
-                })
+                    partials,
+                };
+                (self.value(out), None, after)
             }
-            _ => None,
+            (Mode::Infer, Some(chain)) => {
+                let plain_bytes = self.weight_bytes(&geometry);
+                let bytes = if needs.weights > 0 {
+                    needs.weights
+                } else {
+                    plain_bytes
+                };
+                let weights = self.constant(bytes);
+                let shift = self.constant(geometry.output.c * F32);
+                let plain = if needs.weights > 0 {
+                    self.buffer(plain_bytes)
+                } else {
+                    weights
+                };
+                let norm = chain.norm;
+                self.setup.push(Kernel::Fold {
+                    geometry,
+                    weight,
+                    norm,
+                    plain,
+                    weights,
+                    shift,
+                });
+                let relu = chain.relu;
+                let after = After::Folded {
+                    shift,
+                    residual,
+                    relu,
+                };
+                (self.value(chain.end), Some(weights), after)
+            }
+            (_, None) => (self.value(out), None, After::Nothing),
         };
+        let weights = weights.or_else(|| (needs.weights > 0).then(|| self.buffer(needs.weights)));
+        let shared = self.buffer(needs.shared);
         self.kernels.push(Kernel::Conv {
             geometry,
             weight,
+            weights,
+            shared,
             x,
             y,
-            statistics,
-            tiling,
+            after,
         });
+        let x = input;
         self.steps.push(Step::Conv {
             geometry,
             weight,
-            x: input,
+            x,
             z: out,
         });
     }
 
-    fn state(&mut self, norm: NormId) -> BufferId {
-        let bytes = 4 * self.graph.norms()[norm.0].channels * F32;
-        let state = self.buffer(bytes);
-        self.states[norm.0] = Some(state);
-        state
+    /// Room for a weight in the order of the parameters, whatever an engine fills up panels with.
+    fn weight_bytes(&self, g: &Geometry) -> usize {
+        g.depth() * g.output.c.next_multiple_of(32) * F32
     }
 
-    fn normalize(&mut self, norm: NormId, z: ValueId, residual: Option<ValueId>, out: ValueId) {
-        let name = &self.graph.norms()[norm.0].name;
-        assert!(
-            matches!(self.graph.node(z).op, Op::Conv { .. }),
-            "{name}: a normalisation follows a convolution"
+    fn sum(&mut self, chain: Chain, side: Option<Operand>) {
+        let (z, state, y) = (
+            self.value(chain.z),
+            self.state(chain.norm),
+            self.value(chain.end),
         );
-        let state = match (self.mode, self.states[norm.0]) {
-            (Mode::Train, state) => {
-                state.unwrap_or_else(|| panic!("{name}: its convolution has other readers"))
-            }
-            (Mode::Infer, _) => {
-                let state = self.state(norm);
-                self.kernels.push(Kernel::RunningNorm { norm, state });
-                state
-            }
-        };
-        let (end, relu) = self.after_relu(out);
-        let plane = self.graph.plane(out);
-        let (zb, rb, y) = (
-            self.value(z),
-            residual.map(|r| self.value(r)),
-            self.value(end),
-        );
-        let rows = self.rows(plane);
-        self.kernels.push(Kernel::Normalize {
-            channels: plane.c,
-            rows,
-            state,
-            z: zb,
-            residual: rb,
-            relu,
-            y,
-        });
-        self.steps.push(Step::Normalize {
-            norm,
+        self.kernels.push(Kernel::Sum {
+            plane: self.graph.plane(chain.end),
             state,
             z,
-            residual,
-            relu,
-            y: end,
+            side,
+            relu: chain.relu,
+            y,
         });
+    }
+
+    /// What a reader of `x` does with the gradient that it hands in, and where it stores it.
+    fn close(&mut self, x: ValueId) -> (BufferId, Close) {
+        self.open[x.0] -= 1;
+        let add = self.grads[x.0].take();
+        let chain = self.chain_of(x);
+        if self.open[x.0] > 0 {
+            let dx = self.buffer(self.bytes(x));
+            self.grads[x.0] = Some(dx);
+            return (dx, Close::Open { add });
+        }
+        let close = match chain {
+            Some(chain) if chain.lazy => {
+                assert!(add.is_none(), "a lazy value has one reader");
+                Close::Lazy {
+                    normed: self.normed(chain),
+                    relu: chain.relu,
+                }
+            }
+            Some(chain) => {
+                let y = self.value(x);
+                let side = chain.sum.map(|s| self.graph.nodes()[s].inputs[1]);
+                let side = side.and_then(|side| self.chain_of(side).filter(|c| c.lazy));
+                Close::Stored {
+                    add,
+                    y: chain.relu.then_some(y),
+                    normed: [
+                        Some(self.normed(chain)),
+                        side.map(|chain| self.normed(chain)),
+                    ],
+                }
+            }
+            None => Close::Stored {
+                add,
+                y: None,
+                normed: [None, None],
+            },
+        };
+        // What was handed in has no other use by now, and each value of it is read just before it is replaced.
+        let dx = match add {
+            Some(add) => add,
+            None => self.buffer(self.bytes(x)),
+        };
+        self.grads[x.0] = Some(dx);
+        (dx, close)
+    }
+
+    fn normed(&mut self, chain: Chain) -> Normed {
+        Normed {
+            norm: chain.norm,
+            z: self.value(chain.z),
+            state: self.state(chain.norm),
+        }
+    }
+
+    fn grad(&self, id: ValueId) -> BufferId {
+        self.grads[id.0].expect("every value that is read has its gradient by now")
     }
 
     fn backward(&mut self) {
-        for step in std::mem::take(&mut self.steps).into_iter().rev() {
+        let steps = std::mem::take(&mut self.steps);
+        for step in &steps {
+            match step {
+                Step::Conv { x, .. }
+                | Step::MaxPool { x, .. }
+                | Step::AvgPool { x, .. }
+                | Step::Linear { x, .. } => self.open[x.0] += 1,
+                Step::Sum { side, .. } => {
+                    if !self.chain_of(*side).is_some_and(|c| c.lazy) {
+                        self.open[side.0] += 1;
+                    }
+                }
+            }
+        }
+        for step in steps.into_iter().rev() {
             match step {
                 Step::Linear { weight, bias, x, y } => {
                     let (inputs, outputs) = (self.graph.plane(x).c, self.graph.plane(y).c);
-                    let d = self.grad_done(y);
-                    let (xb, dx) = (self.value(x), self.grad(x));
+                    let d = self.grad(y);
+                    let xb = self.value(x);
+                    let (dx, _) = self.close(x);
                     self.kernels.push(Kernel::LinearBackward {
                         inputs,
                         outputs,
@@ -771,66 +1117,52 @@ impl<'a> Planner<'a> {
                     });
                 }
                 Step::AvgPool { x, y } => {
-                    let (d, dx) = (self.grad_done(y), self.grad(x));
+                    let (d, plane) = (self.grad(y), self.graph.plane(x));
+                    let (dx, close) = self.close(x);
+                    let needs = self.needs(self.caps.visit(plane, self.batch));
+                    let partials = self.buffer(needs.partials);
                     self.kernels.push(Kernel::AvgPoolBackward {
-                        input: self.graph.plane(x),
+                        plane,
                         d,
                         dx,
+                        close,
+                        partials,
                     });
                 }
                 Step::MaxPool {
-                    kernel,
-                    stride,
-                    pad_before,
+                    window,
                     argmax,
                     x,
                     y,
                 } => {
-                    let (input, output) = (self.graph.plane(x), self.graph.plane(y));
-                    let (d, dx) = (self.grad_done(y), self.grad(x));
+                    let d = self.grad(y);
+                    let (dx, close) = self.close(x);
+                    let needs = self.needs(self.caps.visit(window.input, self.batch));
+                    let partials = self.buffer(needs.partials);
                     self.kernels.push(Kernel::MaxPoolBackward {
-                        input,
-                        output,
-                        kernel,
-                        stride,
-                        pad_before,
+                        window,
                         argmax,
                         d,
                         dx,
+                        close,
+                        partials,
                     });
                 }
-                Step::Normalize {
-                    norm,
-                    state,
-                    z,
-                    residual,
-                    relu,
-                    y,
-                } => {
-                    let channels = self.graph.plane(z).c;
-                    let d = self.grad_done(y);
-                    let residual = residual.map(|r| self.grad(r));
-                    self.grads[z.0] = Some(d); // in place
-                    let rows = self.rows(self.graph.plane(z));
-                    let tile_rows = (131_072 / channels).max(16);
-                    let tiling = Tiling {
-                        rows,
-                        cols: channels,
-                        tile_rows,
-                        tile_cols: channels,
-                    };
-                    let partials = self.buffer(tiling.row_tasks() * 2 * channels * F32);
-                    let (z, y) = (self.value(z), relu.then(|| self.value(y)));
-                    self.kernels.push(Kernel::NormalizeBackward {
-                        norm,
-                        state,
-                        z,
-                        y,
-                        d,
-                        residual,
-                        partials,
-                        tiling,
-                    });
+                Step::Sum { side, end } => {
+                    let g = self.grad(end);
+                    match self.chain_of(side).filter(|c| c.lazy) {
+                        // Its sums were gathered with those of the sum.
+                        Some(_) => self.grads[side.0] = Some(g),
+                        None => {
+                            self.open[side.0] -= 1;
+                            let name = &self.graph.node(end).name;
+                            assert!(
+                                self.open[side.0] > 0 && self.grads[side.0].is_none(),
+                                "{name}: a shortcut is read by a convolution too, before the sum"
+                            );
+                            self.grads[side.0] = Some(g);
+                        }
+                    }
                 }
                 Step::Conv {
                     geometry,
@@ -843,46 +1175,42 @@ impl<'a> Planner<'a> {
     }
 
     fn conv_backward(&mut self, geometry: Geometry, weight: ParamId, x: ValueId, z: ValueId) {
-        let Geometry {
-            input,
-            output,
-            kernel,
-            stride,
-        } = geometry;
-        let d = self.grad_done(z);
-        let depth = geometry.depth();
-        let weight_tiling = Tiling {
-            rows: depth,
-            cols: output.c,
-            tile_rows: (depth / 8).next_multiple_of(32).clamp(32, 256),
-            tile_cols: (output.c / 2).clamp(32, 256),
+        let d = match self.chains[z.0] {
+            Some(chain) => Operand::Gradient {
+                g: self.grad(chain.end),
+                z: self.value(z),
+                state: self.state(chain.norm),
+            },
+            None => Operand::Stored(self.grad(z)),
         };
-        self.scratch(WEIGHT_CHUNK * weight_tiling.tile_rows);
-        let wants_dx = self.graph.node(x).op != Op::Input;
-        let dx = wants_dx.then(|| self.grad(x));
-        let packed = wants_dx.then(|| self.buffer(depth * output.c * F32));
-        // Each of the stride^2 phases of the input meets at most ceil(K / stride)^2 taps.
-        let taps = kernel.div_ceil(stride).pow(2);
-        let phase_rows = self.batch * input.h.div_ceil(stride) * input.w.div_ceil(stride);
-        let x_tiling = self.gather_tiling(phase_rows, taps * output.c, input.c);
-        if wants_dx {
-            let gathered = if geometry.is_matmul() {
-                0
-            } else {
-                taps * output.c
-            };
-            self.scratch(x_tiling.tile_rows * (gathered + input.c));
-        }
-        let xb = self.value(x);
-        self.kernels.push(Kernel::ConvBackward {
+        let operand = self.operand(x);
+        let needs = self.needs(self.caps.backward_weight(&geometry, self.batch));
+        let shared = self.buffer(needs.shared);
+        let weight_kernel = Kernel::ConvBackwardWeight {
             geometry,
             weight,
-            x: xb,
+            x: operand,
+            d,
+            shared,
+        };
+        self.kernels.push(weight_kernel);
+        if self.graph.node(x).op == Op::Input {
+            return;
+        }
+        let needs = self.needs(self.caps.backward_input(&geometry, self.batch));
+        let weights = self.buffer(needs.weights);
+        let shared = self.buffer(needs.shared);
+        let partials = self.buffer(needs.partials);
+        let (dx, close) = self.close(x);
+        self.kernels.push(Kernel::ConvBackwardInput {
+            geometry,
+            weight,
+            weights,
+            shared,
             d,
             dx,
-            packed,
-            weight_tiling,
-            x_tiling,
+            close,
+            partials,
         });
     }
 }

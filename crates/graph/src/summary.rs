@@ -23,6 +23,9 @@ pub struct Counts {
     pub convs: usize,
     /// Multiply-adds of convolutions and classifier, for one image forward.
     pub macs: usize,
+    /// Multiply-adds of them for one image forward and backward: a product for the output, one for the gradient of the
+    /// weight, and one for the gradient of the input, but for the image's, which nobody needs.
+    pub training_macs: usize,
     /// Elements of all activations, for one image.
     pub activations: usize,
 }
@@ -61,6 +64,10 @@ impl Graph {
                 .map(crate::Param::elements)
                 .sum()
         };
+        let products = |node: &crate::Node| match node.inputs.contains(&self.input()) {
+            true => 2,
+            false => 3,
+        };
         let norm_params = of(&|p| p.decay == DecayClass::Norm);
         let conv_params = of(&|p| p.shape.len() == 4);
         let params: usize = of(&|_| true);
@@ -78,6 +85,9 @@ impl Graph {
                 .filter(|n| matches!(n.op, Op::Conv { .. }))
                 .count(),
             macs: (0..self.nodes().len()).map(|i| self.macs(i)).sum(),
+            training_macs: (0..self.nodes().len())
+                .map(|i| products(&self.nodes()[i]) * self.macs(i))
+                .sum(),
             activations: self.nodes().iter().map(|n| n.plane.elements()).sum(),
         }
     }

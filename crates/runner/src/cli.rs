@@ -1,8 +1,13 @@
 //! The command line.
 
+use std::fmt::Display;
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use clap::{Args, Parser, Subcommand};
+use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::cpu::{Level, Precision};
+use serde::Serialize;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -13,6 +18,7 @@ Examples:
   runner config configs/resnet50.toml --origins           every key, and which file, variable or argument said it
   runner eval runs/quickstart                             score its latest checkpoint
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
+  runner bench engine --by-kernel                         how fast this machine computes, and where the time goes
 
 A run lives in runs/NAME. Starting it again resumes it; on the same kind of CPU the resumed run computes the
 same bits as one that never stopped.
@@ -46,11 +52,17 @@ pub(crate) enum Command {
     /// Print the resolved spec, defaults included, as TOML
     Config(ConfigArgs),
     /// Score a checkpoint on the evaluation set of its spec
+    ///
+    /// RUNNER__A__B variables and --set lie over the spec in the checkpoint. That spec is resolved: the profile that it
+    /// was trained with is applied, and there is none to choose.
     Eval(EvalArgs),
     /// Prove on this machine that a killed run, resumed, ends with the same bits as one that was not
     VerifyResume(VerifyArgs),
     /// Say what this machine has, and what is missing
     Doctor(DoctorArgs),
+    /// Measure how fast something is on this machine
+    #[command(subcommand)]
+    Bench(BenchArgs),
 }
 
 /// What a command line changes in a spec.
@@ -100,7 +112,7 @@ pub(crate) struct PlanArgs {
     pub(crate) spec: Spec,
 
     /// Reckon the time at this rate instead of that of the last run
-    #[arg(long, value_name = "RATE")]
+    #[arg(long, value_name = "RATE", value_parser = rate)]
     pub(crate) images_per_s: Option<f64>,
 
     /// Also open everything that the run would open, and fail as it would
@@ -110,6 +122,13 @@ pub(crate) struct PlanArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    match text.parse() {
+        Ok(rate) if rate > 0.0 && f64::is_finite(rate) => Ok(rate),
+        _ => Err("expected a number above 0".into()),
+    }
 }
 
 #[derive(Debug, Args)]
@@ -127,6 +146,81 @@ pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchArgs {
+    /// Time the engine on a ResNet and made-up images: images/s, fraction of the peak, memory
+    Engine(BenchEngineArgs),
+}
+
+/// What a step of the engine is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum BenchMode {
+    /// Forward, backward, update
+    Train,
+    /// Logits, with the running statistics
+    Infer,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchEngineArgs {
+    /// Layers of the ResNet (torchvision's recipe, 1000 classes)
+    #[arg(long, value_name = "D", default_value = "50", value_parser = one_of(&nn::DEPTHS))]
+    pub(crate) depth: usize,
+
+    /// Pixels of a side of the images: a multiple of 32, at most 448
+    #[arg(long, value_name = "R", default_value = "224", value_parser = one_of(nn::RESOLUTIONS), hide_possible_values = true)]
+    pub(crate) resolution: usize,
+
+    /// Images of a step
+    #[arg(long, value_name = "B", default_value = "16", value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) batch: usize,
+
+    /// How activations are stored
+    #[arg(long, value_name = "P", default_value = "f32", value_parser = one_of(&Precision::ALL))]
+    pub(crate) precision: Precision,
+
+    /// What a step does
+    #[arg(long, default_value = "train")]
+    pub(crate) mode: BenchMode,
+
+    /// Threads that compute [default: all cores]
+    #[arg(long, value_name = "T", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    pub(crate) threads: Option<usize>,
+
+    /// Vector instructions [default: the highest of this CPU]
+    #[arg(long, value_name = "LEVEL", value_parser = one_of(&Level::ALL))]
+    pub(crate) level: Option<Level>,
+
+    /// Do every multiply-add of 3 x 3 convolutions
+    #[arg(long)]
+    pub(crate) no_winograd: bool,
+
+    /// Steps to time at least; steps are added until 3 s are full
+    #[arg(long, value_name = "N", default_value = "5", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) steps: usize,
+
+    /// Also say where the time goes: a line for each kind and shape of kernel
+    #[arg(long)]
+    pub(crate) by_kernel: bool,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Accepts the values of a list, as they print.
+fn one_of<T>(values: &[T]) -> impl TypedValueParser<Value = T> + use<T>
+where
+    T: Copy + Display + FromStr + Send + Sync + 'static,
+{
+    let names = values.iter().map(ToString::to_string);
+    PossibleValuesParser::new(names.map(PossibleValue::new)).map(|name| match name.parse() {
+        Ok(value) => value,
+        Err(_) => unreachable!("a value of a list reads back from what it prints"),
+    })
 }
 
 #[derive(Debug, Args)]

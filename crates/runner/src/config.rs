@@ -28,16 +28,19 @@ pub(crate) fn config(args: &ConfigArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn layered(file: &Path, changes: &Changes) -> Result<Loaded, Failure> {
-    // A variable that is not text has no name that a spec knows, or a value that it refuses.
-    let environment: Vec<(String, String)> = std::env::vars_os()
+/// Every environment variable. One that is not text has no name that a spec knows, or a value that it refuses.
+pub(crate) fn environment() -> Vec<(String, String)> {
+    std::env::vars_os()
         .map(|(name, value)| [name, value].map(|text| text.to_string_lossy().into_owned()))
         .map(|[name, value]| (name, value))
-        .collect();
+        .collect()
+}
+
+fn layered(file: &Path, changes: &Changes) -> Result<Loaded, Failure> {
     Ok(spec::load(&Layers {
         file,
         profile: changes.profile.as_deref(),
-        environment: &environment,
+        environment: &environment(),
         sets: &changes.set,
     })?)
 }

@@ -15,8 +15,10 @@ struct Report {
     system: String,
     cpu: Option<String>,
     cores: usize,
-    /// Vector instructions that the engine's matrix products can use here.
+    /// Vector instructions of the CPU, of those that matter here.
     vector: Vec<&'static str>,
+    /// The level of vector instructions that the engine uses here.
+    level: String,
     memory_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     nvidia_driver: Option<String>,
@@ -42,16 +44,28 @@ fn proc_value(file: &str, key: &str) -> Option<String> {
     Some(line.split_once(':')?.1.trim().to_owned())
 }
 
-/// Bytes of a line of /proc/meminfo.
-fn memory(key: &str) -> Option<u64> {
-    let value = proc_value("/proc/meminfo", key)?;
+/// Bytes of a line `key : N kB` of a file in /proc.
+fn proc_bytes(file: &str, key: &str) -> Option<u64> {
+    let value = proc_value(file, key)?;
     let kib: u64 = value.strip_suffix("kB")?.trim().parse().ok()?;
     Some(kib << 10)
 }
 
-/// Memory that a new process can have, bytes; none where the system does not say.
+/// Memory that a new process can have, bytes; none where the system does not say. A container's limit counts too.
 pub(crate) fn memory_available() -> Option<u64> {
-    memory("MemAvailable")
+    let number = |file: &str| -> Option<u64> {
+        let text = std::fs::read_to_string(format!("/sys/fs/cgroup/{file}")).ok()?;
+        text.trim().parse().ok() // "max" where there is no limit
+    };
+    let left = number("memory.max")
+        .map(|limit| limit.saturating_sub(number("memory.current").unwrap_or(0)));
+    let free = proc_bytes("/proc/meminfo", "MemAvailable");
+    free.into_iter().chain(left).min()
+}
+
+/// The most memory that this process has had in use, bytes; none where the system does not say.
+pub(crate) fn peak_resident() -> Option<u64> {
+    proc_bytes("/proc/self/status", "VmHWM")
 }
 
 /// The first line that a command prints, if it is there and succeeds.
@@ -101,7 +115,8 @@ impl Report {
             cpu: proc_value("/proc/cpuinfo", "model name"),
             cores: std::thread::available_parallelism().map_or(1, usize::from),
             vector: vector_instructions(),
-            memory_bytes: memory("MemTotal"),
+            level: engine::cpu::Level::detect().to_string(),
+            memory_bytes: proc_bytes("/proc/meminfo", "MemTotal"),
             memory_available_bytes: memory_available(),
             nvidia_driver: proc_value("/proc/driver/nvidia/version", "NVRM version"),
             git: first_line("git", &["--version"]),
@@ -119,7 +134,7 @@ impl Report {
         let or =
             |value: &Option<String>, absent: &str| value.clone().unwrap_or_else(|| absent.into());
         let vector = match &self.vector[..] {
-            [] => "none: matrix products run on the portable kernels".into(),
+            [] => "none that the engine knows".into(),
             names => names.join(" "),
         };
         let driver = match &self.nvidia_driver {
@@ -131,6 +146,7 @@ impl Report {
             format!("system       {}", self.system),
             format!("cpu          {}, {} cores", or(&self.cpu, "unknown"), self.cores),
             format!("vector       {vector}"),
+            format!("engine       cpu at level {}", self.level),
             format!("memory       {}, {} available", gib(self.memory_bytes), gib(self.memory_available_bytes)),
             format!("gpu          {driver}"),
             format!("git          {}", or(&self.git, "missing: runs are tracked without the commit")),

@@ -12,7 +12,7 @@ use train::Meta;
 
 use crate::cli::EvalArgs;
 use crate::failure::Failure;
-use crate::{network, output};
+use crate::{config, network, output};
 
 /// `runner eval`.
 pub(crate) fn evaluate(args: &EvalArgs) -> Result<ExitCode, Failure> {
@@ -26,7 +26,7 @@ pub(crate) fn evaluate(args: &EvalArgs) -> Result<ExitCode, Failure> {
         .cloned()
         .chain(["mode=eval".into()])
         .collect();
-    let run = spec::parse(&meta.spec, &origin, &sets)?;
+    let run = spec::parse_over(&meta.spec, &origin, &config::environment(), &sets)?;
     train::check_network(&path, &meta, &run)?;
     score(&path, &meta, state, &run, args.json)
 }

@@ -45,7 +45,13 @@ impl From<train::Error> for Failure {
         use train::Error;
         let text = e.to_string();
         match e {
-            Error::Different { .. } | Error::NoCheckpoint { .. } => Failure::Spec(text),
+            Error::Different { .. }
+            | Error::NoCheckpoint { .. }
+            | Error::Store(store::Error::Unsupported { .. })
+            | Error::Shards {
+                source: store::Error::Pattern { .. } | store::Error::Unsupported { .. },
+                ..
+            } => Failure::Spec(text),
             e if e.is_of_input() => Failure::Input(text),
             _ => Failure::Run(text),
         }

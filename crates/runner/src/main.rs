@@ -1,5 +1,6 @@
 //! The front door: arguments in, exit code out.
 
+mod bench;
 mod cli;
 mod config;
 mod doctor;
@@ -15,7 +16,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{Cli, Command};
+use cli::{BenchArgs, Cli, Command};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -25,6 +26,7 @@ fn main() -> ExitCode {
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
+        (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,

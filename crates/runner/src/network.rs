@@ -1,10 +1,11 @@
 //! Where a spec meets its network and its engine.
 
 use engine::State;
-use engine::cpu::Cpu;
+use engine::cpu::{Cpu, Level, Memory, Options, Precision};
 use graph::Graph;
 use spec::Run;
 
+use crate::doctor;
 use crate::failure::Failure;
 
 /// The network that a spec describes.
@@ -33,7 +34,72 @@ pub(crate) fn threads(run: &Run) -> usize {
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
 pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<Cpu, Failure> {
     let state = state.unwrap_or_else(|| engine::initial_state(graph, run.seed));
-    Ok(Cpu::new(graph, run.train.bn_batch(), threads(run), &state)?)
+    let options = options(run);
+    if !options.level.is_available() {
+        let (level, best) = (options.level, Level::detect());
+        return Err(Failure::Spec(format!(
+            "train.instructions: this CPU has no {level} instructions\nhint: \"auto\" takes the best there is, {best} here"
+        )));
+    }
+    check_memory(run, graph, Memory::plan(graph, &options).total())?;
+    Ok(Cpu::new(graph, &options, &state)?)
+}
+
+/// Says before anything is allocated that memory will not do, and what would.
+fn check_memory(run: &Run, graph: &Graph, needed: usize) -> Result<(), Failure> {
+    let Some(available) = doctor::memory_available().filter(|a| *a < needed as u64) else {
+        return Ok(());
+    };
+    let fitting = largest_bn_batch(run, graph, |bytes| bytes as u64 <= available);
+    let hint = match fitting {
+        Some(n) => format!("train.bn_batch = {n} would fit"),
+        None => "no train.bn_batch would fit; a smaller model.resolution needs less".into(),
+    };
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    Err(Failure::Run(format!(
+        "train.bn_batch = {}: the engine needs {:.1} GiB of memory, {:.1} GiB are available\nhint: {hint}; runner plan says what takes how much",
+        run.train.bn_batch(),
+        gib(needed as u64),
+        gib(available),
+    )))
+}
+
+/// The largest `train.bn_batch` that divides the batch and whose engine fits.
+pub(crate) fn largest_bn_batch(
+    run: &Run,
+    graph: &Graph,
+    fits: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    let batch_size = run.train.batch_size;
+    let divisors = (1..=batch_size.min(1024)).rev();
+    let divisors = divisors.filter(|n| batch_size.is_multiple_of(*n));
+    let engine = |micro_batch| {
+        let options = Options {
+            micro_batch,
+            ..options(run)
+        };
+        Memory::plan(graph, &options).total()
+    };
+    divisors.into_iter().find(|&n| fits(engine(n)))
+}
+
+/// How the engine runs what a spec asks for.
+pub(crate) fn options(run: &Run) -> Options {
+    Options {
+        precision: match run.train.precision {
+            spec::Precision::F32 => Precision::F32,
+            spec::Precision::Bf16 => Precision::Bf16,
+        },
+        level: match run.train.instructions {
+            spec::Instructions::Auto => Level::detect(),
+            spec::Instructions::Portable => Level::Portable,
+            spec::Instructions::Avx2 => Level::Avx2,
+            spec::Instructions::Avx512 => Level::Avx512,
+            spec::Instructions::Avx512Bf16 => Level::Avx512Bf16,
+        },
+        winograd: run.train.winograd,
+        ..Options::new(run.train.bn_batch(), threads(run))
+    }
 }
 
 /// `resnet50 (tpu2018), 224 px, 1000 classes`.

@@ -81,6 +81,8 @@ struct MemoryReport {
     gradients: usize,
     optimizer: usize,
     arena: usize,
+    /// Weights of evaluation, with normalisations folded in.
+    folded: usize,
     scratch: usize,
     /// Batches that wait between decoding and the engine.
     batches: usize,
@@ -302,22 +304,18 @@ impl MemoryReport {
             checkpoint
         };
         let besides = batches + records + checkpoint;
-        let total = |bn_batch: usize| {
-            Memory::plan(graph, bn_batch, network::threads(run)).total() + besides
-        };
-
-        let engine = Memory::plan(graph, run.train.bn_batch(), network::threads(run));
+        let engine = Memory::plan(graph, &network::options(run));
         let peak_bytes = engine.total() + besides;
         let available_bytes = doctor::memory_available();
         let fits = |bytes: usize| available_bytes.map(|available| bytes as u64 <= available);
-        let divisors = (1..=run.train.batch_size.min(1024))
-            .rev()
-            .filter(|n| run.train.batch_size.is_multiple_of(*n));
+        let largest_bn_batch =
+            network::largest_bn_batch(run, graph, |engine| fits(engine + besides) == Some(true));
         Self {
             parameters: engine.parameters,
             gradients: engine.gradients,
             optimizer: engine.optimizer,
             arena: engine.arena,
+            folded: engine.folded,
             scratch: engine.scratch,
             batches,
             records,
@@ -325,7 +323,7 @@ impl MemoryReport {
             peak_bytes,
             available_bytes,
             fits: fits(peak_bytes),
-            largest_bn_batch: divisors.into_iter().find(|&n| fits(total(n)) == Some(true)),
+            largest_bn_batch,
         }
     }
 
@@ -348,6 +346,7 @@ impl MemoryReport {
             ("gradients", self.gradients),
             ("momentum", self.optimizer),
             ("activations", self.arena),
+            ("folded weights", self.folded),
             ("tiles", self.scratch),
             ("batches", self.batches),
             ("records", self.records),
@@ -386,7 +385,7 @@ fn duration(seconds: f64) -> String {
     }
 }
 
-fn mib(bytes: usize) -> String {
+pub(crate) fn mib(bytes: usize) -> String {
     format!("{:.0} MiB", bytes as f64 / f64::from(1 << 20))
 }
 

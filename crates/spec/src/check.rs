@@ -1,9 +1,57 @@
 //! What a well-typed run may still have wrong: ranges, and keys that contradict each other.
 
 use std::fmt::Debug;
+use std::ops::RangeInclusive;
 
 use crate::length::{Length, Unit};
 use crate::run::{DEPTHS, Data, Mode, Run, ScheduleKind, Source};
+
+/// What whole numbers can be; the schema says the same (`run`). The upper ends are far above what anybody trains, and
+/// low enough for every product of them: a batch stays within what `data` can index, an epoch within what a double
+/// counts exactly.
+const WHOLE: [(&str, RangeInclusive<u64>); 11] = [
+    ("seed", 0..=u64::MAX),
+    ("model.classes", 2..=1_000_000),
+    ("data.lanes", 1..=65_536),
+    ("data.shuffle_window", 1..=10_000_000),
+    ("data.train_examples", 1..=1_000_000_000_000),
+    ("data.eval_examples", 1..=1_000_000_000_000),
+    ("data.max_bad_records", 0..=1_000_000_000_000),
+    ("train.batch_size", 1..=65_536),
+    ("train.bn_batch", 1..=65_536),
+    ("train.threads", 0..=1024),
+    ("checkpoint.keep", 1..=1_000_000),
+];
+
+/// What the whole number of a key can be, in words; none if the key holds something else.
+pub(crate) fn whole(path: &str) -> Option<String> {
+    match path {
+        "model.depth" => {
+            let depths = DEPTHS.map(|depth| depth.to_string()).join(", ");
+            Some(format!("one of {depths}"))
+        }
+        "model.resolution" => Some("a multiple of 32 from 32 to 448".into()),
+        _ => {
+            let (_, range) = WHOLE.iter().find(|(key, _)| *key == path)?;
+            let (least, most) = (range.start(), range.end());
+            Some(format!("a whole number from {least} to {most}"))
+        }
+    }
+}
+
+/// What is wrong with a place that is not on this machine.
+pub(crate) fn remote(place: &str) -> Option<(String, Option<String>)> {
+    let (scheme, _) = place.split_once("://")?;
+    if scheme.is_empty() || !scheme.chars().all(|c| c.is_ascii_alphanumeric()) {
+        return None;
+    }
+    let yet = match scheme {
+        "gs" | "s3" | "az" => " yet",
+        _ => "",
+    };
+    let what = format!("{scheme}:// is not supported{yet}");
+    Some((what, Some("give a path on this machine".into())))
+}
 
 /// Something wrong, before it is known where the key was written.
 pub(crate) struct Finding {
@@ -18,6 +66,12 @@ pub(crate) struct Finding {
 struct Findings(Vec<Finding>);
 
 impl Findings {
+    /// A single key with a whole number.
+    fn whole(&mut self, key: &'static str, value: u64, is_inside: bool) {
+        let range = whole(key).expect("the key holds a whole number");
+        self.range(key, value, is_inside, &range);
+    }
+
     /// A single key whose value must be in a range.
     fn range(&mut self, key: &'static str, value: impl Debug, is_inside: bool, range: &str) {
         if !is_inside {
@@ -52,6 +106,7 @@ pub(crate) fn check(run: &Run) -> Vec<Finding> {
     let mut found = Findings(vec![]);
     names(run, &mut found);
     model(run, &mut found);
+    whole_numbers(run, &mut found);
     data(&run.data, &mut found);
     shards(run, &mut found);
     batches(run, &mut found);
@@ -66,8 +121,8 @@ fn names(run: &Run, found: &mut Findings) {
     found.range(
         "name",
         &run.name,
-        run.name.chars().all(is_plain) && run.name.contains(|c| c != '.'),
-        "letters, digits, '.', '_' and '-'",
+        run.name.chars().all(is_plain) && run.name.contains(|c| c != '.') && run.name.len() <= 200,
+        "at most 200 letters, digits, '.', '_' and '-'",
     );
     let experiment = &run.track.experiment;
     found.range(
@@ -83,38 +138,48 @@ fn names(run: &Run, found: &mut Findings) {
         ("data.eval", &run.data.eval),
     ];
     for (key, place) in places {
-        let scheme = place.as_deref().and_then(|place| place.split_once("://"));
-        if let Some((scheme @ ("gs" | "s3" | "az"), _)) = scheme {
-            found.key(
-                key,
-                format!("{scheme}:// is not supported yet"),
-                Some("give a path on this machine".into()),
-            );
+        if let Some((what, hint)) = place.as_deref().and_then(remote) {
+            found.key(key, what, hint);
         }
     }
 }
 
 fn model(run: &Run, found: &mut Findings) {
     let model = &run.model;
-    let depths = DEPTHS.map(|depth| depth.to_string()).join(", ");
-    found.range(
-        "model.depth",
-        model.depth,
-        DEPTHS.contains(&model.depth),
-        &format!("one of {depths}"),
-    );
-    found.range(
-        "model.resolution",
-        model.resolution,
-        model.resolution.is_multiple_of(32) && (32..=448).contains(&model.resolution),
-        "a multiple of 32 from 32 to 448",
-    );
-    found.range(
-        "model.classes",
-        model.classes,
-        model.classes >= 2,
-        "at least 2",
-    );
+    let (depth, resolution) = (model.depth, model.resolution);
+    found.whole("model.depth", depth as u64, DEPTHS.contains(&depth));
+    let is_compiled_in = resolution.is_multiple_of(32) && (32..=448).contains(&resolution);
+    found.whole("model.resolution", resolution as u64, is_compiled_in);
+}
+
+/// The whole numbers of [`WHOLE`].
+fn whole_numbers(run: &Run, found: &mut Findings) {
+    let Run {
+        model,
+        data,
+        train,
+        checkpoint,
+        ..
+    } = run;
+    let value = |key: &str| match key {
+        "seed" => Some(run.seed),
+        "model.classes" => Some(model.classes as u64),
+        "data.lanes" => Some(data.lanes as u64),
+        "data.shuffle_window" => Some(data.shuffle_window as u64),
+        "data.train_examples" => data.train_examples,
+        "data.eval_examples" => data.eval_examples,
+        "data.max_bad_records" => Some(data.max_bad_records),
+        "train.batch_size" => Some(train.batch_size as u64),
+        "train.bn_batch" => train.bn_batch.map(|n| n as u64),
+        "train.threads" => Some(train.threads as u64),
+        "checkpoint.keep" => Some(checkpoint.keep as u64),
+        other => unreachable!("{other} has a range and no value"),
+    };
+    for (key, range) in &WHOLE {
+        if let Some(value) = value(key) {
+            found.whole(key, value, range.contains(&value));
+        }
+    }
 }
 
 fn data(data: &Data, found: &mut Findings) {
@@ -129,20 +194,9 @@ fn data(data: &Data, found: &mut Findings) {
     found.range(
         "data.crop_aspect",
         data.crop_aspect,
-        0.0 < low && low <= high && high.is_finite(),
-        "two increasing numbers above 0",
+        0.0 < low && low <= high && high <= 1000.0,
+        "two increasing numbers above 0 and at most 1000",
     );
-    let counts = [
-        ("data.lanes", Some(data.lanes as u64)),
-        ("data.shuffle_window", Some(data.shuffle_window as u64)),
-        ("data.train_examples", data.train_examples),
-        ("data.eval_examples", data.eval_examples),
-    ];
-    for (key, count) in counts {
-        if let Some(count) = count {
-            found.range(key, count, count >= 1, "at least 1");
-        }
-    }
 }
 
 /// TFRecords come from somewhere.
@@ -171,23 +225,44 @@ fn shards(run: &Run, found: &mut Findings) {
 fn batches(run: &Run, found: &mut Findings) {
     let train = &run.train;
     let (batch_size, bn_batch) = (train.batch_size, train.bn_batch());
-    found.range(
-        "train.batch_size",
-        batch_size,
-        batch_size >= 1,
-        "at least 1",
-    );
-    if let Some(bn_batch) = train.bn_batch {
-        found.range("train.bn_batch", bn_batch, bn_batch >= 1, "at least 1");
+    let is_inside = |key: &str, size: usize| {
+        let mut ranges = WHOLE.iter().filter(|(name, _)| *name == key);
+        ranges.all(|(_, range)| range.contains(&(size as u64)))
+    };
+    if !is_inside("train.batch_size", batch_size) || !is_inside("train.bn_batch", bn_batch) {
+        return; // which has been said
     }
-    if batch_size == 0 || bn_batch == 0 || batch_size.is_multiple_of(bn_batch) {
+    // Where the last plane is 1 x 1, one image is one value, and a normalisation makes that 0.
+    if run.model.resolution == 32 && bn_batch == 1 && run.mode != Mode::Eval {
+        let key = match train.bn_batch {
+            Some(_) => "train.bn_batch",
+            None => "train.batch_size",
+        };
+        let larger = (2..=batch_size).find(|&d| batch_size.is_multiple_of(d));
+        let larger = match larger {
+            Some(divisor) => format!("train.bn_batch = {divisor} or more"),
+            None => "train.batch_size = 2 or more".into(),
+        };
+        found.keys(
+            key,
+            &["train.batch_size", "train.bn_batch", "model.resolution", "mode"],
+            "1 image at a time cannot be normalised at model.resolution = 32: the last planes are 1 x 1, and one \
+             value has no variance"
+                .into(),
+            Some(format!("{larger}, or model.resolution = 64 or more")),
+        );
+    }
+    if batch_size.is_multiple_of(bn_batch) {
         return;
     }
-    let divisor = (1..=bn_batch.min(4096))
-        .rev()
-        .find(|&d| batch_size.is_multiple_of(d))
-        .unwrap_or(1);
-    let hint = format!("the nearest below is train.bn_batch = {divisor}");
+    // One image at a time is slow, and at some resolutions refused: said only if there is nothing else.
+    let divides = |d: &usize| batch_size.is_multiple_of(*d);
+    let below = (2..bn_batch).rev().find(divides);
+    let above = (bn_batch..=batch_size).find(divides);
+    let hint = match (below, above) {
+        (Some(below), Some(above)) => format!("train.bn_batch = {below} or {above} does"),
+        (below, above) => format!("train.bn_batch = {} does", below.or(above).unwrap_or(1)),
+    };
     if train.bn_batch.is_some() {
         found.keys(
             "train.bn_batch",
@@ -245,8 +320,6 @@ fn numbers(run: &Run, found: &mut Findings) {
         ratio > 0.0 && ratio <= 1.0,
         "above 0 and at most 1",
     );
-    let keep = run.checkpoint.keep;
-    found.range("checkpoint.keep", keep, keep >= 1, "at least 1");
 }
 
 fn lengths(run: &Run, found: &mut Findings) {

@@ -4,13 +4,13 @@ use figment::error::{Actual, Kind};
 use figment::value::{Dict, Value};
 use serde::Deserialize;
 
+use crate::check::whole;
 use crate::load::Rank;
 use crate::run::Run;
 
 /// Values with a name but no meaning yet, and who does not support them.
-const LATER: [(&str, &str, &str); 8] = [
+const LATER: [(&str, &str, &str); 7] = [
     ("data.source", "bigtable", ""),
-    ("train.precision", "bf16", " by the cpu engine"),
     ("train.precision", "f16", " by the cpu engine"),
     ("train.device", "cuda", ""),
     ("optimizer.kind", "lars", ""),
@@ -42,9 +42,12 @@ pub(crate) fn fault(
         Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
             let what = format!(
                 "{element}expected {}, not {}",
-                worded(expected),
+                worded(expected, path),
                 told(actual)
             );
+            if is_quoted(actual, expected) {
+                return Some((what, Some("write it without quotes".into())));
+            }
             let is_bare = expected == "a string" && !matches!(actual, Actual::Seq | Actual::Map);
             let hint = is_bare.then(|| match rank {
                 Rank::Argument => {
@@ -95,14 +98,29 @@ fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<Stri
 }
 
 /// Serde's names of types, as a spec's reader would say them.
-fn worded(expected: &str) -> &str {
+fn worded(expected: &str, path: &str) -> String {
     match expected {
-        "u64" | "usize" => "a whole number from 0",
+        "u64" | "usize" => return whole(path).unwrap_or_else(|| "a whole number from 0".into()),
         "i64" => "a whole number",
         "f64" => "a number",
         "a boolean" => "true or false",
         "a sequence" => "a list",
         other => other,
+    }
+    .into()
+}
+
+/// Whether a text holds what was expected instead of it.
+fn is_quoted(actual: &Actual, expected: &str) -> bool {
+    let Actual::Str(text) = actual else {
+        return false;
+    };
+    match expected {
+        "u64" | "usize" => text.parse::<u64>().is_ok(),
+        "i64" => text.parse::<i64>().is_ok(),
+        "f64" => text.parse().is_ok_and(f64::is_finite),
+        "a boolean" => text == "true" || text == "false",
+        _ => false,
     }
 }
 

@@ -58,7 +58,7 @@ const FLAGS: &[Flag] = &[
     ("data_format", NotNeeded, LAYOUT),
     ("transpose_input", NotNeeded, LAYOUT),
     ("export_dir", NotYet, EXPORT),
-    ("precision", Keys(&["train.precision"]), "`\"f32\"`; bf16 is not supported yet"),
+    ("precision", Keys(&["train.precision"]), "`\"f32\"` or `\"bf16\"`"),
     ("base_learning_rate", Keys(&["schedule.base_lr"]), "per 256 images, as there"),
     ("momentum", Keys(&["optimizer.momentum"]), ""),
     ("weight_decay", Keys(&["optimizer.weight_decay"]), ""),

@@ -42,6 +42,8 @@ const MAX_WHOLE: f64 = (1u64 << 53) as f64;
 pub enum LengthError {
     /// The text has none of the four forms.
     Form(String),
+    /// A number beyond 2^53, where doubles skip whole numbers.
+    TooLong(String),
     /// A percentage where there is no whole to take it of.
     NoTotal(Length),
 }
@@ -50,6 +52,9 @@ impl fmt::Display for LengthError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             LengthError::Form(text) => write!(f, "expected {FORMS}, not {text:?}"),
+            LengthError::TooLong(text) => {
+                write!(f, "expected a length of at most {MAX_WHOLE}, not {text:?}")
+            }
             LengthError::NoTotal(length) => {
                 write!(f, "\"{length}\" of a run whose length is not known")
             }
@@ -122,7 +127,10 @@ impl FromStr for Length {
         };
         let value: f64 = number.parse().map_err(|_| form())?;
         let is_counted = matches!(unit, Unit::Steps | Unit::Examples);
-        if value > MAX_WHOLE || (is_counted && value.fract() != 0.0) {
+        if value > MAX_WHOLE {
+            return Err(LengthError::TooLong(text.into()));
+        }
+        if is_counted && value.fract() != 0.0 {
             return Err(form());
         }
         Ok(Self { value, unit })
@@ -257,7 +265,18 @@ mod tests {
     fn not_finite() {
         check_refused("inf epochs");
         check_refused("NaN epochs");
-        check_refused(&format!("{} epochs", "9".repeat(400)));
+    }
+
+    #[test]
+    fn too_long() {
+        for number in ["9007199254740994".to_string(), "9".repeat(400)] {
+            let text = format!("{number} epochs");
+            let error = text.parse::<Length>().unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("expected a length of at most 9007199254740992, not {text:?}")
+            );
+        }
     }
 
     #[test]

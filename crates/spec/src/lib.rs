@@ -18,10 +18,11 @@ mod schema;
 mod value;
 
 pub use length::{Length, LengthError, Unit};
-pub use load::{Layers, Loaded, load, parse};
+pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};
 pub use run::{
-    Checkpoint, Crop, Data, Decay, Device, Eval, Loss, Mlflow, Mode, Model, Optimizer,
-    OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source, Track, Train,
+    Checkpoint, Crop, Data, Decay, Device, Eval, Instructions, Loss, Mlflow, Mode, Model,
+    Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source,
+    Track, Train,
 };
 pub use schema::schema;

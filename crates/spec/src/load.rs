@@ -14,7 +14,7 @@ use figment::{Figment, Metadata, Profile, Provider};
 use serde::Deserialize;
 use toml::de::{DeTable, DeValue};
 
-use crate::check::check;
+use crate::check::{check, remote, whole};
 use crate::explain::{fault, nearest};
 use crate::flags;
 use crate::problem::{Errors, Problem};
@@ -56,25 +56,18 @@ pub fn load(layers: &Layers<'_>) -> Result<Loaded, Errors> {
     let mut reader = Reader::new(layers.profile);
     let is_whole = match reader.file(layers.file) {
         Ok(is_whole) => is_whole,
-        Err((what, hint)) => {
+        Err((what, _)) => {
             reader.begin(&layers.file.display().to_string(), Rank::File);
             let examples =
                 "give the path of a spec, relative to the working directory; configs/ has examples";
-            reader.say(None, "", what, hint.and(Some(examples.into())));
+            reader.say(None, "", what, Some(examples.into()));
             false
         }
     };
     if is_whole {
         reader.profile_exists(layers.file);
     }
-    let mut environment: Vec<_> = layers.environment.iter().collect();
-    environment.sort();
-    for (name, value) in environment {
-        if let Some(key) = name.strip_prefix(PREFIX) {
-            reader.begin(&format!("environment variable {name}"), Rank::Environment);
-            reader.assign(&key.to_lowercase().replace("__", "."), value);
-        }
-    }
+    reader.environment(layers.environment);
     reader.sets(layers.sets);
     reader.finish(is_whole)
 }
@@ -85,8 +78,22 @@ pub fn load(layers: &Layers<'_>) -> Result<Loaded, Errors> {
 /// # Errors
 /// Everything that is wrong with the text and the arguments, at once.
 pub fn parse(text: &str, origin: &str, sets: &[String]) -> Result<Run, Errors> {
+    parse_over(text, origin, &[], sets)
+}
+
+/// As [`parse`], with the environment (as in [`Layers`]) between the text and the arguments.
+///
+/// # Errors
+/// As [`parse`].
+pub fn parse_over(
+    text: &str,
+    origin: &str,
+    environment: &[(String, String)],
+    sets: &[String],
+) -> Result<Run, Errors> {
     let mut reader = Reader::new(None);
     let is_whole = reader.text(text, origin, None);
+    reader.environment(environment);
     reader.sets(sets);
     reader.finish(is_whole).map(|loaded| loaded.run)
 }
@@ -222,6 +229,9 @@ impl<'a> Reader<'a> {
 
     /// Reads a file after those that it extends; false if one of them is not TOML or not there.
     fn file(&mut self, path: &Path) -> Result<bool, Complaint> {
+        if let Some(complaint) = path.to_str().and_then(remote) {
+            return Err(complaint);
+        }
         let text = std::fs::read_to_string(path).map_err(|error| match error.kind() {
             ErrorKind::NotFound => (
                 format!("there is no file {}", path.display()),
@@ -255,7 +265,12 @@ impl<'a> Reader<'a> {
             Err(error) => {
                 let place = error.span().map(|span| place(text, &span));
                 self.begin(origin, Rank::File);
-                self.say(place, "", format!("not TOML: {}", error.message()), None);
+                let what = error.message();
+                let hint = match what.contains("duplicate") {
+                    true => "take one of the two out",
+                    false => "text is written in quotes, lists as [a, b], sections as [name]",
+                };
+                self.say(place, "", format!("not TOML: {what}"), Some(hint.into()));
                 return false;
             }
         };
@@ -267,9 +282,12 @@ impl<'a> Reader<'a> {
         if let Some(extends) = table.get("extends") {
             let at = place(extends.span());
             for (at, base) in bases(extends.get_ref(), at, &place) {
-                let read = base.and_then(|base| match dir {
-                    Some(dir) => self.file(&dir.join(base).components().collect::<PathBuf>()),
-                    None => Err(("only a file can extend another".into(), None)),
+                let read = base.and_then(|base| match (remote(base), dir) {
+                    (Some(complaint), _) => Err(complaint),
+                    (None, Some(dir)) => {
+                        self.file(&dir.join(base).components().collect::<PathBuf>())
+                    }
+                    (None, None) => Err(("only a file can extend another".into(), None)),
                 });
                 match read {
                     Ok(is_base_whole) => is_whole &= is_base_whole,
@@ -345,6 +363,18 @@ impl<'a> Reader<'a> {
         };
         self.begin(&format!("--profile {name}"), Rank::Profile);
         self.say(None, "", "unknown profile".into(), Some(hint));
+    }
+
+    /// Reads the variables that belong to a spec.
+    fn environment(&mut self, variables: &[(String, String)]) {
+        let mut variables: Vec<_> = variables.iter().collect();
+        variables.sort();
+        for (name, value) in variables {
+            if let Some(key) = name.strip_prefix(PREFIX) {
+                self.begin(&format!("environment variable {name}"), Rank::Environment);
+                self.assign(&key.to_lowercase().replace("__", "."), value);
+            }
+        }
     }
 
     /// Reads the `--set` arguments.
@@ -496,6 +526,13 @@ impl<'a> Reader<'a> {
         match convert(value) {
             Ok(value) => Some(value),
             Err(what) => {
+                let range = match value {
+                    DeValue::Integer(_) => whole(path),
+                    _ => None,
+                };
+                let what = range.map_or(what, |range| {
+                    format!("expected {range}, not {}", shown(value))
+                });
                 self.say(at, path, what, None);
                 None
             }

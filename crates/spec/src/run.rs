@@ -17,8 +17,11 @@ pub(crate) const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct Run {
-    /// Name of the run: letters, digits, `.`, `_` and `-`.
-    #[schemars(regex(pattern = r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$"))]
+    /// Name of the run: at most 200 letters, digits, `.`, `_` and `-`.
+    #[schemars(
+        regex(pattern = r"^\.*[A-Za-z0-9_-][A-Za-z0-9._-]*$"),
+        length(max = 200)
+    )]
     pub name: String,
     /// What to do.
     #[serde(default)]
@@ -81,8 +84,8 @@ pub struct Model {
     /// Side of the square images in pixels: a multiple of 32 from 32 to 448.
     #[schemars(range(min = 32, max = 448), extend("multipleOf" = 32))]
     pub resolution: usize,
-    /// Number of classes, at least 2.
-    #[schemars(range(min = 2))]
+    /// Number of classes, from 2 to 1000000.
+    #[schemars(range(min = 2, max = 1_000_000))]
     pub classes: usize,
     /// Whose details to follow where the well-known implementations differ.
     pub recipe: Recipe,
@@ -118,27 +121,28 @@ pub struct Data {
     #[serde(deserialize_with = "pair")]
     #[schemars(extend("items" = json!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1 })))]
     pub crop_area: [f64; 2],
-    /// Smallest and largest width over height of a training crop.
+    /// Smallest and largest width over height of a training crop, at most 1000.
     #[serde(deserialize_with = "pair")]
-    #[schemars(extend("items" = json!({ "type": "number", "exclusiveMinimum": 0 })))]
+    #[schemars(extend("items" = json!({ "type": "number", "exclusiveMinimum": 0, "maximum": 1000 })))]
     pub crop_aspect: [f64; 2],
     /// Whether half of the training images are mirrored.
     pub flip: bool,
     /// Whose resampling.
     pub resize: Resize,
-    /// Shards read side by side, at least 1.
-    #[schemars(range(min = 1))]
+    /// Shards read side by side, from 1 to 65536.
+    #[schemars(range(min = 1, max = 65_536))]
     pub lanes: usize,
-    /// Records of a lane that are shuffled among themselves, at least 1.
-    #[schemars(range(min = 1))]
+    /// Records of a lane that are shuffled among themselves, from 1 to 10000000; they are held in memory.
+    #[schemars(range(min = 1, max = 10_000_000))]
     pub shuffle_window: usize,
     /// Number of training examples; needed only where it cannot be counted.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000_000u64))]
     pub train_examples: Option<u64>,
     /// Number of evaluation examples; needed only where it cannot be counted. The made-up sources use at most 256.
-    #[schemars(range(min = 1))]
+    #[schemars(range(min = 1, max = 1_000_000_000_000u64))]
     pub eval_examples: Option<u64>,
     /// Unreadable records that are counted and passed over before the run stops.
+    #[schemars(range(max = 1_000_000_000_000u64))]
     pub max_bad_records: u64,
 }
 
@@ -190,12 +194,12 @@ pub enum Resize {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Train {
-    /// Images of a step, over all devices.
-    #[schemars(range(min = 1))]
+    /// Images of a step, over all devices, from 1 to 65536.
+    #[schemars(range(min = 1, max = 65_536))]
     pub batch_size: usize,
     /// Images that a batch normalisation sees together; divides `batch_size`. 128, or `batch_size` when that is less,
-    /// if absent.
-    #[schemars(range(min = 1))]
+    /// if absent. At a resolution of 32 at least 2.
+    #[schemars(range(min = 1, max = 65_536))]
     pub bn_batch: Option<usize>,
     /// How long to train, from the first step of the run.
     pub length: Length,
@@ -203,8 +207,30 @@ pub struct Train {
     pub precision: Precision,
     /// Where to compute.
     pub device: Device,
-    /// CPU threads; 0 means all cores.
+    /// CPU threads, at most 1024; 0 means all cores.
+    #[schemars(range(max = 1024))]
     pub threads: usize,
+    /// Vector instructions of the CPU engine. Runs on different ones differ in their last bits.
+    pub instructions: Instructions,
+    /// Whether the CPU engine may compute 3 x 3 convolutions with fewer multiplications (Winograd's minimal
+    /// filtering): faster, with about three times the rounding error of f32, far below that of bf16.
+    pub winograd: bool,
+}
+
+/// Vector instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Instructions {
+    /// The best that the CPU has.
+    Auto,
+    /// What every CPU of the architecture has.
+    Portable,
+    /// AVX2 and FMA.
+    Avx2,
+    /// AVX-512 F, BW, DQ and VL.
+    Avx512,
+    /// AVX-512 with dot products of bf16.
+    Avx512Bf16,
 }
 
 /// Number format of activations.
@@ -213,6 +239,8 @@ pub struct Train {
 pub enum Precision {
     /// 32 bits.
     F32,
+    /// 16 bits with f32's range, in half the memory. Parameters, statistics and sums stay f32.
+    Bf16,
 }
 
 /// Where to compute.
@@ -319,8 +347,8 @@ pub struct Eval {
 pub struct Checkpoint {
     /// How often.
     pub every: Length,
-    /// How many of the latest are kept, at least 1; the best by top1 is kept besides.
-    #[schemars(range(min = 1))]
+    /// How many of the latest are kept, from 1 to 1000000; the best by top1 is kept besides.
+    #[schemars(range(min = 1, max = 1_000_000))]
     pub keep: usize,
 }
 
@@ -399,6 +427,8 @@ impl Default for Train {
             precision: Precision::F32,
             device: Device::Auto,
             threads: 0,
+            instructions: Instructions::Auto,
+            winograd: true,
         }
     }
 }
@@ -484,7 +514,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 16] = [
+const FREE: [&str; 17] = [
     "name",
     "mode",
     "run_dir",
@@ -495,6 +525,7 @@ const FREE: [&str; 16] = [
     "data.max_bad_records",
     "train.device",
     "train.threads",
+    "train.instructions",
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",

@@ -95,7 +95,12 @@ impl fmt::Display for Error {
                 }
             }
             Self::Pattern { pattern, at, what } => {
-                write!(f, "{pattern}: character {}: {what}", at + 1)
+                write!(
+                    f,
+                    "{pattern}: character {}: {what}\n\
+                     hint: * stands for any characters, ? for one, [ab] for a or b, and [[] for a bracket itself",
+                    at + 1
+                )
             }
             Self::Unsupported { url } => write!(
                 f,

@@ -21,14 +21,7 @@ use std::path::PathBuf;
 /// # Errors
 /// A bucket URL, a malformed pattern, a directory that cannot be read, or no match at all.
 pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
-    if ["gs://", "s3://", "az://"]
-        .iter()
-        .any(|scheme| pattern.starts_with(scheme))
-    {
-        return Err(Error::Unsupported {
-            url: pattern.into(),
-        });
-    }
+    check_local(pattern)?;
     let matches = ::glob::glob(pattern).map_err(|e| Error::Pattern {
         pattern: pattern.into(),
         at: e.pos,
@@ -52,6 +45,18 @@ pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
     }
     files.sort();
     Ok(files)
+}
+
+/// Refuses the URL of an object store.
+///
+/// # Errors
+/// If it is one.
+pub fn check_local(path: &str) -> Result<(), Error> {
+    let schemes = ["gs://", "s3://", "az://"];
+    match schemes.iter().any(|scheme| path.starts_with(scheme)) {
+        true => Err(Error::Unsupported { url: path.into() }),
+        false => Ok(()),
+    }
 }
 
 #[cfg(test)]

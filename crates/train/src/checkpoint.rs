@@ -192,8 +192,11 @@ impl Checkpoints {
 /// A checkpoint by any of its names: the file, a pointer (`latest`, `best`) or a run directory.
 ///
 /// # Errors
-/// If there is none.
+/// If there is none, or it is not on this machine.
 pub fn find(path: &Path) -> Result<PathBuf, Error> {
+    if let Some(text) = path.to_str() {
+        store::check_local(text)?;
+    }
     let none = || Error::NoCheckpoint { path: path.into() };
     if path.is_dir() {
         return Checkpoints::of(path).latest()?.ok_or_else(none);

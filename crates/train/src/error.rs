@@ -57,14 +57,25 @@ pub enum Error {
         /// The update after which.
         step: u64,
     },
+    /// No shards are found.
+    Shards {
+        /// The key that names them.
+        key: &'static str,
+        /// Why.
+        source: store::Error,
+    },
     /// The shards hold another number of examples than the spec says.
     Examples {
-        /// The key.
+        /// The key of the number.
         key: &'static str,
         /// The spec's number.
         expected: u64,
         /// The shards'.
         found: u64,
+        /// The pattern that names them.
+        pattern: String,
+        /// How many it matches.
+        shards: usize,
     },
 }
 
@@ -82,8 +93,11 @@ impl Error {
     /// Whether the input data is to blame, and not the run or the machine.
     pub fn is_of_input(&self) -> bool {
         match self {
-            Error::Data(data::Error::Threads(_)) => false,
-            Error::Data(_) | Error::Examples { .. } | Error::NothingScored => true,
+            Error::Data(data::Error::Threads(_) | data::Error::Memory { .. }) => false,
+            Error::Data(_)
+            | Error::Shards { .. }
+            | Error::Examples { .. }
+            | Error::NothingScored => true,
             _ => false,
         }
     }
@@ -140,14 +154,19 @@ impl fmt::Display for Error {
                 "the loss or a parameter is not finite after step {step}; the last checkpoint is from before\n\
                  hint: try a lower schedule.base_lr or a longer schedule.warmup, under another name or with --fresh"
             ),
+            Error::Shards { key, source } => write!(f, "{key}: {source}"),
             Error::Examples {
                 key,
                 expected,
                 found,
+                pattern,
+                shards,
             } => {
+                let files = if *shards == 1 { "file" } else { "files" };
                 write!(
                     f,
-                    "{key} is {expected}, the shards hold {found}\nhint: set {key} to {found}, or remove it"
+                    "{key} is {expected}, but {pattern} holds {found}, in {shards} {files}\n\
+                     hint: if no file is missing and none is too many, set {key} = {found} or leave it out"
                 )
             }
         }

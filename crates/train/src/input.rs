@@ -1,6 +1,7 @@
 //! The spec's `[data]` resolved: shards found and counted.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use spec::{Crop, Mode, Resize, Run, Source};
 
@@ -32,14 +33,13 @@ impl Input {
             fingerprint: "made up".into(),
         };
         if run.mode != Mode::Eval {
-            let config = config(
-                run,
-                run.data.train.as_deref(),
-                run.train.batch_size,
-                run.data.train_examples(),
-            )?;
-            input.train_examples =
-                examples("data.train_examples", &config, run.data.train_examples())?;
+            let glob = Glob {
+                key: "data.train",
+                pattern: run.data.train.as_deref(),
+            };
+            let expected = run.data.train_examples();
+            let config = config(run, &glob, run.train.batch_size, expected)?;
+            input.train_examples = examples("data.train_examples", &glob, &config, expected)?;
             if let data::Source::TfRecord { shards, .. } = &config.source {
                 input.fingerprint = data::fingerprint(shards)?;
             }
@@ -71,20 +71,39 @@ impl Input {
 /// # Errors
 /// As [`Input::open`].
 pub fn eval_config(run: &Run) -> Result<data::Config, Error> {
+    let glob = Glob {
+        key: "data.eval",
+        pattern: run.data.eval.as_deref(),
+    };
     let expected = run.data.eval_examples();
-    let config = config(
-        run,
-        run.data.eval.as_deref(),
-        run.train.bn_batch(),
-        expected,
-    )?;
-    examples("data.eval_examples", &config, expected)?;
+    let config = config(run, &glob, run.train.bn_batch(), expected)?;
+    examples("data.eval_examples", &glob, &config, expected)?;
     Ok(config)
+}
+
+/// Where shards are named.
+struct Glob<'a> {
+    key: &'static str,
+    pattern: Option<&'a str>,
+}
+
+impl Glob<'_> {
+    fn pattern(&self) -> &str {
+        let pattern = self.pattern;
+        pattern.expect("a checked spec names the shards it needs")
+    }
+
+    fn shards(&self) -> Result<Vec<PathBuf>, Error> {
+        store::glob(self.pattern()).map_err(|source| Error::Shards {
+            key: self.key,
+            source,
+        })
+    }
 }
 
 fn config(
     run: &Run,
-    glob: Option<&str>,
+    glob: &Glob<'_>,
     batch_size: usize,
     made_up: Option<u64>,
 ) -> Result<data::Config, Error> {
@@ -92,8 +111,7 @@ fn config(
     let examples = made_up.unwrap_or_default();
     let source = match d.source {
         Source::Tfrecord => data::Source::TfRecord {
-            shards: store::glob(glob.expect("a checked spec names the shards it needs"))
-                .map_err(data::Error::Store)?,
+            shards: glob.shards()?,
             label_offset: d.label_offset,
             lanes: d.lanes,
             shuffle_window: d.shuffle_window,
@@ -126,17 +144,27 @@ fn config(
 }
 
 /// Counts the examples and holds the spec's number against them.
-fn examples(key: &'static str, config: &data::Config, expected: Option<u64>) -> Result<u64, Error> {
-    let found = match &config.source {
-        data::Source::TfRecord { shards, .. } => data::count(shards)?,
-        data::Source::Fake { examples } | data::Source::Zeros { examples } => *examples,
+fn examples(
+    key: &'static str,
+    glob: &Glob<'_>,
+    config: &data::Config,
+    expected: Option<u64>,
+) -> Result<u64, Error> {
+    let shards = match &config.source {
+        data::Source::TfRecord { shards, .. } => shards,
+        data::Source::Fake { examples } | data::Source::Zeros { examples } => return Ok(*examples),
     };
-    match expected {
-        Some(expected) if expected != found => Err(Error::Examples {
+    match (data::count(shards)?, expected) {
+        (found, Some(expected)) if expected != found => Err(Error::Examples {
             key,
             expected,
             found,
+            pattern: glob.pattern().into(),
+            shards: shards.len(),
         }),
-        _ => Ok(found),
+        (0, _) => Err(Error::Data(data::Error::NoRecords {
+            shards: shards.clone(),
+        })),
+        (found, _) => Ok(found),
     }
 }

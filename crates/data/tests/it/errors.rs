@@ -94,7 +94,9 @@ fn label_out_of_range() {
                         classes,
                     }
             },
-            &format!("the stored label {stored} less the offset 1 is not in 0..10\nhint: check"),
+            &format!(
+                "the stored label {stored} less the offset 1 is no class from 0 to 9\nhint: check"
+            ),
         );
     }
 }
@@ -178,7 +180,7 @@ fn allowed_bad_records_are_replaced_and_counted() {
     reader.next().unwrap();
     let offset = reader.offset();
     let first = format!(
-        "{shard}: record 1 at byte {offset}: the stored label 77 less the offset 1 is not in 0..23 \
+        "{shard}: record 1 at byte {offset}: the stored label 77 less the offset 1 is no class from 0 to 22 \
          (bad record 1, of 3 allowed)"
     );
     assert_eq!((bad(0).len(), &bad(0)[0]), (2, &first));
@@ -263,7 +265,8 @@ fn no_records() {
     for loader in [train(&config), data::eval(&config).unwrap()] {
         let error = first_error(loader);
         let expected = format!(
-            "{} and 1 more: the shards hold no records",
+            "{} and 1 more: the shards hold no records\n\
+             hint: copy or convert again, or name other shards in data.train or data.eval",
             empty[0].display()
         );
         assert_eq!(error.to_string(), expected);
@@ -345,6 +348,28 @@ fn zeros_and_absurd_numbers_in_the_configuration() {
     for (lanes, window) in [(0, 1), (1, 0)] {
         let config = config(shards(&good), lanes, window);
         assert!(matches!(data::eval(&config).unwrap_err(), Error::Config(_)));
+    }
+}
+
+/// As many values as a batch may hold, and more than any machine has memory for them.
+#[test]
+fn no_memory_for_a_batch() {
+    let (_dir, mut config) = spoilt(|good| good, &[]);
+    config.resize = Resize::Tf;
+    config.resolution = 4096;
+    config.batch_size = (1 << 36) / (3 * 4096 * 4096);
+    let bytes = config.batch_size * 3 * 4096 * 4096 * 4;
+    match data::eval(&config) {
+        Err(error) => assert_eq!(
+            error.to_string(),
+            format!(
+                "no memory for a batch of {} MiB\n\
+                 hint: a smaller train.batch_size or model.resolution needs less; runner plan says how much",
+                bytes >> 20
+            )
+        ),
+        // A system may promise memory that it does not have.
+        Ok(loader) => drop(loader),
     }
 }
 

@@ -71,6 +71,9 @@ impl<T: Element> Source<'_, T> {
 
 /// Reads vectors of a tensor.
 pub(crate) trait Read: Copy + Send + Sync {
+    /// No constants belong to channels, so that a vector may reach over several pixels.
+    const FLAT: bool;
+
     /// Channels `c..c + LANES` of the pixel whose channels start at `at`.
     ///
     /// # Safety
@@ -85,6 +88,8 @@ pub(crate) trait Read: Copy + Send + Sync {
 }
 
 impl<T: Element> Read for Raw<'_, T> {
+    const FLAT: bool = true;
+
     #[inline(always)]
     unsafe fn full<I: Isa>(&self, at: usize, c: usize) -> I::V {
         // SAFETY: the caller's word.
@@ -99,6 +104,8 @@ impl<T: Element> Read for Raw<'_, T> {
 }
 
 impl<T: Element> Read for Norm<'_, T> {
+    const FLAT: bool = false;
+
     #[inline(always)]
     unsafe fn full<I: Isa>(&self, at: usize, c: usize) -> I::V {
         // SAFETY: the caller's word.
@@ -123,6 +130,8 @@ impl<T: Element> Read for Norm<'_, T> {
 }
 
 impl<T: Element> Read for Grad<'_, T> {
+    const FLAT: bool = false;
+
     #[inline(always)]
     unsafe fn full<I: Isa>(&self, at: usize, c: usize) -> I::V {
         // SAFETY: the caller's word.
@@ -227,6 +236,9 @@ pub(crate) const SUMS: usize = 3;
 pub(crate) trait Finish: Copy + Send + Sync {
     /// Whether the sums are used.
     const SUMMED: bool;
+    /// Whether `apply` reads other tensors. They often lie as the results do, and where pixels are 4 KiB apart a load
+    /// that follows a store to the pixel before waits for it: their low address bits are equal.
+    const READS: bool;
 
     /// Called with the first result that a task has for these channels, before `apply`, while the sums are zero.
     ///
@@ -250,10 +262,23 @@ pub(crate) trait Finish: Copy + Send + Sync {
         sums: &mut [I::V; SUMS],
     ) -> I::V;
 
+    /// Asks for what `apply` will read for channels `c..c + panel` of the pixel whose channels start at `at`.
+    #[inline(always)]
+    fn prefetch(&self, _at: usize, _c: usize, _panel: usize) {}
+
     /// Turns the sums of one channel over `count` results into what the partials keep.
     #[inline(always)]
     fn close(&self, sums: [f32; SUMS], _count: usize) -> [f32; SUMS] {
         sums
+    }
+}
+
+/// Asks for `panel` values from `at` on. A hint: no address is wrong.
+#[inline(always)]
+fn prefetch<T: Element>(from: Span<'_, T>, at: usize, panel: usize) {
+    let first = from.ptr().wrapping_add(at).cast::<u8>();
+    for line in (0..panel * size_of::<T>()).step_by(64) {
+        super::simd::prefetch(first.wrapping_add(line));
     }
 }
 
@@ -272,6 +297,7 @@ unsafe fn vector<I: Isa, T: Element>(p: *const T, n: usize, full: bool) -> I::V 
 
 impl<T: Element> Finish for Store<'_, T> {
     const SUMMED: bool = false;
+    const READS: bool = true;
 
     #[inline(always)]
     unsafe fn apply<I: Isa>(
@@ -293,6 +319,7 @@ impl<T: Element> Finish for Store<'_, T> {
 
 impl Finish for Stats {
     const SUMMED: bool = true;
+    const READS: bool = false;
 
     /// The first result is the pivot: sums of d = v - pivot and d^2 lose no digits where the mean is far from zero.
     #[inline(always)]
@@ -331,6 +358,14 @@ impl Finish for Stats {
 
 impl<T: Element> Finish for Affine<'_, T> {
     const SUMMED: bool = false;
+    const READS: bool = true;
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize, c: usize, panel: usize) {
+        if let Some(residual) = self.residual {
+            prefetch(residual, at + c, panel);
+        }
+    }
 
     #[inline(always)]
     unsafe fn apply<I: Isa>(
@@ -355,6 +390,12 @@ impl<T: Element> Finish for Affine<'_, T> {
 
 impl<T: Element> Finish for Mask<'_, T> {
     const SUMMED: bool = true;
+    const READS: bool = true;
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize, c: usize, panel: usize) {
+        prefetch(self.z, at + c, panel);
+    }
 
     #[inline(always)]
     unsafe fn apply<I: Isa>(
@@ -385,6 +426,15 @@ impl<T: Element> Finish for Mask<'_, T> {
 
 impl<T: Element> Finish for Join<'_, T> {
     const SUMMED: bool = true;
+    const READS: bool = true;
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize, c: usize, panel: usize) {
+        let norms = self.norms.iter().flatten().map(|n| n.z);
+        for tensor in self.add.into_iter().chain(self.y).chain(norms) {
+            prefetch(tensor, at + c, panel);
+        }
+    }
 
     #[inline(always)]
     unsafe fn apply<I: Isa>(

@@ -10,10 +10,16 @@ use crate::Error;
 /// Cache line and widest vector register, bytes.
 pub(crate) const ALIGNMENT: usize = 64;
 
+/// A huge page, bytes: kernels walk through channels of neighbouring pixels, which lie kilobytes apart, and would miss
+/// the address translation of each on small pages.
+const HUGE: usize = 2 << 20;
+
 /// Zeroed memory, aligned to [`ALIGNMENT`].
 pub(crate) struct Block {
     start: NonNull<u8>,
     bytes: usize,
+    /// What was asked of the system, which gives whole pages of zeros; none for what the allocator gave.
+    mapped: Option<(NonNull<u8>, usize)>,
 }
 
 // SAFETY: a block owns its memory; access goes through `Span`, whose users keep the rules of borrowing.
@@ -26,12 +32,46 @@ impl Block {
     }
 
     pub(crate) fn new(bytes: usize) -> Result<Self, Error> {
+        #[cfg(target_os = "linux")]
+        if bytes >= 2 * HUGE {
+            return Self::map(bytes);
+        }
         // SAFETY: the layout has at least one byte.
         let start = NonNull::new(unsafe { alloc_zeroed(Self::layout(bytes)) });
         Ok(Self {
             start: start.ok_or(Error::OutOfMemory { bytes })?,
             bytes,
+            mapped: None,
         })
+    }
+
+    /// Huge pages, if the system has them to give: they have to be asked for before the first touch, and the allocator
+    /// would touch aligned memory to zero it.
+    #[cfg(target_os = "linux")]
+    fn map(bytes: usize) -> Result<Self, Error> {
+        let length = bytes
+            .checked_add(HUGE)
+            .ok_or(Error::OutOfMemory { bytes })?;
+        // SAFETY: a new private mapping of no file; its pages are zero. Inside, the first address that is a multiple
+        // of a huge page leaves `bytes` behind it. The advice is a hint.
+        unsafe {
+            let (prot, flags) = (
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+            );
+            let mapped = libc::mmap(std::ptr::null_mut(), length, prot, flags, -1, 0);
+            if mapped == libc::MAP_FAILED {
+                return Err(Error::OutOfMemory { bytes });
+            }
+            let mapped = mapped.cast::<u8>();
+            let start = mapped.add(mapped.align_offset(HUGE));
+            libc::madvise(start.cast(), bytes, libc::MADV_HUGEPAGE);
+            Ok(Self {
+                start: NonNull::new_unchecked(start),
+                bytes,
+                mapped: Some((NonNull::new_unchecked(mapped), length)),
+            })
+        }
     }
 
     pub(crate) fn bytes(&self) -> usize {
@@ -61,8 +101,15 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with the same layout.
-        unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) }
+        match self.mapped {
+            #[cfg(target_os = "linux")]
+            Some((start, length)) => {
+                // SAFETY: mapped in `map`, and no span outlives the block.
+                unsafe { libc::munmap(start.as_ptr().cast(), length) };
+            }
+            // SAFETY: allocated in `new` with the same layout.
+            _ => unsafe { dealloc(self.start.as_ptr(), Self::layout(self.bytes)) },
+        }
     }
 }
 

@@ -1,40 +1,110 @@
-//! The CPU engine: f32, NHWC, one planned arena, micro-batches, tasks over a pool of threads.
+//! The CPU engine: NHWC, one planned arena, micro-batches, fused kernels, tasks over a pool of threads.
 //!
+//! Tensors are stored as f32 or bf16 ([`Precision`]); parameters, momentum, statistics and sums are f32 in any case.
 //! Sums are cut by shape, never by the number of threads, so the bits are the same for any number of threads. After
-//! the first step of each batch size no memory of an activation's size is allocated.
+//! the first step of each batch size no memory of an activation's size is allocated. docs/CPU-ENGINE.md tells how it
+//! works and why it is fast.
 
 #![expect(
     unsafe_code,
     reason = "tasks share one arena; every block says who keeps its precondition"
 )]
 
-mod conv;
-pub(crate) mod fuse;
+mod choose;
+mod direct;
+mod execute;
+mod fuse;
 mod memory;
 mod norm;
+mod peak;
+mod pixels;
 mod pool;
-pub(crate) mod simd;
+mod simd;
 mod simple;
-pub(crate) mod weights;
-pub(crate) mod wino;
+mod weights;
+mod wgrad;
+mod wino;
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
-use graph::{BufferId, Caps, Graph, Kernel, Mode, NORM_UPDATE, ParamId, Program};
+use graph::{Graph, Mode, NORM_UPDATE, ParamId};
 
 use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
 use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
-use memory::{ALIGNMENT, Block, Scratch, Span};
-use norm::{NormState, Residual};
+use choose::CpuCaps;
+use execute::{Compiled, Part};
+use memory::{ALIGNMENT, Block, Span};
+pub use peak::peak;
 use pool::Pool;
-use simple::Window;
+pub use simd::Level;
+use weights::Panels;
 
-/// What the engine asks of a program.
-pub const CAPS: Caps = Caps {
-    alignment: ALIGNMENT,
-    tile_bytes: 4 << 20,
-};
+/// How activations and their gradients are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Precision {
+    /// 24 bits of mantissa.
+    F32,
+    /// 8 bits of mantissa and f32's range, in half the memory. Where the CPU has dot products of bf16, convolutions
+    /// multiply in bf16 too; sums are f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Both.
+    pub const ALL: [Self; 2] = [Self::F32, Self::Bf16];
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        })
+    }
+}
+
+impl FromStr for Precision {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Self::ALL
+            .into_iter()
+            .find(|p| p.to_string() == name)
+            .ok_or(())
+    }
+}
+
+/// How an engine runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Images that run at a time.
+    pub micro_batch: usize,
+    /// Threads that work.
+    pub threads: usize,
+    /// How activations are stored.
+    pub precision: Precision,
+    /// Vector instructions.
+    pub level: Level,
+    /// Whether 3 x 3 convolutions may be computed with fewer multiplications (Lavin and Gray 2016).
+    pub winograd: bool,
+}
+
+impl Options {
+    /// f32 with the best instructions of this CPU.
+    pub fn new(micro_batch: usize, threads: usize) -> Self {
+        Self {
+            micro_batch,
+            threads,
+            precision: Precision::F32,
+            level: Level::detect(),
+            winograd: true,
+        }
+    }
+}
 
 /// Memory that training takes, known before anything is allocated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,59 +117,85 @@ pub struct Memory {
     pub optimizer: usize,
     /// The larger of the training and the evaluation arena.
     pub arena: usize,
-    /// What the workers gather into.
+    /// Weights of evaluation, with normalisations folded in.
+    pub folded: usize,
+    /// What the workers pack into.
     pub scratch: usize,
 }
 
 impl Memory {
-    /// The memory of `graph` trained with micro-batches of `micro_batch` images on `threads` threads.
-    pub fn plan(graph: &Graph, micro_batch: usize, threads: usize) -> Self {
-        let train = Program::new(graph, &CAPS, micro_batch, Mode::Train);
-        let infer = Program::new(graph, &CAPS, micro_batch, Mode::Infer);
-        let parameters = Layout::new(graph).bytes;
+    /// The memory of `graph` trained with `options`.
+    pub fn plan(graph: &Graph, options: &Options) -> Self {
+        let caps = CpuCaps::new(options);
+        let train = Compiled::new(graph, &caps, options.micro_batch, Mode::Train);
+        let infer = Compiled::new(graph, &caps, options.micro_batch, Mode::Infer);
+        Self::of(graph, options, &train, &infer)
+    }
+
+    fn of(graph: &Graph, options: &Options, train: &Compiled, infer: &Compiled) -> Self {
+        let parameters = Layout::new(graph, options.level).bytes;
+        let (train, infer) = (&train.program, &infer.program);
+        let worker = train.worker_bytes.max(infer.worker_bytes);
         Self {
             parameters,
             gradients: parameters,
             optimizer: parameters,
             arena: train.arena_bytes.max(infer.arena_bytes),
-            scratch: scratch_bytes(&train).max(scratch_bytes(&infer)) * threads,
+            folded: infer.constant_bytes,
+            scratch: worker.next_multiple_of(ALIGNMENT) * options.threads,
         }
     }
 
     /// The sum.
     pub fn total(&self) -> usize {
-        self.parameters + self.gradients + self.optimizer + self.arena + self.scratch
+        self.parameters + self.gradients + self.optimizer + self.arena + self.folded + self.scratch
     }
 }
 
-fn scratch_bytes(program: &Program) -> usize {
-    program.scratch_bytes.next_multiple_of(ALIGNMENT)
-}
-
-/// Where each parameter lies in the flat arrays.
+/// Where each parameter lies in the flat arrays, and how.
 struct Layout {
-    /// Offset and length, bytes.
-    slots: Vec<(usize, usize)>,
+    slots: Vec<Slot>,
     bytes: usize,
 }
 
+struct Slot {
+    offset: usize,
+    bytes: usize,
+    /// Of a convolution's weight.
+    panels: Option<Panels>,
+}
+
 impl Layout {
-    fn new(graph: &Graph) -> Self {
-        let mut bytes = 0;
+    fn new(graph: &Graph, level: Level) -> Self {
+        let mut end = 0;
         let slot = |p: &graph::Param| {
-            let slot = (bytes, p.elements() * size_of::<f32>());
-            bytes = (slot.0 + slot.1).next_multiple_of(ALIGNMENT);
-            slot
+            let panels = match p.shape[..] {
+                [outputs, inputs, h, w] => Some(Panels {
+                    inputs,
+                    outputs,
+                    taps: h * w,
+                    nr: 2 * level.lanes(),
+                }),
+                _ => None,
+            };
+            let len = panels.map_or(p.elements(), |panels| panels.len());
+            let (offset, bytes) = (end, len * size_of::<f32>());
+            end = (offset + bytes).next_multiple_of(ALIGNMENT);
+            Slot {
+                offset,
+                bytes,
+                panels,
+            }
         };
         Self {
             slots: graph.params().iter().map(slot).collect(),
-            bytes,
+            bytes: end,
         }
     }
 
     fn slot<'a>(&self, block: &'a Block, id: ParamId) -> Span<'a, f32> {
-        let (offset, bytes) = self.slots[id.0];
-        block.span(offset, bytes)
+        let slot = &self.slots[id.0];
+        block.span(slot.offset, slot.bytes)
     }
 }
 
@@ -128,51 +224,63 @@ impl Running {
     }
 }
 
+/// Time that calls of one kernel took together.
+#[derive(Clone, Debug)]
+pub struct KernelTime {
+    /// What it computes, on which shapes.
+    pub name: String,
+    /// How often it ran.
+    pub calls: usize,
+    /// Time on the clock, all threads taking part.
+    pub time: Duration,
+    /// Multiply-adds, as if each were done (Winograd does fewer).
+    pub macs: usize,
+    /// Bytes of the tensors that it reads and writes, each counted once.
+    pub bytes: usize,
+}
+
 /// The engine.
 pub struct Cpu {
     graph: Graph,
-    micro_batch: usize,
+    options: Options,
+    caps: CpuCaps,
     layout: Layout,
     params: Block,
     grads: Block,
     momentum: Block,
     running: Vec<Running>,
-    programs: BTreeMap<(usize, Mode), Arc<Program>>,
+    programs: BTreeMap<(usize, Mode), Arc<Compiled>>,
     arena: Block,
+    folded: Block,
+    /// Whether `folded` holds the parameters as they are now.
+    is_folded: bool,
     scratch: Block,
     pool: Pool,
-}
-
-/// How one micro-batch takes part in a step.
-struct Part {
-    /// Add to the gradients of earlier micro-batches.
-    accumulate: bool,
-    /// One over the images of the global batch.
-    scale: f64,
-    label_smoothing: f64,
-}
-
-impl Part {
-    /// Nothing is learned.
-    const EVAL: Self = Self {
-        accumulate: false,
-        scale: 1.0,
-        label_smoothing: 0.0,
-    };
+    profile: Option<BTreeMap<String, KernelTime>>,
 }
 
 impl Cpu {
-    /// An engine for `graph` with `state`, running `micro_batch` images at a time on `threads` threads.
+    /// An engine for `graph` with `state`.
     ///
     /// # Errors
     /// If the state is not one of the graph's, or memory runs out.
-    pub fn new(
-        graph: &Graph,
-        micro_batch: usize,
-        threads: usize,
-        state: &State,
-    ) -> Result<Self, Error> {
-        let memory = Memory::plan(graph, micro_batch, threads);
+    ///
+    /// # Panics
+    /// If the CPU lacks the instructions of the options' level.
+    pub fn new(graph: &Graph, options: &Options, state: &State) -> Result<Self, Error> {
+        assert!(
+            options.level.is_available(),
+            "this CPU has no {} instructions",
+            options.level
+        );
+        let caps = CpuCaps::new(options);
+        let compile = |mode| {
+            let compiled = Compiled::new(graph, &caps, options.micro_batch, mode);
+            ((options.micro_batch, mode), Arc::new(compiled))
+        };
+        let programs = BTreeMap::from([compile(Mode::Train), compile(Mode::Infer)]);
+        let of = |mode| &*programs[&(options.micro_batch, mode)];
+        let memory = Memory::of(graph, options, of(Mode::Train), of(Mode::Infer));
         let running = |n: &graph::Norm| Running {
             mean: vec![0.0; n.channels],
             var: vec![1.0; n.channels],
@@ -181,19 +289,40 @@ impl Cpu {
         };
         let mut cpu = Self {
             graph: graph.clone(),
-            micro_batch,
-            layout: Layout::new(graph),
+            options: *options,
+            caps,
+            layout: Layout::new(graph, options.level),
             params: Block::new(memory.parameters)?,
             grads: Block::new(memory.gradients)?,
             momentum: Block::new(memory.optimizer)?,
             running: graph.norms().iter().map(running).collect(),
-            programs: BTreeMap::new(),
+            programs,
             arena: Block::new(memory.arena)?,
+            folded: Block::new(memory.folded)?,
+            is_folded: false,
             scratch: Block::new(memory.scratch)?,
-            pool: Pool::new(threads),
+            pool: Pool::new(options.threads),
+            profile: None,
         };
         cpu.load(state)?;
         Ok(cpu)
+    }
+
+    /// Starts to measure kernels, from zero.
+    pub fn start_profile(&mut self) {
+        self.profile = Some(BTreeMap::new());
+    }
+
+    /// What was measured since, slowest first; measuring ends.
+    pub fn take_profile(&mut self) -> Vec<KernelTime> {
+        let mut all: Vec<_> = self
+            .profile
+            .take()
+            .unwrap_or_default()
+            .into_values()
+            .collect();
+        all.sort_by_key(|k| std::cmp::Reverse(k.time));
+        all
     }
 
     /// Callers hand in whole images of the network's size, and classes that it has.
@@ -208,370 +337,112 @@ impl Cpu {
         );
     }
 
-    fn program(&mut self, batch: usize, mode: Mode) -> Result<Arc<Program>, Error> {
-        let make = || Arc::new(Program::new(&self.graph, &CAPS, batch, mode));
-        let program = Arc::clone(self.programs.entry((batch, mode)).or_insert_with(make));
+    fn program(&mut self, batch: usize, mode: Mode) -> Result<Arc<Compiled>, Error> {
+        let make = || Arc::new(Compiled::new(&self.graph, &self.caps, batch, mode));
+        let compiled = Arc::clone(self.programs.entry((batch, mode)).or_insert_with(make));
+        let program = &compiled.program;
         if program.arena_bytes > self.arena.bytes() {
             self.arena = Block::new(program.arena_bytes)?;
         }
-        let scratch = scratch_bytes(&program) * self.pool.threads();
+        let scratch = program.worker_bytes.next_multiple_of(ALIGNMENT) * self.pool.threads();
         if scratch > self.scratch.bytes() {
             self.scratch = Block::new(scratch)?;
         }
-        Ok(program)
-    }
-
-    fn execute(&mut self, program: &Program, batch: &Batch<'_>, part: &Part) -> Metrics {
-        let Self {
-            graph,
-            layout,
-            params,
-            grads,
-            running,
-            arena,
-            scratch,
-            pool,
-            ..
-        } = self;
-        let n = program.batch;
-        let buffer = |id: BufferId| -> Span<'_, f32> {
-            let buffer = &program.buffers[id.0];
-            arena.span(buffer.offset, buffer.bytes)
-        };
-        let bytes = |id: BufferId| -> Span<'_, u8> {
-            let buffer = &program.buffers[id.0];
-            arena.span(buffer.offset, buffer.bytes)
-        };
-        let slot = |block, id| layout.slot(block, id);
-        let share = Scratch {
-            all: scratch.all(),
-            per_worker: scratch_bytes(program) / size_of::<f32>(),
-        };
-        let mut metrics = Metrics::default();
-        for kernel in &program.kernels {
-            match *kernel {
-                Kernel::Input { y, .. } => simple::input(pool, batch.pixels, n, buffer(y)),
-                Kernel::Conv {
-                    geometry,
-                    weight,
-                    x,
-                    y,
-                    statistics,
-                    tiling,
-                } => {
-                    let partials = statistics.map(|s| buffer(s.partials));
-                    let w = slot(params, weight);
-                    conv::forward(
-                        pool,
-                        share,
-                        &geometry,
-                        &tiling,
-                        buffer(x),
-                        w,
-                        buffer(y),
-                        partials,
-                    );
-                    if let Some(s) = statistics {
-                        let norm = &graph.norms()[s.norm.0];
-                        let sums = &mut running[s.norm.0];
-                        // SAFETY: no region runs; state, partials and parameters are different memory.
-                        let (mut state, partials, gamma, beta) = unsafe {
-                            let (gamma, beta) = (
-                                slot(params, norm.weight).get(),
-                                slot(params, norm.bias).get(),
-                            );
-                            (
-                                NormState::new(buffer(s.state)),
-                                buffer(s.partials).get(),
-                                gamma,
-                                beta,
-                            )
-                        };
-                        let count = tiling.rows as f64;
-                        for c in 0..norm.channels {
-                            let (mean, var) = norm::combine(partials, &tiling, c);
-                            state.set(c, mean, var, gamma[c], beta[c]);
-                            sums.mean_sum[c] += mean;
-                            sums.var_sum[c] += var * count / (count - 1.0).max(1.0);
-                        }
-                    }
-                }
-                Kernel::RunningNorm { norm, state } => {
-                    let (running, norm) = (&running[norm.0], &graph.norms()[norm.0]);
-                    // SAFETY: no region runs; state and parameters are different memory.
-                    let (mut state, gamma, beta) = unsafe {
-                        let (gamma, beta) = (
-                            slot(params, norm.weight).get(),
-                            slot(params, norm.bias).get(),
-                        );
-                        (NormState::new(buffer(state)), gamma, beta)
-                    };
-                    for c in 0..norm.channels {
-                        state.set(
-                            c,
-                            f64::from(running.mean[c]),
-                            f64::from(running.var[c]),
-                            gamma[c],
-                            beta[c],
-                        );
-                    }
-                }
-                Kernel::Normalize {
-                    channels,
-                    rows,
-                    state,
-                    z,
-                    residual,
-                    relu,
-                    y,
-                } => {
-                    // SAFETY: the kernel only reads the state.
-                    let state = unsafe { NormState::new(buffer(state)) };
-                    let residual = residual.map(buffer);
-                    let (z, y) = (buffer(z), buffer(y));
-                    norm::normalize(
-                        pool,
-                        (rows, channels),
-                        state.scale,
-                        state.shift,
-                        z,
-                        residual,
-                        relu,
-                        y,
-                    );
-                }
-                Kernel::MaxPool {
-                    input,
-                    output,
-                    kernel,
-                    stride,
-                    pad_before,
-                    x,
-                    y,
-                    argmax,
-                } => {
-                    let window = Window {
-                        from: input,
-                        to: output,
-                        kernel,
-                        stride,
-                        pad: pad_before,
-                    };
-                    simple::max_pool(pool, &window, n, buffer(x), buffer(y), argmax.map(bytes));
-                }
-                Kernel::AvgPool { input, x, y } => {
-                    simple::avg_pool(pool, input, n, buffer(x), buffer(y))
-                }
-                Kernel::Linear {
-                    inputs,
-                    outputs,
-                    weight,
-                    bias,
-                    x,
-                    y,
-                } => {
-                    let (w, b) = (slot(params, weight), slot(params, bias));
-                    simple::linear(pool, (n, inputs, outputs), buffer(x), w, b, buffer(y));
-                }
-                Kernel::Loss { classes, logits, d } => {
-                    let (logits, d) = (buffer(logits), d.map(buffer));
-                    metrics =
-                        simple::loss(batch, classes, part.label_smoothing, part.scale, logits, d);
-                }
-                Kernel::LinearBackward {
-                    inputs,
-                    outputs,
-                    weight,
-                    bias,
-                    x,
-                    d,
-                    dx,
-                } => simple::linear_backward(
-                    pool,
-                    (n, inputs, outputs),
-                    (buffer(x), slot(params, weight), buffer(d)),
-                    (slot(grads, weight), slot(grads, bias), part.accumulate),
-                    (buffer(dx.buffer), dx.accumulate),
-                ),
-                Kernel::AvgPoolBackward { input, d, dx } => {
-                    simple::avg_pool_backward(
-                        pool,
-                        input,
-                        n,
-                        buffer(d),
-                        buffer(dx.buffer),
-                        dx.accumulate,
-                    );
-                }
-                Kernel::MaxPoolBackward {
-                    input,
-                    output,
-                    kernel,
-                    stride,
-                    pad_before,
-                    argmax,
-                    d,
-                    dx,
-                } => {
-                    let window = Window {
-                        from: input,
-                        to: output,
-                        kernel,
-                        stride,
-                        pad: pad_before,
-                    };
-                    let to = buffer(dx.buffer);
-                    simple::max_pool_backward(
-                        pool,
-                        &window,
-                        n,
-                        bytes(argmax),
-                        buffer(d),
-                        to,
-                        dx.accumulate,
-                    );
-                }
-                Kernel::NormalizeBackward {
-                    norm,
-                    state,
-                    z,
-                    y,
-                    d,
-                    residual,
-                    partials,
-                    tiling,
-                } => {
-                    let norm = &graph.norms()[norm.0];
-                    // SAFETY: no region runs; state and gradients are different memory.
-                    let (state, dgamma, dbeta) = unsafe {
-                        let (dgamma, dbeta) = (slot(grads, norm.weight), slot(grads, norm.bias));
-                        (
-                            NormState::new(buffer(state)),
-                            dgamma.get_mut(),
-                            dbeta.get_mut(),
-                        )
-                    };
-                    let y = y.map(buffer);
-                    let residual = residual.map(|r| Residual {
-                        dx: buffer(r.buffer),
-                        accumulate: r.accumulate,
-                    });
-                    let add = |sum: &mut f32, v: f64| {
-                        *sum = if part.accumulate { *sum } else { 0.0 } + v as f32;
-                    };
-                    let done = |c: usize, gamma: f64, beta: f64| {
-                        add(&mut dgamma[c], gamma);
-                        add(&mut dbeta[c], beta);
-                    };
-                    norm::backward(
-                        pool,
-                        &tiling,
-                        &state,
-                        buffer(z),
-                        y,
-                        buffer(d),
-                        residual,
-                        buffer(partials),
-                        done,
-                    );
-                }
-                Kernel::ConvBackward {
-                    geometry,
-                    weight,
-                    x,
-                    d,
-                    dx,
-                    packed,
-                    weight_tiling,
-                    x_tiling,
-                } => {
-                    let pixels = n * geometry.output.pixels();
-                    let (x, d, dw) = (buffer(x), buffer(d), slot(grads, weight));
-                    let add = part.accumulate;
-                    conv::backward_weight(
-                        pool,
-                        share,
-                        &geometry,
-                        &weight_tiling,
-                        pixels,
-                        x,
-                        d,
-                        dw,
-                        add,
-                    );
-                    if let (Some(dx), Some(packed)) = (dx, packed) {
-                        let (w, packed, to) =
-                            (slot(params, weight), buffer(packed), buffer(dx.buffer));
-                        let add = dx.accumulate;
-                        conv::backward_input(
-                            pool, share, &geometry, &x_tiling, n, w, packed, d, to, add,
-                        );
-                    }
-                }
-            }
+        if mode == Mode::Infer && !self.is_folded {
+            self.fold(&compiled);
+            self.is_folded = true;
         }
-        metrics
+        Ok(compiled)
     }
 
     fn update(&mut self, hyper: &Hyper) {
-        for (p, &(offset, bytes)) in self.graph.params().iter().zip(&self.layout.slots) {
+        let start = std::time::Instant::now();
+        for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
             let decay = if hyper.decay.covers(p.decay) {
                 hyper.weight_decay
             } else {
                 0.0
             };
-            let [w, a, g] =
-                [&self.params, &self.momentum, &self.grads].map(|block| block.span(offset, bytes));
+            let [w, a, g] = [&self.params, &self.momentum, &self.grads]
+                .map(|block| block.span(slot.offset, slot.bytes));
             simple::update(&mut self.pool, w, a, g, hyper, decay);
         }
+        self.is_folded = false;
+        let bytes = 5 * self.layout.bytes;
+        self.measured(|| "update".to_owned(), start, 0, bytes);
+    }
+
+    /// Adds to the profile, if there is one.
+    fn measured(
+        &mut self,
+        name: impl FnOnce() -> String,
+        start: std::time::Instant,
+        macs: usize,
+        bytes: usize,
+    ) {
+        let Some(profile) = &mut self.profile else {
+            return;
+        };
+        let time = start.elapsed();
+        let name = name();
+        let entry = profile.entry(name.clone()).or_insert(KernelTime {
+            name,
+            calls: 0,
+            time: Duration::ZERO,
+            macs: 0,
+            bytes: 0,
+        });
+        entry.calls += 1;
+        entry.time += time;
+        entry.macs += macs;
+        entry.bytes += bytes;
     }
 }
 
-/// Shape of a convolution's weight, outermost first.
-type Oihw = [usize; 4];
-
-/// Calls `f(index in OIHW, index in the engine's HWIO)` for every element, sixteen outputs at a time: whole cache
-/// lines on one side, sixteen streams on the other.
-fn each_weight([o, i, h, w]: Oihw, mut f: impl FnMut(usize, usize)) {
-    let (taps, row) = (h * w, i * h * w);
-    for block in (0..o).step_by(16) {
-        for at in 0..row {
-            let hwio = (at % taps * i + at / taps) * o;
-            for output in block..(block + 16).min(o) {
-                f(output * row + at, hwio + output);
+/// Puts an OIHW weight into panels.
+fn to_panels(values: &[f32], panels: &Panels, to: &mut [f32]) {
+    to.fill(0.0);
+    for o in 0..panels.outputs {
+        for i in 0..panels.inputs {
+            for tap in 0..panels.taps {
+                to[panels.at(o, i, tap)] = values[(o * panels.inputs + i) * panels.taps + tap];
             }
         }
     }
 }
 
-fn to_hwio(values: &[f32], shape: Oihw, to: &mut [f32]) {
-    each_weight(shape, |oihw, hwio| to[hwio] = values[oihw]);
-}
-
-fn to_oihw(values: &[f32], shape: Oihw) -> Vec<f32> {
-    let mut to = vec![0.0; values.len()];
-    each_weight(shape, |oihw, hwio| to[oihw] = values[hwio]);
+fn from_panels(values: &[f32], panels: &Panels) -> Vec<f32> {
+    let mut to = Vec::with_capacity(panels.outputs * panels.depth());
+    for o in 0..panels.outputs {
+        for i in 0..panels.inputs {
+            to.extend((0..panels.taps).map(|tap| values[panels.at(o, i, tap)]));
+        }
+    }
     to
 }
 
 impl Engine for Cpu {
     fn describe(&self) -> String {
-        format!("cpu: f32, {} threads", self.pool.threads())
+        let Options {
+            precision, level, ..
+        } = self.options;
+        let threads = self.pool.threads();
+        format!("cpu: {precision}, {level}, {threads} threads")
     }
 
     fn load(&mut self, state: &State) -> Result<(), Error> {
         state::check(&self.graph, state)?;
-        for (p, &(offset, bytes)) in self.graph.params().iter().zip(&self.layout.slots) {
+        for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
             let momentum = state.get(&format!("{MOMENTUM_PREFIX}{}", p.name));
             for (block, tensor) in [
                 (&self.params, Some(&state[&p.name])),
                 (&self.momentum, momentum),
             ] {
                 // SAFETY: no region runs, and `&mut self` keeps others away.
-                let to = unsafe { block.span::<f32>(offset, bytes).get_mut() };
-                match (tensor, <Oihw>::try_from(&p.shape[..])) {
-                    (Some(tensor), Ok(shape)) => to_hwio(&tensor.values, shape, to),
-                    (Some(tensor), Err(_)) => to.copy_from_slice(&tensor.values),
+                let to = unsafe { block.span::<f32>(slot.offset, slot.bytes).get_mut() };
+                match (tensor, &slot.panels) {
+                    (Some(tensor), Some(panels)) => to_panels(&tensor.values, panels, to),
+                    (Some(tensor), None) => to.copy_from_slice(&tensor.values),
                     (None, _) => to.fill(0.0),
                 }
             }
@@ -584,18 +455,19 @@ impl Engine for Cpu {
                 .var
                 .copy_from_slice(&state[&format!("{}{RUNNING_VAR}", n.name)].values);
         }
+        self.is_folded = false;
         Ok(())
     }
 
     fn state(&self) -> State {
         let mut state = State::new();
-        for (p, &(offset, bytes)) in self.graph.params().iter().zip(&self.layout.slots) {
+        for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
             for (prefix, block) in [("", &self.params), (MOMENTUM_PREFIX, &self.momentum)] {
                 // SAFETY: no region runs; `&self` keeps writers away.
-                let values = unsafe { block.span::<f32>(offset, bytes).get() };
-                let values = match <Oihw>::try_from(&p.shape[..]) {
-                    Ok(shape) => to_oihw(values, shape),
-                    Err(_) => values.to_vec(),
+                let values = unsafe { block.span::<f32>(slot.offset, slot.bytes).get() };
+                let values = match &slot.panels {
+                    Some(panels) => from_panels(values, panels),
+                    None => values.to_vec(),
                 };
                 state.insert(
                     format!("{prefix}{}", p.name),
@@ -622,14 +494,14 @@ impl Engine for Cpu {
         self.check(batch);
         let mut total = Metrics::default();
         let mut micro_batches = 0;
-        for micro in batch.micro_batches(self.micro_batch) {
+        for micro in batch.micro_batches(self.options.micro_batch) {
             let program = self.program(micro.images(), Mode::Train)?;
             let part = Part {
                 accumulate: micro_batches > 0,
                 scale: 1.0 / batch.images() as f64,
                 label_smoothing: hyper.label_smoothing,
             };
-            total.add(&self.execute(&program, &micro, &part));
+            total.add(&self.run(&program, &micro, &part));
             micro_batches += 1;
         }
         self.update(hyper);
@@ -642,9 +514,9 @@ impl Engine for Cpu {
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
         self.check(batch);
         let mut total = Metrics::default();
-        for micro in batch.micro_batches(self.micro_batch) {
+        for micro in batch.micro_batches(self.options.micro_batch) {
             let program = self.program(micro.images(), Mode::Infer)?;
-            total.add(&self.execute(&program, &micro, &Part::EVAL));
+            total.add(&self.run(&program, &micro, &Part::EVAL));
         }
         Ok(total)
     }
@@ -657,13 +529,11 @@ impl Engine for Cpu {
             labels: &labels,
         };
         let mut all = vec![];
-        for micro in batch.micro_batches(self.micro_batch) {
-            let program = self.program(micro.images(), Mode::Infer)?;
-            self.execute(&program, &micro, &Part::EVAL);
-            let Some(&Kernel::Loss { logits, .. }) = program.kernels.last() else {
-                unreachable!("inference ends with the loss");
-            };
-            let logits = &program.buffers[logits.0];
+        for micro in batch.micro_batches(self.options.micro_batch) {
+            let compiled = self.program(micro.images(), Mode::Infer)?;
+            self.run(&compiled, &micro, &Part::EVAL);
+            let program = &compiled.program;
+            let logits = &program.buffers[program.logits.0];
             // SAFETY: no region runs, and `&mut self` keeps writers away.
             all.extend_from_slice(unsafe {
                 self.arena.span::<f32>(logits.offset, logits.bytes).get()

@@ -1,203 +1,250 @@
-//! Batch normalisation: statistics from tiles, normalise + residual + ReLU, and the backward pass of all three.
+//! Batch normalisation between kernels: from the sums that tasks left to scale and shift, and to the constants of the
+//! gradient; and the one pass of its own, the sum at the end of a residual block.
 
-use graph::{NORM_EPSILON, Tiling};
+use graph::{NORM_EPSILON, STATE_ROWS};
 
+use super::fuse::{Norm, Partials, Read, Source, read_as};
 use super::memory::Span;
 use super::pool::Pool;
+use super::simd::{Element, Isa, Job, Level};
 
-/// The four rows of a normalisation's state.
-pub(crate) struct NormState<'a> {
-    pub(crate) mean: &'a mut [f32],
-    pub(crate) inv_std: &'a mut [f32],
-    pub(crate) scale: &'a mut [f32],
-    pub(crate) shift: &'a mut [f32],
+/// The rows of a normalisation's state, see [`STATE_ROWS`].
+#[derive(Clone, Copy)]
+pub(crate) struct State<'a> {
+    rows: Span<'a, f32>,
+    channels: usize,
 }
 
-impl<'a> NormState<'a> {
+/// Index of a row in the state.
+#[derive(Clone, Copy)]
+pub(crate) enum Row {
+    Mean,
+    InvStd,
+    Scale,
+    Shift,
+    A,
+    B,
+    C,
+}
+
+impl<'a> State<'a> {
+    pub(crate) fn new(rows: Span<'a, f32>) -> Self {
+        let channels = rows.len() / STATE_ROWS;
+        Self { rows, channels }
+    }
+
+    /// A row, for reading.
+    ///
     /// # Safety
-    /// Nobody else uses the buffer meanwhile.
-    pub(crate) unsafe fn new(state: Span<'a, f32>) -> Self {
+    /// Nobody writes to it while the slice lives.
+    pub(crate) unsafe fn get(self, row: Row) -> &'a [f32] {
+        let at = row as usize * self.channels;
         // SAFETY: the caller's word.
-        let rows = unsafe { state.get_mut() };
-        let channels = rows.len() / 4;
-        let (mean, rows) = rows.split_at_mut(channels);
-        let (inv_std, rows) = rows.split_at_mut(channels);
-        let (scale, shift) = rows.split_at_mut(channels);
-        Self {
-            mean,
-            inv_std,
-            scale,
-            shift,
-        }
+        unsafe { self.rows.part(at..at + self.channels).get() }
+    }
+
+    /// Sets a value of a row.
+    ///
+    /// # Safety
+    /// Nobody else uses channel `c` meanwhile.
+    unsafe fn set(self, row: Row, c: usize, v: f64) {
+        let at = row as usize * self.channels + c;
+        // SAFETY: the caller's word.
+        unsafe { self.rows.part(at..at + 1).get_mut()[0] = v as f32 };
     }
 
     /// Sets channel `c` from its statistics.
-    pub(crate) fn set(&mut self, c: usize, mean: f64, var: f64, gamma: f32, beta: f32) {
+    ///
+    /// # Safety
+    /// Nobody else uses channel `c` meanwhile.
+    pub(crate) unsafe fn set_statistics(
+        self,
+        c: usize,
+        mean: f64,
+        var: f64,
+        gamma: f32,
+        beta: f32,
+    ) {
         let inv_std = 1.0 / (var + f64::from(NORM_EPSILON)).sqrt();
         let scale = f64::from(gamma) * inv_std;
-        self.mean[c] = mean as f32;
-        self.inv_std[c] = inv_std as f32;
-        self.scale[c] = scale as f32;
-        self.shift[c] = (f64::from(beta) - mean * scale) as f32;
+        // SAFETY: the caller's word.
+        unsafe {
+            self.set(Row::Mean, c, mean);
+            self.set(Row::InvStd, c, inv_std);
+            self.set(Row::Scale, c, scale);
+            self.set(Row::Shift, c, f64::from(beta) - mean * scale);
+        }
     }
 }
 
-/// Mean and biased variance of channel `c` from the tiles' means and sums of squared deviations
-/// (Chan, Golub, LeVeque 1979, equation 2.1), in the order of the tiles.
-pub(crate) fn combine(partials: &[f32], tiling: &Tiling, c: usize) -> (f64, f64) {
-    let (mut count, mut mean, mut m2) = (0.0, 0.0, 0.0);
-    for (tile, part) in partials.chunks_exact(2 * tiling.cols).enumerate() {
-        let rows = (tiling.rows - tile * tiling.tile_rows).min(tiling.tile_rows) as f64;
-        let delta = f64::from(part[c]) - mean;
-        let total = count + rows;
-        mean += delta * rows / total;
-        m2 += f64::from(part[tiling.cols + c]) + delta * delta * count * rows / total;
-        count = total;
-    }
-    (mean, m2 / count)
+/// Channels of one task of the reductions over records.
+const CHANNELS: usize = 64;
+
+/// Mean, biased variance and count of each channel from the tasks' means and sums of squared deviations (Chan, Golub,
+/// LeVeque 1979, equation 2.1), in the order of the tasks; `done(channel, mean, variance, count)`.
+pub(crate) fn statistics(
+    pool: &mut Pool,
+    partials: Partials<'_>,
+    channels: usize,
+    done: impl Fn(usize, f64, f64, f64) + Sync,
+) {
+    let record_len = Partials::record_len(partials.columns);
+    pool.run(channels.div_ceil(CHANNELS), |_, task| {
+        let range = task * CHANNELS..((task + 1) * CHANNELS).min(channels);
+        let (mut mean, mut m2) = ([0.0f64; CHANNELS], [0.0f64; CHANNELS]);
+        let mut count = 0.0;
+        // SAFETY: nobody writes partials in this region.
+        let all = unsafe { partials.all.get() };
+        for record in all.chunks_exact(record_len) {
+            let rows = f64::from(record[0]);
+            if rows == 0.0 {
+                continue;
+            }
+            let total = count + rows;
+            let (share, weight) = (rows / total, count * rows / total);
+            let means = &record[partials.at(0, range.start)..][..range.len()];
+            let squares = &record[partials.at(1, range.start)..][..range.len()];
+            for (i, (part_mean, part_m2)) in means.iter().zip(squares).enumerate() {
+                let delta = f64::from(*part_mean) - mean[i];
+                mean[i] += delta * share;
+                m2[i] += f64::from(*part_m2) + delta * delta * weight;
+            }
+            count = total;
+        }
+        for (i, c) in range.enumerate() {
+            done(c, mean[i], m2[i] / count, count);
+        }
+    });
 }
 
-/// The larger of the two; NaN stays NaN (`f32::max` would hide it, and with it a run that has diverged).
-fn at_least(floor: f32, v: f32) -> f32 {
-    if v < floor { floor } else { v }
+/// Sets the constants of a normalisation's gradient from row 0 (sums of g) and row `row` (sums of g (z - mean)) of the
+/// records; `count` results in all. `done(channel, dgamma, dbeta)`.
+pub(crate) fn gradient(
+    pool: &mut Pool,
+    partials: Partials<'_>,
+    row: usize,
+    count: usize,
+    state: State<'_>,
+    done: impl Fn(usize, f64, f64) + Sync,
+) {
+    let channels = state.channels;
+    let record_len = Partials::record_len(partials.columns);
+    pool.run(channels.div_ceil(CHANNELS), |_, task| {
+        let range = task * CHANNELS..((task + 1) * CHANNELS).min(channels);
+        let (mut sum_g, mut sum_gz) = ([0.0f64; CHANNELS], [0.0f64; CHANNELS]);
+        // SAFETY: nobody writes partials in this region, and a task owns its channels of the state.
+        unsafe {
+            for record in partials.all.get().chunks_exact(record_len) {
+                let g = &record[partials.at(0, range.start)..][..range.len()];
+                let gz = &record[partials.at(row, range.start)..][..range.len()];
+                for (i, (g, gz)) in g.iter().zip(gz).enumerate() {
+                    sum_g[i] += f64::from(*g);
+                    sum_gz[i] += f64::from(*gz);
+                }
+            }
+            let (inv_std, scale) = (state.get(Row::InvStd), state.get(Row::Scale));
+            let m = count as f64;
+            for (i, c) in range.enumerate() {
+                let (inv_std, scale) = (f64::from(inv_std[c]), f64::from(scale[c]));
+                state.set(Row::A, c, scale);
+                state.set(Row::B, c, -scale * inv_std * inv_std * sum_gz[i] / m);
+                state.set(Row::C, c, -scale * sum_g[i] / m);
+                done(c, sum_gz[i] * inv_std, sum_g[i]);
+            }
+        }
+    });
 }
 
 /// Values of one elementwise task.
 const TASK: usize = 65_536;
 
-/// y = relu?(z * scale + shift + residual?), `rows` x `channels`.
-pub(crate) fn normalize(
+/// y = max(floor, z * scale + shift + side), vector by vector.
+struct SumRows<'a, T: Element, S: Read> {
+    main: Norm<'a, T>,
+    side: Option<S>,
+    y: Span<'a, T>,
+    channels: usize,
+    pixels: std::ops::Range<usize>,
+    floor: f32,
+    stream: bool,
+}
+
+impl<T: Element, S: Read> Job for SumRows<'_, T, S> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        // SAFETY: pixels are inside of the tensors; if `stream`, rows are whole aligned vectors.
+        unsafe {
+            let floor = I::splat(self.floor);
+            for pixel in self.pixels.clone() {
+                let at = pixel * self.channels;
+                let mut c = 0;
+                while c + I::LANES <= self.channels {
+                    let mut v = self.main.full::<I>(at, c);
+                    if let Some(side) = &self.side {
+                        v = I::add(v, side.full::<I>(at, c));
+                    }
+                    let (v, to) = (I::max(floor, v), self.y.ptr().add(at + c));
+                    if self.stream {
+                        T::stream::<I>(to, v);
+                    } else {
+                        T::store::<I>(to, v);
+                    }
+                    c += I::LANES;
+                }
+                if c < self.channels {
+                    let n = self.channels - c;
+                    let mut v = self.main.part::<I>(at, c, n);
+                    if let Some(side) = &self.side {
+                        v = I::add(v, side.part::<I>(at, c, n));
+                    }
+                    T::store_part::<I>(self.y.ptr().add(at + c), I::max(floor, v), n);
+                }
+            }
+        }
+    }
+}
+
+/// y = relu?(main + side), pixels x channels; `main` has no floor of its own.
+pub(crate) fn sum<T: Element>(
     pool: &mut Pool,
-    (rows, channels): (usize, usize),
-    scale: &[f32],
-    shift: &[f32],
-    z: Span<'_, f32>,
-    residual: Option<Span<'_, f32>>,
+    level: Level,
+    (pixels, channels): (usize, usize),
+    main: Norm<'_, T>,
+    side: Option<Source<'_, T>>,
     relu: bool,
-    y: Span<'_, f32>,
+    y: Span<'_, T>,
+    stream: bool,
 ) {
+    let len = pixels * channels;
+    assert!(
+        main.z.len() >= len && y.len() >= len && side.is_none_or(|s| s.len() >= len),
+        "the tensors hold all pixels"
+    );
     let per_task = (TASK / channels).max(1);
     let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
-    pool.run(rows.div_ceil(per_task), |_, task| {
-        let range = task * per_task * channels..((task + 1) * per_task).min(rows) * channels;
-        // SAFETY: nobody writes z or the residual in this region; tasks write disjoint rows of y.
-        let (z, y) = unsafe { (z.part(range.clone()).get(), y.part(range.clone()).get_mut()) };
-        match residual {
-            Some(residual) => {
-                // SAFETY: as above.
-                let residual = unsafe { residual.part(range).get() };
-                let rows = y.chunks_exact_mut(channels).zip(z.chunks_exact(channels));
-                for ((y, z), r) in rows.zip(residual.chunks_exact(channels)) {
-                    for c in 0..channels {
-                        y[c] = at_least(floor, z[c] * scale[c] + shift[c] + r[c]);
-                    }
-                }
-            }
-            None => {
-                for (y, z) in y.chunks_exact_mut(channels).zip(z.chunks_exact(channels)) {
-                    for c in 0..channels {
-                        y[c] = at_least(floor, z[c] * scale[c] + shift[c]);
-                    }
-                }
-            }
-        }
-    });
-}
-
-/// Where the gradient of a residual goes.
-pub(crate) struct Residual<'a> {
-    pub(crate) dx: Span<'a, f32>,
-    pub(crate) accumulate: bool,
-}
-
-/// Turns `d`, the gradient of y, into that of z, in place, and sends the masked gradient to the residual; returns
-/// the gradients of scale and shift through `done(channel, dgamma, dbeta)`.
-///
-/// With g = d where y > 0 (without ReLU: d), m rows, and xhat = (z - mean) * inv_std:
-/// dbeta = sum g, dgamma = sum g xhat, dz = scale * (g - dbeta / m - xhat * dgamma / m)
-/// (Ioffe and Szegedy 2015, section 3).
-pub(crate) fn backward(
-    pool: &mut Pool,
-    tiling: &Tiling,
-    state: &NormState<'_>,
-    z: Span<'_, f32>,
-    y: Option<Span<'_, f32>>,
-    d: Span<'_, f32>,
-    residual: Option<Residual<'_>>,
-    partials: Span<'_, f32>,
-    mut done: impl FnMut(usize, f64, f64),
-) {
-    let channels = tiling.cols;
-    let mean = &*state.mean;
-    pool.run(tiling.tasks(), |_, task| {
-        let (rows, _) = tiling.task(task);
-        let range = rows.start * channels..rows.end * channels;
-        // SAFETY: nobody writes z or y in this region; tasks own disjoint rows of d and the residual, and disjoint
-        // partials.
-        let (z, d, sums) = unsafe {
-            let sums = partials
-                .part(task * 2 * channels..(task + 1) * 2 * channels)
-                .get_mut();
-            (
-                z.part(range.clone()).get(),
-                d.part(range.clone()).get_mut(),
-                sums,
-            )
-        };
-        if let Some(y) = y {
-            // SAFETY: as above.
-            let y = unsafe { y.part(range.clone()).get() };
-            d.iter_mut()
-                .zip(y)
-                .for_each(|(d, y)| *d = if *y <= 0.0 { 0.0 } else { *d });
-        }
-        if let Some(Residual { dx, accumulate }) = &residual {
-            // SAFETY: as above.
-            let dx = unsafe { dx.part(range).get_mut() };
-            if *accumulate {
-                dx.iter_mut().zip(&*d).for_each(|(dx, d)| *dx += d);
-            } else {
-                dx.copy_from_slice(d);
-            }
-        }
-        sums.fill(0.0);
-        let (sum, sum_z) = sums.split_at_mut(channels);
-        for (d, z) in d.chunks_exact(channels).zip(z.chunks_exact(channels)) {
-            for c in 0..channels {
-                sum[c] += d[c];
-                sum_z[c] += d[c] * (z[c] - mean[c]);
-            }
-        }
-    });
-    // SAFETY: the region is over; from here on the partials belong to this thread until the next region.
-    let sums = unsafe { partials.get_mut() };
-    let count = tiling.rows as f64;
-    let (first, rest) = sums.split_at_mut(2 * channels);
-    for c in 0..channels {
-        let add = |at: usize, first: f32| {
-            rest.iter()
-                .skip(at)
-                .step_by(2 * channels)
-                .fold(f64::from(first), |sum, v| sum + f64::from(*v))
-        };
-        let (dbeta, sum_z) = (add(c, first[c]), add(channels + c, first[channels + c]));
-        let inv_std = f64::from(state.inv_std[c]);
-        done(c, sum_z * inv_std, dbeta);
-        // dz = scale * g + (b * (z - mean) + a): keep a and b where the sums were.
-        let scale = f64::from(state.scale[c]);
-        first[c] = (-scale * dbeta / count) as f32;
-        first[channels + c] = (-scale * inv_std * inv_std * sum_z / count) as f32;
-    }
-    let (a, b) = first.split_at(channels);
-    let scale = &*state.scale;
-    pool.run(tiling.tasks(), |_, task| {
-        let (rows, _) = tiling.task(task);
-        let range = rows.start * channels..rows.end * channels;
-        // SAFETY: nobody writes z in this region; tasks own disjoint rows of d.
-        let (z, d) = unsafe { (z.part(range.clone()).get(), d.part(range).get_mut()) };
-        for (d, z) in d.chunks_exact_mut(channels).zip(z.chunks_exact(channels)) {
-            for c in 0..channels {
-                d[c] = scale[c] * d[c] + (b[c] * (z[c] - mean[c]) + a[c]);
+    pool.run(pixels.div_ceil(per_task), |_, task| {
+        let pixels = task * per_task..((task + 1) * per_task).min(pixels);
+        // SAFETY: nobody writes what is read in this region; tasks write disjoint pixels of y.
+        unsafe {
+            match side {
+                None => level.call(SumRows {
+                    main,
+                    side: None::<Norm<'_, T>>,
+                    y,
+                    channels,
+                    pixels,
+                    floor,
+                    stream,
+                }),
+                Some(side) => read_as!(side, side => level.call(SumRows {
+                    main,
+                    side: Some(side),
+                    y,
+                    channels,
+                    pixels,
+                    floor,
+                    stream,
+                })),
             }
         }
     });

@@ -43,9 +43,8 @@ impl Level {
         {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = || has!("avx2") && has!("fma") && has!("f16c") && has!("bmi2");
-            let avx512 = || {
-                has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl")
-            };
+            let avx512 =
+                || has!("avx512f") && has!("avx512bw") && has!("avx512dq") && has!("avx512vl");
             match self {
                 Self::Portable => true,
                 Self::Avx2 => avx2(),
@@ -118,7 +117,10 @@ impl FromStr for Level {
     type Err = ();
 
     fn from_str(name: &str) -> Result<Self, ()> {
-        Self::ALL.into_iter().find(|l| l.to_string() == name).ok_or(())
+        Self::ALL
+            .into_iter()
+            .find(|l| l.to_string() == name)
+            .ok_or(())
     }
 }
 
@@ -133,10 +135,6 @@ pub(crate) trait Job {
 ///
 /// # Safety
 /// Every function needs a CPU with the instructions; those with pointers need memory for what they read or write.
-#[expect(
-    clippy::missing_safety_doc,
-    reason = "said once, for all functions, on the trait"
-)]
 pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// `LANES` f32.
     type V: Copy;
@@ -166,6 +164,9 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     /// As `stream`.
     unsafe fn stream_bf16(p: *mut bf16, v: Self::V);
     unsafe fn load_u8(p: *const u8) -> Self::V;
+    /// The first `n` lanes as whole numbers below 256.
+    unsafe fn store_u8(p: *mut u8, v: Self::V, n: usize);
+    unsafe fn eq(a: Self::V, b: Self::V) -> Self::M;
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
@@ -189,12 +190,26 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
         unsafe { Self::store(out.as_mut_ptr(), v) };
         out
     }
+    /// Stores eight lanes at `p`, the next eight at `p + pitch`, and so on.
+    unsafe fn scatter8(p: *mut f32, pitch: usize, v: Self::V);
     /// Two neighbouring bf16 at `p`, in every lane as bits.
     unsafe fn splat_pair(p: *const bf16) -> Self::V;
     /// acc + a0 b0 + a1 b1 in each lane, where a lane of `a` and `b` holds two bf16.
     unsafe fn dot2(acc: Self::V, a: Self::V, b: Self::V) -> Self::V;
-    /// Pairs of bf16 (as bits): lane i holds (a_i, b_i), rounded to nearest even.
-    unsafe fn pair(a: Self::V, b: Self::V) -> Self::V;
+}
+
+/// Asks for the cache line of an address, into the second level: pixels whose channels lie 4 KiB apart would push each
+/// other out of the first. A hint: no address is wrong.
+#[inline(always)]
+pub(crate) fn prefetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        // SAFETY: a hint, of the baseline's instructions.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
 }
 
 /// Rounds the bits of an f32 to those of the nearest bf16, NaN staying NaN.
@@ -294,6 +309,17 @@ unsafe impl Isa for Portable {
         lanes!(i => f32::from(unsafe { p.add(i).read() }))
     }
     #[inline(always)]
+    unsafe fn store_u8(p: *mut u8, v: Self::V, n: usize) {
+        for (i, v) in v.into_iter().enumerate().take(n) {
+            // SAFETY: the caller's word.
+            unsafe { p.add(i).write(v as u8) }
+        }
+    }
+    #[inline(always)]
+    unsafe fn eq(a: Self::V, b: Self::V) -> Self::M {
+        std::array::from_fn(|i| a[i] == b[i])
+    }
+    #[inline(always)]
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
         lanes!(i => a[i] + b[i])
     }
@@ -330,6 +356,11 @@ unsafe impl Isa for Portable {
         lanes!(i => if m[i] { a[i] } else { b[i] })
     }
     #[inline(always)]
+    unsafe fn scatter8(p: *mut f32, _: usize, v: Self::V) {
+        // SAFETY: the caller's word.
+        unsafe { Self::store(p, v) }
+    }
+    #[inline(always)]
     unsafe fn splat_pair(p: *const bf16) -> Self::V {
         // SAFETY: the caller's word.
         [f32::from_bits(unsafe { p.cast::<u32>().read_unaligned() }); 8]
@@ -339,10 +370,6 @@ unsafe impl Isa for Portable {
         let low = |v: f32| f32::from_bits(v.to_bits() << 16);
         let high = |v: f32| f32::from_bits(v.to_bits() & 0xffff_0000);
         lanes!(i => low(a[i]) * low(b[i]) + (high(a[i]) * high(b[i]) + acc[i]))
-    }
-    #[inline(always)]
-    unsafe fn pair(a: Self::V, b: Self::V) -> Self::V {
-        lanes!(i => f32::from_bits(round_bits(a[i].to_bits()) | (round_bits(b[i].to_bits()) << 16)))
     }
 }
 
@@ -407,7 +434,12 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn load_part(p: *const f32, n: usize) -> __m256 {
-            unsafe { _mm256_maskload_ps(p, _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast())) }
+            unsafe {
+                _mm256_maskload_ps(
+                    p,
+                    _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast()),
+                )
+            }
         }
         #[inline(always)]
         unsafe fn store(p: *mut f32, v: __m256) {
@@ -415,7 +447,13 @@ pub(crate) mod x86 {
         }
         #[inline(always)]
         unsafe fn store_part(p: *mut f32, v: __m256, n: usize) {
-            unsafe { _mm256_maskstore_ps(p, _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast()), v) }
+            unsafe {
+                _mm256_maskstore_ps(
+                    p,
+                    _mm256_loadu_si256(MASKS.as_ptr().add(8 - n.min(8)).cast()),
+                    v,
+                )
+            }
         }
         #[inline(always)]
         unsafe fn stream(p: *mut f32, v: __m256) {
@@ -432,7 +470,8 @@ pub(crate) mod x86 {
         unsafe fn store_bf16(p: *mut bf16, v: __m256) {
             unsafe {
                 let r = round8(v);
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+                let packed =
+                    _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
                 _mm_storeu_si128(p.cast(), packed);
             }
         }
@@ -440,13 +479,32 @@ pub(crate) mod x86 {
         unsafe fn stream_bf16(p: *mut bf16, v: __m256) {
             unsafe {
                 let r = round8(v);
-                let packed = _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
+                let packed =
+                    _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
                 _mm_stream_si128(p.cast(), packed);
             }
         }
         #[inline(always)]
         unsafe fn load_u8(p: *const u8) -> __m256 {
             unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn store_u8(p: *mut u8, v: __m256, n: usize) {
+            unsafe {
+                let v = _mm256_cvtps_epi32(v);
+                let v = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+                let v = _mm_packus_epi16(v, v);
+                if n >= 8 {
+                    _mm_storel_epi64(p.cast(), v);
+                } else {
+                    let bytes = _mm_cvtsi128_si64(v).to_ne_bytes();
+                    p.copy_from_nonoverlapping(bytes.as_ptr(), n);
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn eq(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b) }
         }
         #[inline(always)]
         unsafe fn add(a: __m256, b: __m256) -> __m256 {
@@ -485,6 +543,10 @@ pub(crate) mod x86 {
             unsafe { _mm256_blendv_ps(b, a, m) }
         }
         #[inline(always)]
+        unsafe fn scatter8(p: *mut f32, _: usize, v: __m256) {
+            unsafe { _mm256_storeu_ps(p, v) }
+        }
+        #[inline(always)]
         unsafe fn splat_pair(p: *const bf16) -> __m256 {
             unsafe { _mm256_castsi256_ps(_mm256_set1_epi32(p.cast::<i32>().read_unaligned())) }
         }
@@ -498,10 +560,6 @@ pub(crate) mod x86 {
                 let acc = _mm256_fmadd_ps(_mm256_castsi256_ps(a1), _mm256_castsi256_ps(b1), acc);
                 _mm256_fmadd_ps(_mm256_castsi256_ps(a0), _mm256_castsi256_ps(b0), acc)
             }
-        }
-        #[inline(always)]
-        unsafe fn pair(a: __m256, b: __m256) -> __m256 {
-            unsafe { _mm256_castsi256_ps(_mm256_or_si256(round8(a), _mm256_slli_epi32(round8(b), 16))) }
         }
     }
 
@@ -546,7 +604,7 @@ pub(crate) mod x86 {
     }
 
     macro_rules! avx512_isa {
-        ($name:ident, $call:ident, $round:expr, $dot:expr, $pair:expr) => {
+        ($name:ident, $call:ident, $round:expr, $dot:expr) => {
             // SAFETY: each function is the instruction that its name says.
             unsafe impl Isa for $name {
                 type V = __m512;
@@ -607,6 +665,17 @@ pub(crate) mod x86 {
                     unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
                 }
                 #[inline(always)]
+                unsafe fn store_u8(p: *mut u8, v: __m512, n: usize) {
+                    unsafe {
+                        let v = _mm512_cvtps_epi32(v);
+                        _mm512_mask_cvtepi32_storeu_epi8(p.cast(), first(n), v);
+                    }
+                }
+                #[inline(always)]
+                unsafe fn eq(a: __m512, b: __m512) -> __mmask16 {
+                    unsafe { _mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b) }
+                }
+                #[inline(always)]
                 unsafe fn add(a: __m512, b: __m512) -> __m512 {
                     unsafe { _mm512_add_ps(a, b) }
                 }
@@ -643,16 +712,21 @@ pub(crate) mod x86 {
                     unsafe { _mm512_mask_blend_ps(m, b, a) }
                 }
                 #[inline(always)]
+                unsafe fn scatter8(p: *mut f32, pitch: usize, v: __m512) {
+                    unsafe {
+                        _mm256_storeu_ps(p, _mm512_castps512_ps256(v));
+                        _mm256_storeu_ps(p.add(pitch), _mm512_extractf32x8_ps::<1>(v));
+                    }
+                }
+                #[inline(always)]
                 unsafe fn splat_pair(p: *const bf16) -> __m512 {
-                    unsafe { _mm512_castsi512_ps(_mm512_set1_epi32(p.cast::<i32>().read_unaligned())) }
+                    unsafe {
+                        _mm512_castsi512_ps(_mm512_set1_epi32(p.cast::<i32>().read_unaligned()))
+                    }
                 }
                 #[inline(always)]
                 unsafe fn dot2(acc: __m512, a: __m512, b: __m512) -> __m512 {
                     unsafe { $dot(acc, a, b) }
-                }
-                #[inline(always)]
-                unsafe fn pair(a: __m512, b: __m512) -> __m512 {
-                    unsafe { $pair(a, b) }
                 }
             }
         };
@@ -676,14 +750,6 @@ pub(crate) mod x86 {
     }
 
     #[inline(always)]
-    unsafe fn pair_by_bits(a: __m512, b: __m512) -> __m512 {
-        unsafe {
-            let high = _mm512_slli_epi32(round16(b), 16);
-            _mm512_castsi512_ps(_mm512_or_si512(round16(a), high))
-        }
-    }
-
-    #[inline(always)]
     unsafe fn narrow_bf16(v: __m512) -> __m256i {
         // SAFETY: both types are 256 bits.
         unsafe { std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v)) }
@@ -699,8 +765,8 @@ pub(crate) mod x86 {
         }
     }
 
-    avx512_isa!(Avx512, avx512, narrow, dot_by_fma, pair_by_bits);
-    avx512_isa!(Avx512Bf16, avx512_bf16, narrow_bf16, dot_bf16, pair_by_bits);
+    avx512_isa!(Avx512, avx512, narrow, dot_by_fma);
+    avx512_isa!(Avx512Bf16, avx512_bf16, narrow_bf16, dot_bf16);
 }
 
 /// How a tensor is stored. Arithmetic is f32 in any case.

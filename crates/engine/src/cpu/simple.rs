@@ -1,199 +1,9 @@
-//! The kernels without a matrix product of their own shape: input, pools, classifier, loss, update.
-
-use graph::Plane;
+//! The small kernels: classifier, loss, update.
 
 use super::memory::{Span, matmul};
 use super::pool::Pool;
 use crate::labels::{hits, targets};
-use crate::{Batch, Hyper, MEAN, Metrics, Pixels, STD};
-
-/// y = (pixels - mean) / std.
-pub(crate) fn input(pool: &mut Pool, pixels: Pixels<'_>, images: usize, y: Span<'_, f32>) {
-    let per_image = pixels.len() / images;
-    let inv: [f32; 3] = STD.map(|s| 1.0 / s);
-    pool.run(images, |_, image| {
-        let range = image * per_image..(image + 1) * per_image;
-        // SAFETY: tasks write disjoint images of y.
-        let y = unsafe { y.part(range.clone()).get_mut() };
-        let set =
-            |y: &mut [f32], x: [f32; 3]| (0..3).for_each(|c| y[c] = (x[c] - MEAN[c]) * inv[c]);
-        let rows = y.chunks_exact_mut(3);
-        match pixels {
-            Pixels::U8(p) => {
-                rows.zip(p[range].chunks_exact(3))
-                    .for_each(|(y, x)| set(y, [x[0], x[1], x[2]].map(f32::from)));
-            }
-            Pixels::F32(p) => rows
-                .zip(p[range].chunks_exact(3))
-                .for_each(|(y, x)| set(y, [x[0], x[1], x[2]])),
-        }
-    });
-}
-
-/// A max-pool's window.
-#[derive(Clone, Copy)]
-pub(crate) struct Window {
-    pub(crate) from: Plane,
-    pub(crate) to: Plane,
-    pub(crate) kernel: usize,
-    pub(crate) stride: usize,
-    pub(crate) pad: usize,
-}
-
-impl Window {
-    /// Calls `f(tap, input offset in the image)` for the taps of an output pixel that lie inside.
-    fn taps(&self, oh: usize, ow: usize, mut f: impl FnMut(u8, usize)) {
-        for kh in 0..self.kernel {
-            for kw in 0..self.kernel {
-                let h = (oh * self.stride + kh).wrapping_sub(self.pad);
-                let w = (ow * self.stride + kw).wrapping_sub(self.pad);
-                if h < self.from.h && w < self.from.w {
-                    f(
-                        (kh * self.kernel + kw) as u8,
-                        (h * self.from.w + w) * self.from.c,
-                    );
-                }
-            }
-        }
-    }
-}
-
-/// y = window maxima; the first in row order wins a tie, and NaN wins over everything.
-pub(crate) fn max_pool(
-    pool: &mut Pool,
-    window: &Window,
-    images: usize,
-    x: Span<'_, f32>,
-    y: Span<'_, f32>,
-    argmax: Option<Span<'_, u8>>,
-) {
-    let (c, (from, to)) = (window.to.c, (window.from.elements(), window.to.elements()));
-    pool.run(images * window.to.h, |_, task| {
-        let (image, oh) = (task / window.to.h, task % window.to.h);
-        let row = image * to + oh * window.to.w * c;
-        let row = row..row + window.to.w * c;
-        // SAFETY: nobody writes x in this region; tasks write disjoint rows of y and argmax.
-        let (x, y, mut argmax) = unsafe {
-            let x = x.part(image * from..(image + 1) * from).get();
-            (
-                x,
-                y.part(row.clone()).get_mut(),
-                argmax.map(|a| a.part(row).get_mut()),
-            )
-        };
-        for (ow, y) in y.chunks_exact_mut(c).enumerate() {
-            let mut winners = argmax.as_deref_mut().map(|a| &mut a[ow * c..(ow + 1) * c]);
-            y.fill(f32::NEG_INFINITY);
-            if let Some(winners) = winners.as_deref_mut() {
-                winners.fill(u8::MAX);
-            }
-            window.taps(oh, ow, |tap, at| {
-                let x = &x[at..at + c];
-                match winners.as_deref_mut() {
-                    Some(winners) => {
-                        for i in 0..c {
-                            if x[i] > y[i] || x[i].is_nan() || winners[i] == u8::MAX {
-                                (y[i], winners[i]) = (x[i], tap);
-                            }
-                        }
-                    }
-                    None => (0..c).for_each(|i| {
-                        y[i] = if x[i] > y[i] || x[i].is_nan() {
-                            x[i]
-                        } else {
-                            y[i]
-                        }
-                    }),
-                }
-            });
-        }
-    });
-}
-
-/// Sends d to the winners of each window.
-pub(crate) fn max_pool_backward(
-    pool: &mut Pool,
-    window: &Window,
-    images: usize,
-    argmax: Span<'_, u8>,
-    d: Span<'_, f32>,
-    dx: Span<'_, f32>,
-    accumulate: bool,
-) {
-    let (c, (from, to)) = (window.to.c, (window.from.elements(), window.to.elements()));
-    pool.run(images, |_, image| {
-        // SAFETY: nobody writes argmax or d in this region; tasks write disjoint images of dx.
-        let (argmax, d, dx) = unsafe {
-            let of = image * to..(image + 1) * to;
-            let dx = dx.part(image * from..(image + 1) * from).get_mut();
-            (argmax.part(of.clone()).get(), d.part(of).get(), dx)
-        };
-        if !accumulate {
-            dx.fill(0.0);
-        }
-        for oh in 0..window.to.h {
-            for ow in 0..window.to.w {
-                let out = (oh * window.to.w + ow) * c;
-                let (winners, d) = (&argmax[out..out + c], &d[out..out + c]);
-                window.taps(oh, ow, |tap, at| {
-                    let dx = &mut dx[at..at + c];
-                    (0..c).for_each(|i| dx[i] += if winners[i] == tap { d[i] } else { 0.0 });
-                });
-            }
-        }
-    });
-}
-
-/// y = mean over the plane.
-pub(crate) fn avg_pool(
-    pool: &mut Pool,
-    plane: Plane,
-    images: usize,
-    x: Span<'_, f32>,
-    y: Span<'_, f32>,
-) {
-    let scale = 1.0 / plane.pixels() as f32;
-    pool.run(images, |_, image| {
-        // SAFETY: nobody writes x in this region; tasks write disjoint images of y.
-        let (x, y) = unsafe {
-            let x = x
-                .part(image * plane.elements()..(image + 1) * plane.elements())
-                .get();
-            (x, y.part(image * plane.c..(image + 1) * plane.c).get_mut())
-        };
-        y.fill(0.0);
-        for x in x.chunks_exact(plane.c) {
-            y.iter_mut().zip(x).for_each(|(y, x)| *y += x);
-        }
-        y.iter_mut().for_each(|y| *y *= scale);
-    });
-}
-
-/// dx = d / pixels, everywhere on the plane.
-pub(crate) fn avg_pool_backward(
-    pool: &mut Pool,
-    plane: Plane,
-    images: usize,
-    d: Span<'_, f32>,
-    dx: Span<'_, f32>,
-    accumulate: bool,
-) {
-    let scale = 1.0 / plane.pixels() as f32;
-    pool.run(images, |_, image| {
-        // SAFETY: nobody writes d in this region; tasks write disjoint images of dx.
-        let (d, dx) = unsafe {
-            let dx = dx
-                .part(image * plane.elements()..(image + 1) * plane.elements())
-                .get_mut();
-            (d.part(image * plane.c..(image + 1) * plane.c).get(), dx)
-        };
-        for dx in dx.chunks_exact_mut(plane.c) {
-            for (dx, d) in dx.iter_mut().zip(d) {
-                *dx = if accumulate { *dx } else { 0.0 } + d * scale;
-            }
-        }
-    });
-}
+use crate::{Batch, Hyper, Metrics};
 
 /// Columns of one task of the classifier.
 const COLUMNS: usize = 64;
@@ -237,13 +47,13 @@ pub(crate) fn linear(
     });
 }
 
-/// dx = d w, dw = d^T x, db = column sums of d; dw and db are added if `accumulate`, dx if `dx.1`.
+/// dx = d w, dw = d^T x, db = column sums of d; dw and db are added if `accumulate`.
 pub(crate) fn linear_backward(
     pool: &mut Pool,
     (images, inputs, outputs): (usize, usize, usize),
     (x, w, d): (Span<'_, f32>, Span<'_, f32>, Span<'_, f32>),
     (dw, db, accumulate): (Span<'_, f32>, Span<'_, f32>, bool),
-    dx: (Span<'_, f32>, bool),
+    dx: Span<'_, f32>,
 ) {
     let columns = column_tasks(inputs);
     pool.run(inputs.div_ceil(COLUMNS), |_, task| {
@@ -251,13 +61,13 @@ pub(crate) fn linear_backward(
         // SAFETY: nobody writes d, w or x in this region; tasks write disjoint columns of dx and dw.
         unsafe {
             let (d, w, x) = (d.get(), w.get(), x.get());
-            let out = dx.0.part(cols.start..(images - 1) * inputs + cols.end);
+            let out = dx.part(cols.start..(images - 1) * inputs + cols.end);
             let size = (images, cols.len(), outputs);
             matmul(
                 size,
                 out,
                 inputs,
-                dx.1,
+                false,
                 d,
                 (outputs, 1),
                 &w[cols.start..],

@@ -1,6 +1,8 @@
 //! How convolution weights lie in memory: in panels of as many output channels as a tile has, so that a tile reads
 //! them in one stream.
 
+use graph::Geometry;
+
 /// Input channels that are packed together; one panel's depth runs over all taps of a chunk before the next chunk.
 pub(crate) const CHUNK: usize = 64;
 
@@ -15,6 +17,16 @@ pub(crate) struct Panels {
 }
 
 impl Panels {
+    /// The weights of a convolution.
+    pub(crate) fn of(g: &Geometry, nr: usize) -> Self {
+        Self {
+            inputs: g.input.c,
+            outputs: g.output.c,
+            taps: g.kernel * g.kernel,
+            nr,
+        }
+    }
+
     /// Panels of output channels.
     pub(crate) fn count(&self) -> usize {
         self.outputs.div_ceil(self.nr)

@@ -24,12 +24,14 @@ Each file is in the format of safetensors (an 8-byte length, a JSON header, litt
     norms      f64 [tensors]      Frobenius norms                   -
     samples    f32 [tensors, 64]  elements at `positions`           -
     yardstick  f64 [2 + tensors]  of logits, loss, each tensor      f64 [10], of each loss
+    autocast   f64 [2]            of logits, all gradients          -
 
 where the tensors are the gradients of all parameters, and the running statistics after one training step; `names` in
 the metadata lists them. The yardstick is the relative error (of norms) against float64 of PyTorch itself in float32,
-the larger of its two memory formats: two samples of how large a rounding error may be. Ten steps meet a switching
-ReLU sooner or later, so eight more samples come from nudged parameters; and their yardstick is the largest so far,
-because a drift does not go away but may change its sign.
+the larger of its two memory formats: two samples of how large a rounding error may be. ResNet-50, and ten steps of
+any network, meet a switching ReLU sooner or later, so eight more samples come from nudged parameters. The yardstick of
+the steps is the largest so far, because a drift does not go away but may change its sign. `autocast` is the same for bfloat16: the error of PyTorch under
+torch.autocast, that of the gradients over all of them together, estimated from the samples.
 """
 
 import copy
@@ -287,14 +289,23 @@ def nudged(net, seed):
     return net.float(), torch.float32, torch.contiguous_format
 
 
+def sampled_error_of_all(pairs):
+    """Relative error of all tensors together; each one's square is that of its samples times what a sample stands for."""
+    gap = sum(((a - b)[positions(b.size)] ** 2).sum() * b.size / len(positions(b.size)) for a, b in pairs)
+    return float(np.sqrt(gap / sum((b**2).sum() for _, b in pairs)))
+
+
 def one_step(name, golden):
     net, start, pixels, labels = begin(golden)
 
-    def run(variant, dtype, layout):
-        logits = logits_of(variant, pixels, dtype, layout)
-        variant.train()
-        x = normalised(pixels, dtype).contiguous(memory_format=layout)
-        loss = F.cross_entropy(variant(x), torch.from_numpy(labels), label_smoothing=SMOOTHING)
+    def run(variant, dtype, layout, autocast=False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = logits_of(variant, pixels, dtype, layout)
+            variant.train()
+            x = normalised(pixels, dtype).contiguous(memory_format=layout)
+            outputs = variant(x)
+        outputs = outputs.float() if autocast else outputs
+        loss = F.cross_entropy(outputs, torch.from_numpy(labels), label_smoothing=SMOOTHING)
         loss.backward()
         tensors = {key: p.grad for key, p in variant.named_parameters()}
         tensors |= {key: b for key, b in variant.named_buffers() if "running" in key}
@@ -302,14 +313,21 @@ def one_step(name, golden):
         return logits, loss.item(), [tensors[key].double().reshape(-1).numpy() for key in start]
 
     (logits, loss, truth), *rounded = [run(*variant) for variant in variants(net)]
+    if net.fc.in_features > 512:
+        rounded += [run(*nudged(net, seed)) for seed in range(8)]
     yardstick = [max(error(run[0], logits) for run in rounded), max(error(run[1], loss) for run in rounded)]
     yardstick += [max(error(run[2][i], t) for run in rounded) for i, t in enumerate(truth)]
+    gradients = [i for i, key in enumerate(start) if "running" not in key]
+    halves = run(copy.deepcopy(net).float().to(memory_format=torch.channels_last), torch.float32, torch.channels_last, True)
+    autocast = [error(halves[0], logits), sampled_error_of_all([(halves[2][i], truth[i]) for i in gradients])]
+    print(f"autocast: logits {autocast[0]:.1e}, gradients {autocast[1]:.1e}")
     write(name, metadata(golden, start), checksums(start, pixels, labels) | {
         "logits": logits.astype(np.float32),
         "loss": np.array([loss]),
         "norms": np.array([np.linalg.norm(t) for t in truth]),
         "samples": np.array([t[positions(t.size)] for t in truth], np.float32),
         "yardstick": np.array(yardstick),
+        "autocast": np.array(autocast),
     })
     print(f"yardstick: logits {yardstick[0]:.1e}, loss {yardstick[1]:.1e}, tensors {max(yardstick[2:]):.1e} at most")
     if net.fc.in_features == 512:

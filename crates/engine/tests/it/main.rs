@@ -5,7 +5,7 @@
 mod goldens;
 mod tape;
 
-use engine::cpu::Cpu;
+use engine::cpu::{Cpu, Options};
 use engine::oracle::Oracle;
 use engine::{Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Pixels, State, initial_state};
 use graph::{Graph, Init, ParamId, Plane, ValueId};
@@ -193,7 +193,7 @@ fn check_graph(seed: u64, graph: Graph, images: usize, micro_batch: usize, hyper
     let data = Data::new(r, &graph, images);
     let state = initial_state(&graph, seed);
     let mut truth = Oracle::new(&graph, micro_batch, &state).unwrap();
-    let mut ours = Cpu::new(&graph, micro_batch, 2, &state).unwrap();
+    let mut ours = Cpu::new(&graph, &Options::new(micro_batch, 2), &state).unwrap();
     for step in 0..2 {
         // Both start alike: networks this small amplify a last bit to 1e-1 within two steps.
         ours.load(&truth.state()).unwrap();
@@ -259,7 +259,7 @@ fn pixels_that_are_not_rounded_give_the_same() {
     let floats: Vec<f32> = data.pixels.iter().map(|&p| f32::from(p)).collect();
     let state = initial_state(&graph, 2);
     let step = |pixels| {
-        let mut cpu = Cpu::new(&graph, 4, 1, &state).unwrap();
+        let mut cpu = Cpu::new(&graph, &Options::new(4, 1), &state).unwrap();
         let batch = Batch {
             pixels,
             labels: &data.labels,
@@ -277,7 +277,7 @@ fn one_nan_in_the_weights_reaches_the_loss() {
     let data = Data::new(&mut Random::new(3), &graph, 3);
     let mut state = initial_state(&graph, 4);
     state.get_mut("one.a.conv.weight").unwrap().values[0] = f32::NAN;
-    let mut cpu = Cpu::new(&graph, 4, 1, &state).unwrap();
+    let mut cpu = Cpu::new(&graph, &Options::new(4, 1), &state).unwrap();
     let mut oracle = Oracle::new(&graph, 4, &state).unwrap();
     for engine in [&mut cpu as &mut dyn Engine, &mut oracle] {
         let evaluated = engine.eval_step(&data.batch()).unwrap().loss();
@@ -310,7 +310,7 @@ fn trained(threads: usize) -> State {
     let r = &mut Random::new(5);
     let graph = wide_graph();
     let data = Data::new(r, &graph, 10);
-    let mut cpu = Cpu::new(&graph, 4, threads, &initial_state(&graph, 5)).unwrap();
+    let mut cpu = Cpu::new(&graph, &Options::new(4, threads), &initial_state(&graph, 5)).unwrap();
     for _ in 0..3 {
         cpu.train_step(&data.batch(), &hyper()).unwrap();
     }
@@ -344,9 +344,9 @@ fn a_state_goes_round_without_loss() {
     let r = &mut Random::new(9);
     let graph = random_graph(r, 4);
     let data = Data::new(r, &graph, 4);
-    let mut one = Cpu::new(&graph, 4, 1, &initial_state(&graph, 9)).unwrap();
+    let mut one = Cpu::new(&graph, &Options::new(4, 1), &initial_state(&graph, 9)).unwrap();
     one.train_step(&data.batch(), &hyper()).unwrap();
-    let mut two = Cpu::new(&graph, 4, 1, &one.state()).unwrap();
+    let mut two = Cpu::new(&graph, &Options::new(4, 1), &one.state()).unwrap();
     assert!(one.state() == two.state());
     one.train_step(&data.batch(), &hyper()).unwrap();
     two.train_step(&data.batch(), &hyper()).unwrap();
@@ -360,7 +360,10 @@ fn a_foreign_state_is_refused_by_name() {
     let check = |change: &dyn Fn(&mut State), expected: Error| {
         let mut state = good.clone();
         change(&mut state);
-        assert_eq!(Cpu::new(&graph, 2, 1, &state).err(), Some(expected));
+        assert_eq!(
+            Cpu::new(&graph, &Options::new(2, 1), &state).err(),
+            Some(expected)
+        );
     };
     let name = || "fc.bias".to_owned();
     check(
@@ -425,7 +428,7 @@ fn updates_are_the_references() {
         };
         state.insert(format!("{MOMENTUM_PREFIX}fc.bias"), moving);
         for engine in [
-            &mut Cpu::new(&g, 1, 1, &state).unwrap() as &mut dyn Engine,
+            &mut Cpu::new(&g, &Options::new(1, 1), &state).unwrap() as &mut dyn Engine,
             &mut Oracle::new(&g, 1, &state).unwrap(),
         ] {
             let hyper = Hyper {
@@ -472,7 +475,7 @@ fn pixels_are_normalised_as_the_reference_does() {
             .iter()
             .map(|v| v.as_f64().unwrap());
         let expected: Vec<f64> = expected.collect();
-        let mut cpu = Cpu::new(&graph, 1, 1, &state).unwrap();
+        let mut cpu = Cpu::new(&graph, &Options::new(1, 1), &state).unwrap();
         let mut oracle = Oracle::new(&graph, 1, &state).unwrap();
         for engine in [&mut cpu as &mut dyn Engine, &mut oracle] {
             let logits = engine.predict(Pixels::U8(&pixels)).unwrap();

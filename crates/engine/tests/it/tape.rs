@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use dfdx::prelude::*;
-use engine::cpu::Cpu;
+use engine::cpu::{Cpu, Options};
 use engine::oracle::Oracle;
 use engine::{
     Batch, Decay, Engine, Hyper, MEAN, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, STD, State,
@@ -130,5 +130,8 @@ fn oracle_equals_dfdx() {
 
 #[test]
 fn cpu_equals_dfdx() {
-    check(|g, s| Box::new(Cpu::new(g, N, 2, s).unwrap()), 1e-5);
+    check(
+        |g, s| Box::new(Cpu::new(g, &Options::new(N, 2), s).unwrap()),
+        1e-5,
+    );
 }

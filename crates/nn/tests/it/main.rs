@@ -117,6 +117,8 @@ fn counts_equal_the_reference() {
             ]
         );
         assert_eq!(counts.running_statistics, norm);
+        let stem = 112 * 112 * 64 * 7 * 7 * 3;
+        assert_eq!(counts.training_macs, 3 * macs - stem);
     }
 }
 

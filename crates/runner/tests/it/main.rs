@@ -6,6 +6,8 @@
     reason = "a test may panic and write specs"
 )]
 
+mod bench;
+mod messages;
 mod resume;
 
 use std::path::{Path, PathBuf};
@@ -230,7 +232,7 @@ fn plan_checks_on_request_only() {
     check(&nowhere, 0);
     let (_, said) = check(&[&nowhere[..], &["--check"]].concat(), 3);
     assert!(
-        said.starts_with("imagenet/train-*: no file matches\nhint: "),
+        said.starts_with("data.train: imagenet/train-*: no file matches\nhint: "),
         "{said}"
     );
     let home = Home::new();
@@ -267,7 +269,7 @@ fn plan_of_data_that_is_not_there_says_what_to_set() {
     std::fs::write(&path, text).unwrap();
     let (_, said) = check(&["plan", path.to_str().unwrap()], 3);
     assert!(
-        said.starts_with("nowhere/train-*: no file matches\nhint: "),
+        said.starts_with("data.train: nowhere/train-*: no file matches\nhint: "),
         "{said}"
     );
 }
@@ -313,39 +315,6 @@ fn a_wrong_spec_exits_2_with_every_problem() {
         assert!(said.contains(problem), "{problem} is missing in\n{said}");
     }
     assert!(!home.path().exists(), "nothing was touched");
-}
-
-#[test]
-fn wrong_data_exits_3() {
-    let check = |sets: &[&str], expected: &str| {
-        let home = Home::new();
-        let (_, said) = home.check(sets, 3);
-        assert!(said.contains(expected), "{expected} is missing in\n{said}");
-    };
-    check(
-        &["data.train=data/digits/nothing-*"],
-        "data/digits/nothing-*: no file matches\nhint: ",
-    );
-    check(
-        &["data.train_examples=1437"],
-        "data.train_examples is 1437, the shards hold 1438\nhint: ",
-    );
-    check(
-        &["data.train=data/digits/labels.txt"],
-        "data/digits/labels.txt: record 0 at byte 0: ",
-    );
-    check(&["data.label_offset=2"], "data/digits/train-0000");
-}
-
-#[test]
-fn labels_that_do_not_fit_the_classes_exit_2() {
-    let home = Home::new();
-    let (_, said) = home.check(&["model.classes=11"], 2);
-    assert_eq!(
-        said,
-        "data/digits/labels.txt: 10 labels, but model.classes is 11\n\
-         hint: one line for each class, in the order of the classes\n"
-    );
 }
 
 #[test]
@@ -448,13 +417,71 @@ fn doctor_knows_the_machine() {
     let report = json(&check(&["doctor", "--json"], 0).0);
     assert_eq!(report["version"], env!("CARGO_PKG_VERSION"));
     assert!(report["cores"].as_u64().unwrap() >= 1);
+    let level = report["level"].as_str().unwrap();
+    assert!(
+        ["portable", "avx2", "avx512", "avx512_bf16"].contains(&level),
+        "{level}"
+    );
     let (text, _) = check(&["doctor"], 0);
+    assert!(
+        text.contains(&format!("\nengine       cpu at level {level}\n")),
+        "{text}"
+    );
     for name in [
-        "runner", "system", "cpu", "vector", "memory", "gpu", "git", "mlflow",
+        "runner", "system", "cpu", "vector", "engine", "memory", "gpu", "git", "mlflow",
     ] {
         assert!(
             text.lines().any(|line| line.starts_with(name)),
             "{name} is missing in\n{text}"
         );
     }
+}
+
+/// The spec in a checkpoint lies below the environment, as a file does.
+#[test]
+fn eval_knows_the_environment() {
+    let home = Home::new();
+    let small = [
+        "data.source=fake",
+        "data.eval_examples=8",
+        "train.length=1 step",
+        "train.batch_size=8",
+        "train.bn_batch=4",
+    ];
+    home.check(&small, 0);
+    let path = home.path();
+    let eval = |environment: &[(&str, &str)], more: &[&str]| {
+        let args = [&["eval", path.to_str().unwrap(), "--json"], more].concat();
+        runner(&args)
+            .envs(environment.iter().copied())
+            .output()
+            .unwrap()
+    };
+    let images = |output: Output| json(&text(&output.stdout))["images"].clone();
+    let environment = [("RUNNER__DATA__EVAL_EXAMPLES", "6")];
+    assert_eq!(images(eval(&[], &[])), 8);
+    assert_eq!(images(eval(&environment, &[])), 6);
+    let set = ["--set", "data.eval_examples=5"];
+    assert_eq!(images(eval(&environment, &set)), 5);
+
+    let said = |environment: &[(&str, &str)], more: &[&str]| {
+        let output = eval(environment, more);
+        assert_eq!(output.status.code(), Some(2));
+        text(&output.stderr)
+    };
+    assert_eq!(
+        said(&[("RUNNER__DATA__EVAL_EXAMPLE", "6")], &[]),
+        "environment variable RUNNER__DATA__EVAL_EXAMPLE: data.eval_example: unknown key\n\
+         hint: did you mean data.eval_examples?\n"
+    );
+    let other = said(&[("RUNNER__MODEL__DEPTH", "34")], &[]);
+    assert!(
+        other.contains("model.depth is 18 there and 34 here"),
+        "{other}"
+    );
+    // A resolved spec has no profiles, and the help says so.
+    let refused = said(&[], &["--profile", "small"]);
+    assert!(refused.contains("'--profile'"), "{refused}");
+    let (help, _) = check(&["eval", "--help"], 0);
+    assert!(help.contains("That spec is resolved"), "{help}");
 }

@@ -194,7 +194,7 @@ fn three_problems_in_one_file() {
         &[],
         &[],
         "x.toml:5:1: data.lane: unknown key\nhint: did you mean data.lanes?\n\
-         x.toml:8:1: train.batch_size: expected a whole number from 0, not \"many\"\n\
+         x.toml:8:1: train.batch_size: expected a whole number from 1 to 65536, not \"many\"\n\
          x.toml:11:1: optimizer.momentum: expected at least 0 and below 1, not 1.5",
     );
 }
@@ -225,15 +225,15 @@ fn every_layer_is_told_apart() {
             ("RUNNER__OPTIMISER__KIND", "sgd"),
         ],
         &["loss.label_smoothing=2", "eval.often=1", "data.flip=maybe"],
-        "base.toml:1:1: seed: expected a whole number from 0, not \"one\"\n\
+        "base.toml:1:1: seed: expected a whole number from 0 to 18446744073709551615, not \"one\"\n\
          base.toml:4:2: modle: unknown section\nhint: did you mean [model]?\n\
          x.toml:4:1: train.batchsize: unknown key\nhint: did you mean train.batch_size?\n\
          x.toml:5:1: train.precision: expected \"f32\", not \"f64\"\n\
          x.toml:7:7: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 20\n\
-         environment variable RUNNER__DATA__LANES: data.lanes: expected at least 1, not 0\n\
+         environment variable RUNNER__DATA__LANES: data.lanes: expected a whole number from 1 to 65536, not 0\n\
          environment variable RUNNER__DATA__LANES__X: data.lanes.x: unknown key\nhint: did you mean data.lanes?\n\
          environment variable RUNNER__OPTIMISER__KIND: optimiser: unknown section\nhint: did you mean [optimizer]?\n\
-         environment variable RUNNER__TRAIN__THREADS: train.threads: expected a whole number from 0, not \"all\"\n\
+         environment variable RUNNER__TRAIN__THREADS: train.threads: expected a whole number from 0 to 1024, not \"all\"\n\
          --set loss.label_smoothing=2: loss.label_smoothing: expected at least 0 and below 1, not 2.0\n\
          --set eval.often=1: eval.often: unknown key\nhint: the keys of [eval] are crop_ratio, every\n\
          --set data.flip=maybe: data.flip: expected true or false, not \"maybe\"",
@@ -249,6 +249,22 @@ fn text_in_the_environment() {
         &[],
         "environment variable RUNNER__NAME: name: expected a string, not 2018\n\
          hint: quote it for TOML and for the shell: '\"..\"'",
+    );
+}
+
+#[test]
+fn a_text_lies_below_the_environment_and_the_arguments() {
+    let environment = |value: &str| {
+        let variable = |name: &str| (name.to_string(), value.to_string());
+        [variable("RUNNER__SEED"), variable("RUNNER__DATA__LANES")]
+    };
+    let set = sets(&["data.lanes=3"]);
+    let run = spec::parse_over(FAKE, "spec", &environment("2"), &set).unwrap();
+    assert_eq!((run.seed, run.data.lanes), (2, 3));
+    let errors = spec::parse_over(FAKE, "spec", &environment("x"), &set).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "environment variable RUNNER__SEED: seed: expected a whole number from 0 to 18446744073709551615, not \"x\""
     );
 }
 
@@ -299,7 +315,8 @@ fn a_base_that_is_not_toml() {
         None,
         &[],
         &[],
-        "a.toml:1:8: not TOML: string values must be quoted, expected literal string",
+        "a.toml:1:8: not TOML: string values must be quoted, expected literal string\n\
+         hint: text is written in quotes, lists as [a, b], sections as [name]",
     );
 }
 
@@ -328,7 +345,7 @@ fn an_unknown_profile() {
         &[],
         &["data.lanes=0"],
         "--profile smal: unknown profile\nhint: the profiles of x.toml are large, small\n\
-         --set data.lanes=0: data.lanes: expected at least 1, not 0",
+         --set data.lanes=0: data.lanes: expected a whole number from 1 to 65536, not 0",
     );
     Files::new("an_unknown_profile", &[("x.toml", FAKE)]).check(
         Some("small"),

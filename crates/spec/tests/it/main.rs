@@ -9,7 +9,8 @@ use std::path::Path;
 
 use layers::load;
 use spec::{
-    Crop, Decay, Device, Length, Mlflow, Mode, OptimizerKind, Precision, Recipe, Resize, Run,
+    Crop, Decay, Device, Instructions, Length, Mlflow, Mode, OptimizerKind, Precision, Recipe,
+    Resize, Run,
 };
 use spec::{ScheduleKind, Source, parse};
 
@@ -84,6 +85,8 @@ fn defaults() {
     assert_eq!(run.train.precision, Precision::F32);
     assert_eq!(run.train.device, Device::Auto);
     assert_eq!(run.train.threads, 0);
+    assert_eq!(run.train.instructions, Instructions::Auto);
+    assert!(run.train.winograd);
 
     assert_eq!(run.optimizer.kind, OptimizerKind::Sgd);
     assert_eq!(run.optimizer.momentum, 0.9);
@@ -275,7 +278,7 @@ fn wrong_type() {
     check(
         &format!("{FAKE}[train]\nbatch_size = \"abc\"\n"),
         &[],
-        "x.toml:5:1: train.batch_size: expected a whole number from 0, not \"abc\"",
+        "x.toml:5:1: train.batch_size: expected a whole number from 1 to 65536, not \"abc\"",
     );
 }
 
@@ -283,12 +286,19 @@ fn wrong_type() {
 fn every_type_has_its_words() {
     check_set(
         "train.batch_size=1024.0",
-        "expected a whole number from 0, not 1024.0",
+        "expected a whole number from 1 to 65536, not 1024.0",
     );
-    check_set("seed=-1", "expected a whole number from 0, not -1");
+    check_set(
+        "seed=-1",
+        "expected a whole number from 0 to 18446744073709551615, not -1",
+    );
     check_set(
         "data.train_examples=-1",
-        "expected a whole number from 0, not -1",
+        "expected a whole number from 1 to 1000000000000, not -1",
+    );
+    check_set(
+        "model.depth=deep",
+        "expected one of 18, 34, 50, 101, 152, 200, not \"deep\"",
     );
     check_set("data.label_offset=0.5", "expected a whole number, not 0.5");
     check_set("schedule.base_lr=fast", "expected a number, not \"fast\"");
@@ -306,11 +316,15 @@ fn every_type_has_its_words() {
     check_set("run_dir=['a']", "expected a string, not a list");
     check_set(
         "seed={a = 1}",
-        "expected a whole number from 0, not a table",
+        "expected a whole number from 0 to 18446744073709551615, not a table",
     );
     check_set("seed=1979-05-27", "no key is a date such as 1979-05-27");
     check_set(
         "seed=99999999999999999999",
+        "expected a whole number from 0 to 18446744073709551615, not 99999999999999999999",
+    );
+    check_set(
+        "data.label_offset=99999999999999999999",
         "99999999999999999999 is too large",
     );
     check_set("schedule.base_lr=1e999", "1e999 is too large");
@@ -330,6 +344,20 @@ fn text_without_quotes() {
     check_set(
         "name=2018",
         "expected a string, not 2018\nhint: quote it for TOML and for the shell: --set 'name=\"..\"'",
+    );
+}
+
+#[test]
+fn numbers_in_quotes() {
+    check(
+        &format!(
+            "{FAKE}flip = \"true\"\n[train]\nbatch_size = \"256\"\n[schedule]\nbase_lr = \"0.1\"\n"
+        ),
+        &[],
+        "x.toml:4:1: data.flip: expected true or false, not \"true\"\nhint: write it without quotes\n\
+         x.toml:6:1: train.batch_size: expected a whole number from 1 to 65536, not \"256\"\n\
+         hint: write it without quotes\n\
+         x.toml:8:1: schedule.base_lr: expected a number, not \"0.1\"\nhint: write it without quotes",
     );
 }
 
@@ -375,7 +403,7 @@ fn out_of_range() {
 
 #[test]
 fn every_range_is_checked() {
-    let plain = "letters, digits, '.', '_' and '-'";
+    let plain = "at most 200 letters, digits, '.', '_' and '-'";
     check_range("name=a b", &format!("expected {plain}, not \"a b\""));
     check_range("name=", &format!("expected {plain}, not \"\""));
     for name in [".", "..", "..."] {
@@ -385,6 +413,11 @@ fn every_range_is_checked() {
         );
     }
     check_range("name=ä", &format!("expected {plain}, not \"ä\""));
+    let long = "x".repeat(201);
+    check_range(
+        &format!("name={long}"),
+        &format!("expected {plain}, not {long:?}"),
+    );
     check_range(
         "model.depth=51",
         "expected one of 18, 34, 50, 101, 152, 200, not 51",
@@ -395,27 +428,37 @@ fn every_range_is_checked() {
             &format!("expected a multiple of 32 from 32 to 448, not {resolution}"),
         );
     }
-    check_range("model.classes=1", "expected at least 2, not 1");
     for area in ["[0.0, 1.0]", "[0.1, 1.5]"] {
         check_range(
             &format!("data.crop_area={area}"),
             &format!("expected two increasing numbers above 0 and at most 1, not {area}"),
         );
     }
-    check_range(
-        "data.crop_aspect=[0, 1]",
-        "expected two increasing numbers above 0, not [0.0, 1.0]",
-    );
-    for key in [
-        "data.lanes",
-        "data.shuffle_window",
-        "data.train_examples",
-        "data.eval_examples",
-        "train.batch_size",
-        "train.bn_batch",
-        "checkpoint.keep",
-    ] {
-        check_range(&format!("{key}=0"), "expected at least 1, not 0");
+    for aspect in ["[0.0, 1.0]", "[1.0, 1001.0]"] {
+        check_range(
+            &format!("data.crop_aspect={aspect}"),
+            &format!("expected two increasing numbers above 0 and at most 1000, not {aspect}"),
+        );
+    }
+    for (key, least, most) in WHOLE {
+        let range = format!("a whole number from {least} to {most}");
+        let outside = [(least > 0).then(|| least - 1), Some(most + 1)];
+        for value in outside.into_iter().flatten() {
+            check_range(
+                &format!("{key}={value}"),
+                &format!("expected {range}, not {value}"),
+            );
+        }
+        // What fits no integer at all is answered with the range as well.
+        let huge = u128::MAX;
+        check_set(
+            &format!("{key}={huge}"),
+            &format!("expected {range}, not {huge}"),
+        );
+        for value in [least, most] {
+            let set = format!("{key}={value}");
+            assert_eq!(schema::refusal_of_set(&set), None, "{set}");
+        }
     }
     for key in ["optimizer.momentum", "loss.label_smoothing"] {
         for (toml, shown) in [("-0.1", "-0.1"), ("1", "1.0")] {
@@ -446,6 +489,33 @@ fn every_range_is_checked() {
     check_range("track.experiment=", "expected a name, not \"\"");
 }
 
+/// Keys of whole numbers, and the ends of their ranges.
+const WHOLE: [(&str, u64, u64); 10] = [
+    ("model.classes", 2, 1_000_000),
+    ("data.lanes", 1, 65_536),
+    ("data.shuffle_window", 1, 10_000_000),
+    ("data.train_examples", 1, 1_000_000_000_000),
+    ("data.eval_examples", 1, 1_000_000_000_000),
+    ("data.max_bad_records", 0, 1_000_000_000_000),
+    ("train.batch_size", 1, 65_536),
+    ("train.bn_batch", 1, 65_536),
+    ("train.threads", 0, 1024),
+    ("checkpoint.keep", 1, 1_000_000),
+];
+
+/// A key that is added without a range would be found here.
+#[test]
+fn every_whole_number_ends_somewhere() {
+    for (path, rule) in schema::whole_numbers() {
+        let listed = WHOLE.iter().any(|(key, ..)| *key == path);
+        let others = ["seed", "model.depth", "data.label_offset"];
+        assert!(
+            listed || others.contains(&&*path) || rule.get("multipleOf").is_some(),
+            "{path}"
+        );
+    }
+}
+
 #[test]
 fn ranges_that_no_schema_can_say() {
     for area in ["[0.5, 0.1]", "[NaN, 1.0]"] {
@@ -458,7 +528,7 @@ fn ranges_that_no_schema_can_say() {
     for aspect in ["[2.0, 1.0]", "[1.0, inf]"] {
         check_set(
             &format!("data.crop_aspect={aspect}"),
-            &format!("expected two increasing numbers above 0, not {aspect}"),
+            &format!("expected two increasing numbers above 0 and at most 1000, not {aspect}"),
         );
     }
     for key in ["optimizer.momentum", "loss.label_smoothing"] {
@@ -500,9 +570,18 @@ fn the_ends_of_ranges_are_inside() {
         "model.resolution=32",
         "model.resolution=448",
         "model.classes=2",
+        "model.classes=1000000",
         "data.crop_area=[1, 1]",
         "data.crop_aspect=[1, 1]",
+        "data.crop_aspect=[0.001, 1000]",
         "data.lanes=1",
+        "data.lanes=65536",
+        "data.shuffle_window=10000000",
+        "data.train_examples=1000000000000",
+        "data.max_bad_records=0",
+        "train.batch_size=65536",
+        "train.threads=0",
+        "train.threads=1024",
         "optimizer.momentum=0",
         "optimizer.weight_decay=0",
         "schedule.warmup=0 epochs",
@@ -548,7 +627,7 @@ fn three_at_once() {
         "x.toml:3:1: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 51\n\
          x.toml:6:1: data.lane: unknown key\nhint: did you mean data.lanes?\n\
          x.toml:8:1: loss.label_smoothing: expected a number, not \"much\"\n\
-         --set train.batch_size=0: train.batch_size: expected at least 1, not 0",
+         --set train.batch_size=0: train.batch_size: expected a whole number from 1 to 65536, not 0",
     );
 }
 
@@ -583,7 +662,8 @@ fn set_without_a_key() {
         &["=3", "train.=3"],
         "--set =3: unknown key\nhint: the keys outside sections are mode, name, run_dir, seed\n\
          --set train.=3: train.: unknown key\n\
-         hint: the keys of [train] are batch_size, bn_batch, device, length, precision, threads",
+         hint: the keys of [train] are batch_size, bn_batch, device, instructions, length, precision, threads, \
+         winograd",
     );
 }
 
@@ -600,6 +680,7 @@ fn syntax_error() {
         "name = \"x\"\n[data\nsource = \"fake\"\n",
         &["train.batch_size"],
         "x.toml:2:6: not TOML: unclosed table, expected `]`\n\
+         hint: text is written in quotes, lists as [a, b], sections as [name]\n\
          --set train.batch_size: no value\nhint: write section.key=value, such as train.batch_size=512",
     );
 }
@@ -609,7 +690,7 @@ fn the_same_key_twice() {
     check(
         "name = \"x\"\nname = \"y\"\n",
         &[],
-        "x.toml:2:1: not TOML: duplicate key",
+        "x.toml:2:1: not TOML: duplicate key\nhint: take one of the two out",
     );
 }
 
@@ -618,7 +699,8 @@ fn columns_count_characters() {
     check(
         "name = \"ä\" [\n",
         &[],
-        "x.toml:1:12: not TOML: unexpected key or value, expected newline, `#`",
+        "x.toml:1:12: not TOML: unexpected key or value, expected newline, `#`\n\
+         hint: text is written in quotes, lists as [a, b], sections as [name]",
     );
 }
 
@@ -628,13 +710,72 @@ fn bn_batch_that_does_not_divide() {
         &format!("{FAKE}[train]\nbatch_size = 100\nbn_batch = 32\n"),
         &[],
         "x.toml:6:1: train.bn_batch: 32 does not divide train.batch_size = 100\n\
-         hint: the nearest below is train.bn_batch = 25",
+         hint: train.bn_batch = 25 or 50 does",
     );
     check_set(
         "train.batch_size=1000",
         "1000 is no multiple of the default train.bn_batch = 128\n\
-         hint: the nearest below is train.bn_batch = 125",
+         hint: train.bn_batch = 125 or 200 does",
     );
+    check_set(
+        "train.batch_size=131",
+        "131 is no multiple of the default train.bn_batch = 128\nhint: train.bn_batch = 131 does",
+    );
+    check_set(
+        "train.bn_batch=2048",
+        "2048 does not divide train.batch_size = 1024\nhint: train.bn_batch = 1024 does",
+    );
+}
+
+/// At 32 px the last planes are 1 x 1: one image is one value of a channel.
+#[test]
+fn one_value_has_no_variance() {
+    const WHAT: &str = "1 image at a time cannot be normalised at model.resolution = 32: the last planes are 1 x 1, \
+                        and one value has no variance";
+    let small = format!("{FAKE}[model]\nresolution = 32\n[train]\nlength = \"9 epochs\"\n");
+    let more = |hint: &str| format!("{WHAT}\nhint: {hint}, or model.resolution = 64 or more");
+    check(
+        &format!("{small}batch_size = 64\nbn_batch = 1\n"),
+        &[],
+        &format!(
+            "x.toml:9:1: train.bn_batch: {}",
+            more("train.bn_batch = 2 or more")
+        ),
+    );
+    check(
+        &format!("{small}batch_size = 35\n"),
+        &["train.bn_batch=1"],
+        &format!(
+            "--set train.bn_batch=1: train.bn_batch: {}",
+            more("train.bn_batch = 5 or more")
+        ),
+    );
+    // The default of bn_batch follows the batch.
+    check(
+        &format!("{small}batch_size = 1\n"),
+        &[],
+        &format!(
+            "x.toml:8:1: train.batch_size: {}",
+            more("train.batch_size = 2 or more")
+        ),
+    );
+    check(
+        &format!("{small}batch_size = 1\nbn_batch = 1\n"),
+        &[],
+        &format!(
+            "x.toml:9:1: train.bn_batch: {}",
+            more("train.batch_size = 2 or more")
+        ),
+    );
+    let one = ["train.batch_size=1", "train.length=9 epochs"];
+    fake(&[&one[..], &["model.resolution=64"]].concat());
+    fake(&[
+        "train.batch_size=2",
+        "train.length=9 epochs",
+        "model.resolution=32",
+    ]);
+    // An evaluation normalises by running statistics.
+    fake(&[&one[..], &["model.resolution=32", "mode=eval"]].concat());
 }
 
 #[test]
@@ -642,7 +783,8 @@ fn a_wrong_key_is_not_held_against_others() {
     check(
         &format!("{FAKE}[train]\nbatch_size = \"100\"\nbn_batch = 3\n"),
         &[],
-        "x.toml:5:1: train.batch_size: expected a whole number from 0, not \"100\"",
+        "x.toml:5:1: train.batch_size: expected a whole number from 1 to 65536, not \"100\"\n\
+         hint: write it without quotes",
     );
 }
 
@@ -679,6 +821,21 @@ fn buckets_are_not_supported_yet() {
          x.toml:4:1: data.eval: az:// is not supported yet\nhint: give a path on this machine\n\
          --set run_dir=s3://b/c: run_dir: s3:// is not supported yet\nhint: give a path on this machine",
     );
+    check_set(
+        "model.labels=https://x/labels.txt",
+        "https:// is not supported\nhint: give a path on this machine",
+    );
+    check(
+        "extends = 'gs://b/base.toml'\n",
+        &[],
+        "x.toml:1:11: extends: gs:// is not supported yet\nhint: give a path on this machine",
+    );
+    let errors = load(Path::new("gs://b/x.toml"), None, &[], &[]).unwrap_err();
+    assert_eq!(
+        errors.to_string(),
+        "gs://b/x.toml: gs:// is not supported yet\n\
+         hint: give the path of a spec, relative to the working directory; configs/ has examples"
+    );
 }
 
 #[test]
@@ -687,14 +844,10 @@ fn what_is_not_supported_yet() {
         "data.source=bigtable",
         "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"fake\", \"zeros\"",
     );
-    for precision in ["bf16", "f16"] {
-        check_set(
-            &format!("train.precision={precision}"),
-            &format!(
-                "\"{precision}\" is not supported yet by the cpu engine\nhint: supported: \"f32\""
-            ),
-        );
-    }
+    check_set(
+        "train.precision=f16",
+        "\"f16\" is not supported yet by the cpu engine\nhint: supported: \"f32\", \"bf16\"",
+    );
     for device in ["cuda", "cuda:1"] {
         check_set(
             &format!("train.device={device}"),
@@ -756,10 +909,11 @@ const KEYS: [(&str, &str, bool); 47] = [
     ("train.batch_size", "512", true),
     ("train.bn_batch", "64", true),
     ("train.length", "50 epochs", false),
-    // The only choice so far is the default.
-    ("train.precision", "f32", true),
+    ("train.precision", "bf16", true),
     ("train.device", "cpu", false),
     ("train.threads", "1", false),
+    ("train.instructions", "avx2", false),
+    ("train.winograd", "false", true),
     ("optimizer.kind", "sgd", true),
     ("optimizer.momentum", "0", true),
     ("optimizer.nesterov", "false", true),

@@ -57,6 +57,9 @@ fn refusal(root: &Value, schema: &Value, value: &Value, path: &str) -> Option<St
             "minLength" => value
                 .as_str()
                 .is_none_or(|text| text.chars().count() >= count()),
+            "maxLength" => value
+                .as_str()
+                .is_none_or(|text| text.chars().count() <= count()),
             "pattern" => {
                 let pattern = Regex::new(rule.as_str().unwrap()).unwrap();
                 value.as_str().is_none_or(|text| pattern.is_match(text))
@@ -237,6 +240,17 @@ fn keys(schema: &Value) -> Vec<(Option<String>, String, Value)> {
         }
     }
     keys
+}
+
+/// Dotted paths of the keys that hold whole numbers, and what the schema says of them.
+pub(crate) fn whole_numbers() -> Vec<(String, Value)> {
+    let keys = keys(&schema()).into_iter();
+    keys.filter(|(.., rule)| rule["type"] == "integer")
+        .map(|(section, key, rule)| match section {
+            Some(section) => (format!("{section}.{key}"), rule),
+            None => (key, rule),
+        })
+        .collect()
 }
 
 #[test]

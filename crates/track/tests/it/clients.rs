@@ -11,8 +11,8 @@ use track::{Resume, StepMetrics};
 use crate::mlflow::Home;
 use crate::{eval, step, summary};
 
-/// What the clients find, or nothing where there are none.
-fn read(db: &Path, home: &Home) -> Option<Value> {
+/// The Python that has MLflow and TensorBoard, or nothing and a word about it.
+pub(crate) fn python() -> Option<String> {
     let python = env::var("RUNNER_PYTHON").unwrap_or_default();
     if python.is_empty() {
         eprintln!(
@@ -20,7 +20,13 @@ fn read(db: &Path, home: &Home) -> Option<Value> {
              see tests/clients.py for how to make one"
         );
         return None;
-    };
+    }
+    Some(python)
+}
+
+/// What the clients find, or nothing where there are none.
+fn read(db: &Path, home: &Home) -> Option<Value> {
+    let python = python()?;
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients.py");
     let mut command = Command::new(python);
     command.arg(script).arg(db).arg(home.id()).arg(home.run());
@@ -30,7 +36,7 @@ fn read(db: &Path, home: &Home) -> Option<Value> {
     Some(serde_json::from_slice(&output.stdout).unwrap())
 }
 
-fn milliseconds() -> u64 {
+pub(crate) fn milliseconds() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
     since.as_millis() as u64
 }

@@ -8,6 +8,8 @@
 
 mod clients;
 mod mlflow;
+#[cfg(feature = "mlflow_rs")]
+mod server;
 mod sinks;
 
 use std::fs;

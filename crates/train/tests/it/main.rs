@@ -5,7 +5,7 @@
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use engine::cpu::Cpu;
+use engine::cpu::{Cpu, Options};
 use engine::{Batch, Engine, Error, Hyper, MOMENTUM_PREFIX, Metrics, Pixels, State, initial_state};
 use graph::{Graph, Init, Plane};
 use spec::Run;
@@ -52,7 +52,8 @@ fn run(dir: &Path, steps: u64, wrap: &dyn Fn(Cpu) -> Box<dyn Engine>) -> Ended {
         metrics_bytes: at.metrics_bytes,
     });
     let mut trackers = Trackers::open(dir, resume, &Config::default(), Terminal::Quiet);
-    let mut engine = wrap(Cpu::new(&graph, 4, 1, &initial_state(&graph, 0)).unwrap());
+    let mut engine =
+        wrap(Cpu::new(&graph, &Options::new(4, 1), &initial_state(&graph, 0)).unwrap());
     let mut at = Progress::default();
     if let Some((progress, state)) = start {
         at = progress;

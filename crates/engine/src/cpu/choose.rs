@@ -1,0 +1,157 @@
+//! Which algorithm computes a convolution, and the memory that it needs: functions of shapes and options only.
+
+use graph::{Caps, Geometry, Needs, Plane};
+use half::bf16;
+
+use super::fuse::Partials;
+use super::memory::ALIGNMENT;
+use super::simd::Level;
+use super::{Options, Precision, direct, pixels, wgrad, wino};
+
+/// What the engine asks of a program.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CpuCaps {
+    pub(crate) level: Level,
+    pub(crate) precision: Precision,
+    winograd: bool,
+}
+
+/// A convolution's product, forward or for the gradient of its input.
+#[derive(Clone, Debug)]
+pub(crate) enum Product {
+    Direct(direct::Plan),
+    Winograd(wino::Plan),
+}
+
+/// The gradient of a convolution's weight.
+#[derive(Clone, Debug)]
+pub(crate) enum WeightProduct {
+    Direct(wgrad::Plan),
+    Winograd(wino::Plan),
+}
+
+impl CpuCaps {
+    pub(crate) fn new(options: &Options) -> Self {
+        Self {
+            level: options.level,
+            precision: options.precision,
+            winograd: options.winograd,
+        }
+    }
+
+    /// Whether convolutions multiply pairs of bf16.
+    pub(crate) fn multiplies_bf16(&self) -> bool {
+        self.precision == Precision::Bf16 && self.level == Level::Avx512Bf16
+    }
+
+    /// Neighbouring depths that convolutions multiply at once.
+    fn pairs(&self) -> usize {
+        if self.multiplies_bf16() { 2 } else { 1 }
+    }
+
+    /// Whether Winograd's transforms can be used, and pay.
+    fn transforms(&self, g: &Geometry, least: usize) -> bool {
+        let is_3x3 = g.kernel == 3 && g.stride == 1;
+        // A tile has 4 x 4 results.
+        let has_tiles = g.output.h >= 4 && g.output.w >= 4;
+        let has_channels = g.input.c.min(g.output.c) >= least;
+        self.winograd && !self.multiplies_bf16() && is_3x3 && has_tiles && has_channels
+    }
+
+    pub(crate) fn forward_product(&self, g: &Geometry, batch: usize) -> Product {
+        if self.transforms(g, 32) {
+            let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
+            return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
+        }
+        Product::Direct(direct::Plan::forward(self.level, self.pairs(), g, batch))
+    }
+
+    pub(crate) fn backward_product(&self, g: &Geometry, batch: usize) -> Product {
+        if self.transforms(g, 32) {
+            let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.output.c, g.input.c);
+            return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
+        }
+        Product::Direct(direct::Plan::backward(self.level, self.pairs(), g, batch))
+    }
+
+    pub(crate) fn weight_product(&self, g: &Geometry, batch: usize) -> WeightProduct {
+        // On few channels the transforms cost more than they save.
+        if self.transforms(g, 128) {
+            let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
+            return WeightProduct::Winograd(wino::Plan::new(
+                self.level, h, w, inputs, outputs, batch,
+            ));
+        }
+        WeightProduct::Direct(wgrad::Plan::new(self.level, g, batch))
+    }
+
+    /// Channels rounded up to whole panels.
+    pub(crate) fn columns(&self, channels: usize) -> usize {
+        channels.next_multiple_of(2 * self.level.lanes())
+    }
+
+    fn product_needs(&self, product: &Product, reads_masters: bool) -> Needs {
+        let f32s = |len: usize| len * size_of::<f32>();
+        match product {
+            Product::Direct(plan) => Needs {
+                partials: f32s(plan.tasks() * Partials::record_len(plan.columns())),
+                weights: if self.multiplies_bf16() {
+                    plan.weights_len() * size_of::<bf16>()
+                } else if reads_masters {
+                    0
+                } else {
+                    f32s(plan.weights_len())
+                },
+                shared: 0,
+                worker: f32s(plan.worker_len()),
+            },
+            Product::Winograd(plan) => Needs {
+                partials: f32s(plan.tasks() * Partials::record_len(plan.columns())),
+                weights: f32s(plan.weights_len()),
+                shared: f32s(plan.shared_len()),
+                worker: f32s(plan.worker_len()),
+            },
+        }
+    }
+}
+
+impl Caps for CpuCaps {
+    fn alignment(&self) -> usize {
+        ALIGNMENT
+    }
+
+    fn element(&self) -> usize {
+        match self.precision {
+            Precision::F32 => size_of::<f32>(),
+            Precision::Bf16 => size_of::<bf16>(),
+        }
+    }
+
+    fn forward(&self, g: &Geometry, batch: usize) -> Needs {
+        self.product_needs(&self.forward_product(g, batch), true)
+    }
+
+    fn backward_input(&self, g: &Geometry, batch: usize) -> Needs {
+        self.product_needs(&self.backward_product(g, batch), false)
+    }
+
+    fn backward_weight(&self, g: &Geometry, batch: usize) -> Needs {
+        let (shared, worker) = match self.weight_product(g, batch) {
+            WeightProduct::Direct(plan) => (plan.shared_len(), plan.worker_len()),
+            WeightProduct::Winograd(plan) => (plan.weight_shared_len(), plan.weight_worker_len()),
+        };
+        Needs {
+            shared: shared * size_of::<f32>(),
+            worker: worker * size_of::<f32>(),
+            ..Needs::default()
+        }
+    }
+
+    fn visit(&self, plane: Plane, batch: usize) -> Needs {
+        let record = Partials::record_len(self.columns(plane.c));
+        Needs {
+            partials: pixels::visits(plane, batch) * record * size_of::<f32>(),
+            ..Needs::default()
+        }
+    }
+}

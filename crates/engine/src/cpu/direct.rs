@@ -1,0 +1,1359 @@
+//! Direct convolution: products of packed tiles of the input with panels of weights. Forward and the gradient of the
+//! input are the same kernel with other taps.
+//!
+//! A task packs the input of a few rows of results once, as `[channels / CHUNK][row][column][CHUNK]`, applying the
+//! [`Source`] on the way, with zeros around the plane. Then, for each panel of weights and each handful of results, a
+//! micro-kernel keeps the sums of a tile in registers over the whole depth, reading the tile by broadcasts and the
+//! panel in one stream; the [`Epilogue`] stores them. No matrix of patches is ever built. Of a strided window the
+//! columns are packed by residue, so that neighbouring results always read neighbouring columns.
+//!
+//! The gradient of the input of a convolution with stride s is s x s convolutions of stride 1 over the gradient of
+//! the output, one for each residue of the input's pixels (a *phase*); a residue that no window meets is zero.
+//!
+//! A window on a few channels (the stem) is packed as columns instead: a whole patch becomes the channels of a 1 x 1
+//! convolution.
+
+use std::ops::Range;
+
+use graph::Geometry;
+use half::bf16;
+
+use super::fuse::{Epilogue, Finish, HEAD, Out, Partials, Read, SUMS, Source, finish_as, read_as};
+use super::memory::{Scratch, Span};
+use super::pool::Pool;
+use super::simd::{Element, Isa, Job, Level};
+use super::weights::{CHUNK, Panels};
+
+/// What the micro-kernel multiplies: f32, or pairs of bf16.
+pub(crate) trait Operand: Element {
+    /// Neighbouring depths in one lane.
+    const STEP: usize;
+    /// # Safety
+    /// As for [`Isa::load`].
+    unsafe fn splat<I: Isa>(p: *const Self) -> I::V;
+    /// # Safety
+    /// As for [`Isa::load`].
+    unsafe fn panel<I: Isa>(p: *const Self) -> I::V;
+    /// c + a b, summed over the step.
+    /// # Safety
+    /// As for [`Isa::fma`].
+    unsafe fn fma<I: Isa>(a: I::V, b: I::V, c: I::V) -> I::V;
+}
+
+impl Operand for f32 {
+    const STEP: usize = 1;
+    #[inline(always)]
+    unsafe fn splat<I: Isa>(p: *const f32) -> I::V {
+        // SAFETY: the caller's word.
+        unsafe { I::splat(*p) }
+    }
+    #[inline(always)]
+    unsafe fn panel<I: Isa>(p: *const f32) -> I::V {
+        // SAFETY: the caller's word.
+        unsafe { I::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn fma<I: Isa>(a: I::V, b: I::V, c: I::V) -> I::V {
+        // SAFETY: the caller's word.
+        unsafe { I::fma(a, b, c) }
+    }
+}
+
+impl Operand for bf16 {
+    const STEP: usize = 2;
+    #[inline(always)]
+    unsafe fn splat<I: Isa>(p: *const bf16) -> I::V {
+        // SAFETY: the caller's word.
+        unsafe { I::splat_pair(p) }
+    }
+    #[inline(always)]
+    unsafe fn panel<I: Isa>(p: *const bf16) -> I::V {
+        // SAFETY: the caller's word; a lane of bits is a pair.
+        unsafe { I::load(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn fma<I: Isa>(a: I::V, b: I::V, c: I::V) -> I::V {
+        // SAFETY: the caller's word.
+        unsafe { I::dot2(c, a, b) }
+    }
+}
+
+/// How the input of a task is packed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Packing {
+    /// Planes with their border.
+    Planes,
+    /// A pixel for each result (1 x 1 windows), every `stride`-th of each row and column.
+    Points,
+    /// A patch for each result.
+    Columns,
+    /// Small planes pixel by pixel, each for all images of the task. Runs go over images, and each pixel of the results
+    /// has taps of its own: those that do not fall on the border.
+    Images,
+}
+
+/// Neighbouring products of a dot product.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    /// Where the input starts in a packed tile.
+    at: usize,
+    /// Its length.
+    depth: usize,
+    /// Row of the panel of weights.
+    row: usize,
+}
+
+/// Where a tap lies in the plane that is read, from the place of a result, and which tap of the weights it is.
+#[derive(Clone, Copy, Debug)]
+struct Tap {
+    dy: isize,
+    dx: isize,
+    weight: usize,
+}
+
+/// One residue of the results' pixels and the taps that reach it.
+#[derive(Clone, Debug)]
+struct Phase {
+    /// Row and column residue of the results.
+    at: (usize, usize),
+    /// Rows and columns of results.
+    grid: (usize, usize),
+    stretches: Vec<Stretch>,
+    /// Results in a run and runs in a tile.
+    tile: (usize, usize),
+}
+
+/// A convolution cut into tasks: a function of the shapes and the level only.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    level: Level,
+    batch: usize,
+    packing: Packing,
+    /// Plane that is read, and its channels.
+    from: (usize, usize, usize),
+    /// Plane of results, and its channels.
+    to: (usize, usize, usize),
+    /// Between the windows of neighbouring results of a phase, in the plane that is read.
+    step: usize,
+    /// Between neighbouring results of a phase, in the plane of results.
+    spread: usize,
+    /// Of the first tap: rows above and columns left of the result's place (at most 0).
+    first: (isize, isize),
+    /// Rows and columns between the first and the last tap.
+    reach: (usize, usize),
+    /// Side of the window, for columns.
+    kernel: usize,
+    /// Rows and columns of the largest phase.
+    grid: (usize, usize),
+    /// Packed columns of one residue in a row.
+    columns: usize,
+    /// Images of a task; if one, `rows` of its rows. Of points and columns `rows` results, from whichever images.
+    images: usize,
+    rows: usize,
+    /// Groups of panels, tasks of their own.
+    groups: usize,
+    /// Neighbouring depths in a lane: 1, or 2 for bf16.
+    pairs: usize,
+    /// Taps that the weights have.
+    taps: usize,
+    phases: Vec<Phase>,
+}
+
+/// Whether whole patches are packed: a few channels only, which would waste most of a vector.
+pub(crate) fn has_patches(kernel: usize, channels: usize) -> bool {
+    kernel > 1 && channels < 8 && kernel * kernel * channels + 16 <= PATCH
+}
+
+/// What one worker may use for packed input, bytes: with a panel of weights it fits the second-level cache.
+const PACK_BYTES: usize = 384 << 10;
+
+/// A run of results that a tile computes side by side: `pixels[skip..len]` of them are new.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    /// Of the first in the packed tile.
+    at: usize,
+    /// First result.
+    pixel: usize,
+    skip: usize,
+    len: usize,
+}
+
+/// Most runs in a tile.
+const RUNS: usize = 8;
+
+/// A convolution before it is cut; the fields are those of [`Plan`].
+struct Shape {
+    packing: Packing,
+    from: (usize, usize, usize),
+    to: (usize, usize, usize),
+    step: usize,
+    spread: usize,
+    kernel: usize,
+    taps: usize,
+    phases: Vec<PhaseTaps>,
+}
+
+impl Plan {
+    /// y = x * w, multiplied as pairs of bf16 if `pairs` is 2.
+    pub(crate) fn forward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
+        let pad = g.pad() as isize;
+        let tap = |weight: usize| Tap {
+            dy: (weight / g.kernel) as isize - pad,
+            dx: (weight % g.kernel) as isize - pad,
+            weight,
+        };
+        let taps: Vec<Tap> = (0..g.kernel * g.kernel).map(tap).collect();
+        let packing = match (g.kernel, g.input.c) {
+            (1, _) => Packing::Points,
+            (k, c) if has_patches(k, c) => Packing::Columns,
+            _ => Packing::Planes,
+        };
+        let to = (g.output.h, g.output.w, g.output.c);
+        let from = (g.input.h, g.input.w, g.input.c);
+        let shape = Shape {
+            packing,
+            from,
+            to,
+            step: g.stride,
+            spread: 1,
+            kernel: g.kernel,
+            taps: taps.len(),
+            phases: vec![((0, 0), (to.0, to.1), taps)],
+        };
+        Self::new(level, pairs, batch, shape)
+    }
+
+    /// The gradient of x from that of y.
+    pub(crate) fn backward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
+        let packing = if g.is_matmul() {
+            Packing::Points
+        } else {
+            Packing::Planes
+        };
+        let from = (g.output.h, g.output.w, g.output.c);
+        let to = (g.input.h, g.input.w, g.input.c);
+        let used = backward_taps(g);
+        let mut phases = backward_phases(g);
+        for tap in phases.iter_mut().flat_map(|p| &mut p.2) {
+            tap.weight = used.iter().position(|u| *u == tap.weight).unwrap_or(0);
+        }
+        let shape = Shape {
+            packing,
+            from,
+            to,
+            step: 1,
+            spread: g.stride,
+            kernel: g.kernel,
+            taps: used.len(),
+            phases,
+        };
+        Self::new(level, pairs, batch, shape)
+    }
+
+    fn new(level: Level, pairs: usize, batch: usize, shape: Shape) -> Self {
+        let Shape {
+            packing,
+            from,
+            to,
+            step,
+            spread,
+            kernel,
+            taps,
+            phases,
+        } = shape;
+        let (packing, step, spread, phases) = match packing {
+            Packing::Planes if is_small(from, to) => {
+                let phases = by_pixel(from, to, step, spread, &phases);
+                (Packing::Images, 1, 1, phases)
+            }
+            packing => (packing, step, spread, phases),
+        };
+        let all = || phases.iter().flat_map(|p| &p.2);
+        let first = (
+            all().map(|t| t.dy).min().unwrap_or(0),
+            all().map(|t| t.dx).min().unwrap_or(0),
+        );
+        let last = (
+            all().map(|t| t.dy).max().unwrap_or(0),
+            all().map(|t| t.dx).max().unwrap_or(0),
+        );
+        let reach = ((last.0 - first.0) as usize, (last.1 - first.1) as usize);
+        let grid = (
+            phases.iter().map(|p| p.1.0).max().unwrap_or(0),
+            phases.iter().map(|p| p.1.1).max().unwrap_or(0),
+        );
+        let mut plan = Self {
+            level,
+            batch,
+            packing,
+            from,
+            to,
+            step,
+            spread,
+            first,
+            reach,
+            kernel,
+            grid,
+            columns: grid.1 + reach.1 / step,
+            images: 1,
+            rows: 1,
+            groups: 1,
+            pairs,
+            taps,
+            phases: vec![],
+        };
+        plan.cut();
+        for (at, grid, taps) in phases {
+            let stretches = plan.stretches(&taps);
+            let width = match packing {
+                Packing::Planes => grid.1,
+                Packing::Images => plan.images,
+                Packing::Points | Packing::Columns => plan.rows,
+            };
+            plan.phases.push(Phase {
+                at,
+                grid,
+                stretches,
+                tile: tile_shape(level, width),
+            });
+        }
+        plan
+    }
+
+    /// Chooses the results of a task.
+    fn cut(&mut self) {
+        let depth = self.pixel_len() * size_of::<f32>();
+        match self.packing {
+            Packing::Planes => {
+                let row = self.step * self.columns * depth;
+                let image = self.packed_rows(self.grid.0) * row;
+                if image <= PACK_BYTES / 2 || self.grid.0 * self.grid.1 <= 49 {
+                    self.images = (PACK_BYTES / image).clamp(1, self.batch);
+                    // Enough tasks to share the work, but not at the price of tiles that are half empty.
+                    let few = (self.batch / 8).max(1);
+                    let pixels = self.grid.0 * self.grid.1;
+                    self.images = self.images.min(few.max(96usize.div_ceil(pixels))).max(1);
+                    self.rows = self.grid.0;
+                } else {
+                    let mut rows = self.grid.0;
+                    while rows > 1 && self.packed_rows(rows) * row > PACK_BYTES {
+                        rows -= 1;
+                    }
+                    // Blocks of equal height.
+                    self.rows = self.grid.0.div_ceil(self.grid.0.div_ceil(rows));
+                }
+            }
+            Packing::Images => {
+                let image = self.from.0 * self.from.1 * depth;
+                self.images = (PACK_BYTES / image).clamp(1, self.batch);
+            }
+            Packing::Points | Packing::Columns => {
+                let all = self.batch * self.grid.0 * self.grid.1;
+                let fit = (PACK_BYTES / depth).clamp(56, 448) / 14 * 14;
+                self.rows = fit.min(all);
+            }
+        }
+        let panels = self.to.2.div_ceil(2 * self.level.lanes());
+        let tasks = self.tasks();
+        self.groups = 8usize.div_ceil(tasks).min(panels).max(1);
+    }
+
+    /// Values of one packed pixel in all chunks, the last one filled up.
+    fn pixel_len(&self) -> usize {
+        self.depth_channels().div_ceil(CHUNK) * CHUNK
+    }
+
+    /// Channels as they are packed: those of a patch, for columns.
+    fn depth_channels(&self) -> usize {
+        match self.packing {
+            Packing::Columns => self.from.2 * self.kernel * self.kernel,
+            _ => self.from.2,
+        }
+    }
+
+    fn packed_rows(&self, rows: usize) -> usize {
+        (rows - 1) * self.step + self.reach.0 + 1
+    }
+
+    /// Values between the chunks of a packed tile.
+    fn chunk_len(&self) -> usize {
+        match self.packing {
+            Packing::Planes => {
+                self.images * self.packed_rows(self.rows) * self.step * self.columns * CHUNK
+            }
+            Packing::Images => self.images * self.from.0 * self.from.1 * CHUNK,
+            Packing::Points | Packing::Columns => self.rows * CHUNK,
+        }
+    }
+
+    /// Rows of a panel of weights for one tap of a chunk.
+    fn chunk_rows(&self, chunk: usize) -> usize {
+        let length = (self.depth_channels() - chunk * CHUNK).min(CHUNK);
+        length.next_multiple_of(self.pairs)
+    }
+
+    /// Taps of the weights as rows are counted: the one of a patch has the whole depth.
+    fn row_taps(&self) -> usize {
+        match self.packing {
+            Packing::Columns => 1,
+            _ => self.taps,
+        }
+    }
+
+    fn stretches(&self, taps: &[Tap]) -> Vec<Stretch> {
+        let channels = self.depth_channels();
+        let mut out = vec![];
+        for chunk in 0..channels.div_ceil(CHUNK) {
+            let depth = (channels - chunk * CHUNK).min(CHUNK);
+            let first_row = chunk * CHUNK * self.row_taps();
+            let start = chunk * self.chunk_len();
+            let mut push = |at: usize, weight: usize| {
+                out.push(Stretch {
+                    at: start + at * CHUNK,
+                    depth,
+                    row: first_row + weight * self.chunk_rows(chunk),
+                });
+            };
+            match self.packing {
+                Packing::Planes => {
+                    for tap in taps {
+                        let row = (tap.dy - self.first.0) as usize;
+                        let column = (tap.dx - self.first.1) as usize;
+                        let place = (row * self.step + column % self.step) * self.columns
+                            + column / self.step;
+                        push(place, tap.weight);
+                    }
+                }
+                // Of a pixel's phase the taps are places in the plane.
+                Packing::Images => {
+                    for tap in taps {
+                        let pixel = tap.dy as usize * self.from.1 + tap.dx as usize;
+                        push(pixel * self.images, tap.weight);
+                    }
+                }
+                Packing::Columns => push(0, 0),
+                Packing::Points => {
+                    for tap in taps {
+                        push(0, tap.weight);
+                    }
+                }
+            }
+        }
+        out
+    }
+
+    /// Tasks that differ in their results' pixels; each has a record of partials.
+    pub(crate) fn tasks(&self) -> usize {
+        match self.packing {
+            Packing::Images => self.batch.div_ceil(self.images),
+            Packing::Planes if self.rows == self.grid.0 => self.batch.div_ceil(self.images),
+            Packing::Planes => self.batch * self.grid.0.div_ceil(self.rows),
+            _ => (self.batch * self.grid.0 * self.grid.1).div_ceil(self.rows),
+        }
+    }
+
+    /// Pixels between neighbouring results of a run.
+    fn run_spread(&self) -> usize {
+        match self.packing {
+            Packing::Images => self.to.0 * self.to.1,
+            _ => self.spread,
+        }
+    }
+
+    /// Channels of the results, rounded up to whole panels.
+    pub(crate) fn columns(&self) -> usize {
+        self.to.2.next_multiple_of(2 * self.level.lanes())
+    }
+
+    /// Values of scratch per worker, in f32 (packed input may be half as large).
+    pub(crate) fn worker_len(&self) -> usize {
+        // A last run may be shorter than the tile's and then reads on behind the packed tile.
+        TILE + self.pixel_len() / CHUNK * self.chunk_len() + RUNS * CHUNK
+    }
+
+    /// Values of a panel of weights.
+    fn panel_len(&self) -> usize {
+        let chunks = 0..self.depth_channels().div_ceil(CHUNK);
+        let rows: usize = chunks.map(|chunk| self.chunk_rows(chunk)).sum();
+        rows * self.row_taps() * 2 * self.level.lanes()
+    }
+
+    /// Values of the weights.
+    pub(crate) fn weights_len(&self) -> usize {
+        self.panel_len() * (self.columns() / (2 * self.level.lanes()))
+    }
+
+    /// Where task `index` is: images, rows (or results, counted over all images).
+    fn place(&self, index: usize) -> (Range<usize>, Range<usize>) {
+        match self.packing {
+            Packing::Images => {
+                let first = index * self.images;
+                (first..(first + self.images).min(self.batch), 0..1)
+            }
+            Packing::Planes if self.rows == self.grid.0 => {
+                let first = index * self.images;
+                (first..(first + self.images).min(self.batch), 0..self.rows)
+            }
+            Packing::Planes => {
+                let blocks = self.grid.0.div_ceil(self.rows);
+                let (image, first) = (index / blocks, index % blocks * self.rows);
+                let rows = first..(first + self.rows).min(self.grid.0);
+                (image..image + 1, rows)
+            }
+            _ => {
+                let first = index * self.rows;
+                let all = self.batch * self.grid.0 * self.grid.1;
+                (0..1, first..(first + self.rows).min(all))
+            }
+        }
+    }
+}
+
+/// A tile in registers, f32: at most 14 results of 32 channels.
+const TILE: usize = 14 * 32;
+
+/// Results in a run and runs in a tile, for rows of `width` results: the shape that wastes least, then the largest.
+fn tile_shape(level: Level, width: usize) -> (usize, usize) {
+    let shapes: &[(usize, usize)] = if level.lanes() == 16 {
+        &[(7, 2), (6, 2), (5, 2), (4, 3), (3, 4), (2, 6), (1, 8)]
+    } else {
+        &[(6, 1), (5, 1), (4, 1), (3, 2), (2, 3), (1, 6)]
+    };
+    let fits = shapes.iter().filter(|(r, _)| *r <= width);
+    let best = fits.min_by_key(|(r, q)| (width.div_ceil(*r) * r * 14 / (r * q), *r));
+    *best.unwrap_or(&shapes[shapes.len() - 1])
+}
+
+/// Residue (or pixel) and grid of the results of a phase, and its taps.
+type PhaseTaps = ((usize, usize), (usize, usize), Vec<Tap>);
+
+/// Whether planes are so small that most windows hang over their border.
+fn is_small(from: (usize, usize, usize), to: (usize, usize, usize)) -> bool {
+    (from.0 * from.1).max(to.0 * to.1) <= 4
+}
+
+/// A phase for each pixel of the results, with the taps that lie inside, as places in the plane that is read.
+fn by_pixel(
+    (h, w, _): (usize, usize, usize),
+    to: (usize, usize, usize),
+    step: usize,
+    spread: usize,
+    phases: &[PhaseTaps],
+) -> Vec<PhaseTaps> {
+    let mut out = vec![];
+    for (at, grid, taps) in phases {
+        for gy in 0..grid.0 {
+            for gx in 0..grid.1 {
+                let inside = taps.iter().filter_map(|tap| {
+                    let (dy, dx) = ((gy * step) as isize + tap.dy, (gx * step) as isize + tap.dx);
+                    let is_inside = (0..h as isize).contains(&dy) && (0..w as isize).contains(&dx);
+                    is_inside.then_some(Tap { dy, dx, ..*tap })
+                });
+                let pixel = (gy * spread + at.0, gx * spread + at.1);
+                debug_assert!(
+                    pixel.0 < to.0 && pixel.1 < to.1,
+                    "a result lies in its plane"
+                );
+                out.push((pixel, (1, 1), inside.collect()));
+            }
+        }
+    }
+    out
+}
+
+/// Puts weights into the order of [`Plan::forward`] as pairs of bf16. For f32 the masters have it already.
+pub(crate) fn pack_forward(
+    pool: &mut Pool,
+    plan: &Plan,
+    masters: Span<'_, f32>,
+    to: Span<'_, bf16>,
+) {
+    let nr = 2 * plan.level.lanes();
+    let panels = plan.columns() / nr;
+    let (from_len, to_len) = (masters.len() / panels, plan.panel_len());
+    assert!(
+        plan.pairs == 2 && to.len() >= to_len * panels,
+        "pairs have room"
+    );
+    pool.run(panels, |_, panel| {
+        // SAFETY: nobody writes masters in this region; tasks write disjoint panels.
+        let (mut from, to) = unsafe {
+            let from = masters.part(panel * from_len..(panel + 1) * from_len).get();
+            (
+                from,
+                to.part(panel * to_len..(panel + 1) * to_len).get_mut(),
+            )
+        };
+        let mut pairs = to.chunks_exact_mut(2 * nr);
+        let channels = plan.depth_channels();
+        for chunk in 0..channels.div_ceil(CHUNK) {
+            let depth = (channels - chunk * CHUNK).min(CHUNK);
+            for _ in 0..plan.row_taps() {
+                let (rows, rest) = from.split_at(depth * nr);
+                from = rest;
+                for rows in rows.chunks(2 * nr) {
+                    let pair = pairs.next().expect("a panel has all its pairs");
+                    let (first, second) = rows.split_at(nr);
+                    for o in 0..nr {
+                        pair[2 * o] = bf16::from_f32(first[o]);
+                        pair[2 * o + 1] = second.get(o).map_or(bf16::ZERO, |v| bf16::from_f32(*v));
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// Puts weights into the order of [`Plan::backward`]: inputs and outputs change places, taps that no pixel meets are
+/// left out.
+pub(crate) fn pack_backward<P: Operand>(
+    pool: &mut Pool,
+    plan: &Plan,
+    g: &Geometry,
+    masters: Span<'_, f32>,
+    to: Span<'_, P>,
+) {
+    let nr = 2 * plan.level.lanes();
+    let from = Panels::of(g, nr);
+    let (panels, taps) = (plan.columns() / nr, backward_taps(g));
+    let len = plan.panel_len();
+    assert!(
+        plan.pairs == P::STEP && taps.len() == plan.taps && to.len() >= len * panels,
+        "the weights have room"
+    );
+    pool.run(panels, |_, panel| {
+        // SAFETY: nobody writes masters in this region; tasks write disjoint panels.
+        let (masters, to) = unsafe {
+            let to = to.part(panel * len..(panel + 1) * len).get_mut();
+            (masters.get(), to)
+        };
+        let mut at = 0;
+        let inputs = (from.inputs - panel * nr).min(nr);
+        for chunk in 0..from.outputs.div_ceil(CHUNK) {
+            let outputs = chunk * CHUNK..(chunk * CHUNK + CHUNK).min(from.outputs);
+            for &tap in &taps {
+                let rows = plan.chunk_rows(chunk);
+                let to = &mut to[at..at + rows * nr];
+                at += rows * nr;
+                if inputs < nr || rows > outputs.len() {
+                    to.fill(P::from_f32(0.0));
+                }
+                // Blocks of outputs that lie in one panel of the masters; its inputs are `nr` apart.
+                for first in outputs.clone().step_by(nr) {
+                    let block = first..(first + nr).min(outputs.end);
+                    for i in 0..inputs {
+                        let at = from.at(first, panel * nr + i, tap);
+                        let values = &masters[at..at + block.len()];
+                        for (o, v) in block.clone().zip(values) {
+                            let row = o - outputs.start;
+                            let lane = row / P::STEP * nr * P::STEP + i * P::STEP + row % P::STEP;
+                            to[lane] = P::from_f32(*v);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+/// The taps of the weights that reach any pixel of the input, in order.
+fn backward_taps(g: &Geometry) -> Vec<usize> {
+    let mut used: Vec<usize> = vec![];
+    let from = (g.output.h, g.output.w, g.output.c);
+    let to = (g.input.h, g.input.w, g.input.c);
+    let phases = backward_phases(g);
+    let phases = if g.kernel > 1 && is_small(from, to) {
+        by_pixel(from, to, 1, g.stride, &phases)
+    } else {
+        phases
+    };
+    used.extend(phases.iter().flat_map(|p| &p.2).map(|tap| tap.weight));
+    used.sort_unstable();
+    used.dedup();
+    used
+}
+
+fn backward_phases(g: &Geometry) -> Vec<PhaseTaps> {
+    let (s, pad) = (g.stride, g.pad());
+    // For residue r: the taps k and how far the result of the window lies from the grid point: the window of result
+    // o covers input o s + k - pad, so input i s + r is met where o - i = (r + pad - k) / s.
+    let axis = |r: usize| -> Vec<(usize, isize)> {
+        let met = (0..g.kernel).rev().filter_map(|k| {
+            let distance = (r + pad) as isize - k as isize;
+            (distance.rem_euclid(s as isize) == 0).then_some((k, distance.div_euclid(s as isize)))
+        });
+        met.collect()
+    };
+    let mut phases = vec![];
+    for rh in 0..s.min(g.input.h) {
+        for rw in 0..s.min(g.input.w) {
+            let (ys, xs) = (axis(rh), axis(rw));
+            let taps = ys.iter().flat_map(|&(kh, dy)| {
+                xs.iter().map(move |&(kw, dx)| Tap {
+                    dy,
+                    dx,
+                    weight: kh * g.kernel + kw,
+                })
+            });
+            let grid = ((g.input.h - rh).div_ceil(s), (g.input.w - rw).div_ceil(s));
+            phases.push(((rh, rw), grid, taps.collect()));
+        }
+    }
+    phases
+}
+
+/// Reads `[.., CHUNK]` pixels of a source into a packed tile.
+struct Pack<'a, P: Operand, S: Read> {
+    plan: &'a Plan,
+    source: S,
+    images: Range<usize>,
+    rows: Range<usize>,
+    to: *mut P,
+}
+
+impl<P: Operand, S: Read> Job for Pack<'_, P, S> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        // SAFETY: the task's share of scratch holds the packed tile; indices are inside the planes.
+        unsafe {
+            match self.plan.packing {
+                Packing::Planes => self.planes::<I>(),
+                Packing::Images => self.small_planes::<I>(),
+                Packing::Points => self.points::<I>(),
+                Packing::Columns => self.patches::<I>(),
+            }
+        }
+    }
+}
+
+impl<P: Operand, S: Read> Pack<'_, P, S> {
+    #[inline(always)]
+    unsafe fn planes<I: Isa>(&self) {
+        let p = self.plan;
+        let (h, w, c) = p.from;
+        let rows = p.packed_rows(self.rows.len());
+        let (row_len, chunk_len) = (p.step * p.columns * CHUNK, p.chunk_len());
+        let image_len = p.packed_rows(p.rows) * row_len;
+        for image in self.images.clone() {
+            for row in 0..rows {
+                let y = (self.rows.start * p.step + row) as isize + p.first.0;
+                // SAFETY: as in `run`.
+                unsafe {
+                    let to = self
+                        .to
+                        .add((image - self.images.start) * image_len + row * row_len);
+                    let inside = y >= 0 && y < h as isize;
+                    for residue in 0..p.step {
+                        for column in 0..p.columns {
+                            let to = to.add((residue * p.columns + column) * CHUNK);
+                            let x = (column * p.step + residue) as isize + p.first.1;
+                            if inside && x >= 0 && x < w as isize {
+                                let at = ((image * h + y as usize) * w + x as usize) * c;
+                                self.pixel::<I>(at, to, chunk_len);
+                            } else {
+                                self.nothing(to, chunk_len);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn small_planes<I: Isa>(&self) {
+        let p = self.plan;
+        let (pixels, c) = (p.from.0 * p.from.1, p.from.2);
+        for image in self.images.clone() {
+            for pixel in 0..pixels {
+                let at = (image * pixels + pixel) * c;
+                let to = (pixel * p.images + image - self.images.start) * CHUNK;
+                // SAFETY: as in `run`.
+                unsafe { self.pixel::<I>(at, self.to.add(to), p.chunk_len()) };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn points<I: Isa>(&self) {
+        let p = self.plan;
+        let (h, w, c) = p.from;
+        let chunk_len = p.chunk_len();
+        for (i, result) in self.rows.clone().enumerate() {
+            let pixel = if p.step == 1 {
+                result
+            } else {
+                let (image, rest) = (
+                    result / (p.grid.0 * p.grid.1),
+                    result % (p.grid.0 * p.grid.1),
+                );
+                let (y, x) = (rest / p.grid.1 * p.step, rest % p.grid.1 * p.step);
+                (image * h + y) * w + x
+            };
+            // SAFETY: as in `run`.
+            unsafe { self.pixel::<I>(pixel * c, self.to.add(i * CHUNK), chunk_len) };
+        }
+    }
+
+    /// All channels of one pixel.
+    #[inline(always)]
+    unsafe fn pixel<I: Isa>(&self, at: usize, to: *mut P, chunk_len: usize) {
+        let channels = self.plan.from.2;
+        let mut c = 0;
+        // SAFETY: as in `run`; a chunk has whole vectors, so the filling of the last one fits.
+        unsafe {
+            while c + I::LANES <= channels {
+                let to = to.add(c / CHUNK * chunk_len + c % CHUNK);
+                P::store::<I>(to, self.source.full::<I>(at, c));
+                c += I::LANES;
+            }
+            if c < channels {
+                let to = to.add(c / CHUNK * chunk_len + c % CHUNK);
+                P::store::<I>(to, self.source.part::<I>(at, c, channels - c));
+            }
+        }
+    }
+
+    /// A pixel outside of the plane.
+    #[inline(always)]
+    unsafe fn nothing(&self, to: *mut P, chunk_len: usize) {
+        for chunk in 0..self.plan.from.2.div_ceil(CHUNK) {
+            // SAFETY: as in `run`. All bits zero are 0 in f32 and bf16.
+            unsafe { std::ptr::write_bytes(to.add(chunk * chunk_len), 0, CHUNK) };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn patches<I: Isa>(&self) {
+        let p = self.plan;
+        let chunk_len = p.chunk_len();
+        let mut patch = Patch::new(p.from, p.kernel, p.step);
+        for (i, result) in self.rows.clone().enumerate() {
+            let (image, rest) = (
+                result / (p.grid.0 * p.grid.1),
+                result % (p.grid.0 * p.grid.1),
+            );
+            // SAFETY: as in `run`. The patch is filled up with zeros beyond the vectors that are read of it.
+            unsafe {
+                patch.read::<I, S>(&self.source, image, rest / p.grid.1, rest % p.grid.1);
+                for (chunk, values) in patch.values.chunks_exact(CHUNK).enumerate() {
+                    if chunk * CHUNK >= patch.depth {
+                        break;
+                    }
+                    let to = self.to.add(chunk * chunk_len + i * CHUNK);
+                    let length = (patch.depth - chunk * CHUNK).min(CHUNK);
+                    for c in (0..length).step_by(I::LANES) {
+                        P::store::<I>(to.add(c), I::load(values.as_ptr().add(c)));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Channels of the largest patch, and room behind.
+const PATCH: usize = 8 * CHUNK;
+
+/// What a window sees, row by row, as f32.
+pub(crate) struct Patch {
+    from: (usize, usize, usize),
+    kernel: usize,
+    stride: usize,
+    pub(crate) depth: usize,
+    /// The first `depth` are the patch, the others zero.
+    pub(crate) values: [f32; PATCH],
+}
+
+impl Patch {
+    /// Windows of a side of `kernel` on planes of height, width and channels `from`.
+    pub(crate) fn new(from: (usize, usize, usize), kernel: usize, stride: usize) -> Self {
+        let depth = kernel * kernel * from.2;
+        assert!(depth + 16 <= PATCH, "a patch has room");
+        Self {
+            from,
+            kernel,
+            stride,
+            depth,
+            values: [0.0; PATCH],
+        }
+    }
+
+    /// Reads the patch of the result at row `gy`, column `gx`.
+    ///
+    /// # Safety
+    /// The CPU has `I`'s instructions, the image is one of the source's, and nobody writes it meanwhile.
+    #[inline(always)]
+    pub(crate) unsafe fn read<I: Isa, S: Read>(
+        &mut self,
+        source: &S,
+        image: usize,
+        gy: usize,
+        gx: usize,
+    ) {
+        let ((h, w, c), k) = (self.from, self.kernel);
+        let pad = (k - 1) / 2;
+        let (y0, x0) = (gy * self.stride, gx * self.stride);
+        let inside_y = pad.saturating_sub(y0)..k.min((h + pad).saturating_sub(y0));
+        let inside_x = pad.saturating_sub(x0)..k.min((w + pad).saturating_sub(x0));
+        if inside_y.len() < k || inside_x.len() < k {
+            self.values[..self.depth].fill(0.0);
+        }
+        for ky in inside_y {
+            let at = ((image * h + y0 + ky - pad) * w + x0 + inside_x.start - pad) * c;
+            let length = inside_x.len() * c;
+            let first = (ky * k + inside_x.start) * c;
+            // SAFETY: the caller's word; `values` has room behind the patch for a whole vector.
+            unsafe {
+                let to = self.values.as_mut_ptr().add(first);
+                if S::FLAT {
+                    for j in (0..length).step_by(I::LANES) {
+                        let n = (length - j).min(I::LANES);
+                        I::store_part(to.add(j), source.part::<I>(at, j, n), n);
+                    }
+                } else {
+                    for pixel in 0..inside_x.len() {
+                        let v = source.part::<I>(at + pixel * c, 0, c);
+                        I::store_part(to.add(pixel * c), v, c);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Products that are added up one after another before they are added to the sum of those before: rounding errors grow
+/// with the length of a chain.
+const CHAIN: usize = 512;
+
+/// Sums of R x Q results of two vectors over the depth.
+struct Multiply<'a, P: Operand, const R: usize, const Q: usize> {
+    runs: [*const P; Q],
+    stretches: &'a [Stretch],
+    weights: *const P,
+    to: *mut f32,
+}
+
+impl<P: Operand, const R: usize, const Q: usize> Job for Multiply<'_, P, R, Q> {
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "indices of constant bounds unroll, and the sums stay in registers"
+    )]
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        // SAFETY: runs and stretches lie in the packed tile, the weights hold the depth, `to` holds R x Q rows.
+        unsafe {
+            let mut sums = [[[I::zero(); 2]; R]; Q];
+            let (mut summed, mut kept) = (0, false);
+            for (i, &Stretch { at, depth, row }) in self.stretches.iter().enumerate() {
+                let mut w = self.weights.add(row * I::NR);
+                let mut runs = self.runs;
+                for run in &mut runs {
+                    *run = run.add(at);
+                }
+                let mut k = 0;
+                while k < depth {
+                    let (b0, b1) = (P::panel::<I>(w), P::panel::<I>(w.add(I::LANES * P::STEP)));
+                    for q in 0..Q {
+                        for r in 0..R {
+                            let a = P::splat::<I>(runs[q].add(k + r * CHUNK));
+                            sums[q][r][0] = P::fma::<I>(a, b0, sums[q][r][0]);
+                            sums[q][r][1] = P::fma::<I>(a, b1, sums[q][r][1]);
+                        }
+                    }
+                    w = w.add(I::NR * P::STEP);
+                    k += P::STEP;
+                }
+                summed += depth;
+                if summed < CHAIN && i + 1 < self.stretches.len() {
+                    continue;
+                }
+                for q in 0..Q {
+                    for r in 0..R {
+                        for half in 0..2 {
+                            let to = self.to.add((q * R + r) * I::NR + half * I::LANES);
+                            let mut sum = sums[q][r][half];
+                            if kept {
+                                sum = I::add(sum, I::load(to));
+                            }
+                            I::store(to, sum);
+                            sums[q][r][half] = I::zero();
+                        }
+                    }
+                }
+                (summed, kept) = (0, true);
+            }
+            if self.stretches.is_empty() {
+                for row in 0..2 * R * Q {
+                    I::store(self.to.add(row * I::LANES), I::zero());
+                }
+            }
+        }
+    }
+}
+
+/// Multiplies a tile of any shape.
+///
+/// # Safety
+/// As for [`Multiply`].
+unsafe fn multiply<P: Operand>(
+    level: Level,
+    (r, q): (usize, usize),
+    runs: &[*const P; RUNS],
+    stretches: &[Stretch],
+    weights: *const P,
+    to: *mut f32,
+) {
+    macro_rules! shapes {
+        ($(($r:literal, $q:literal)),*) => {
+            match (r, q) {
+                $(($r, $q) => {
+                    let mut first = [std::ptr::null(); $q];
+                    first.copy_from_slice(&runs[..$q]);
+                    let job = Multiply::<P, $r, $q> { runs: first, stretches, weights, to };
+                    // SAFETY: the caller's word.
+                    unsafe { level.call(job) }
+                })*
+                other => unreachable!("no tile of {other:?}"),
+            }
+        };
+    }
+    if level.lanes() == 16 {
+        shapes!((7, 2), (6, 2), (5, 2), (4, 3), (3, 4), (2, 6), (1, 8));
+    } else {
+        shapes!((6, 1), (5, 1), (4, 1), (3, 2), (2, 3), (1, 6));
+    }
+}
+
+/// Runs the epilogue over a tile.
+struct FinishTile<'a, T: Element, F: Finish> {
+    finish: F,
+    out: Out<'a, T>,
+    tile: *mut f32,
+    runs: &'a [Run],
+    /// Rows of the tile from one run to the next.
+    run_rows: usize,
+    /// Between neighbouring results, in pixels.
+    spread: usize,
+    /// First channel.
+    channel: usize,
+    /// Sums of that channel, rows `columns` apart; null if there are none.
+    sums: *mut f32,
+    columns: usize,
+    /// The first of the task for these channels.
+    begins: bool,
+}
+
+impl<T: Element, F: Finish> Job for FinishTile<'_, T, F> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        for half in 0..2 {
+            let c = self.channel + half * I::LANES;
+            if c >= self.out.channels {
+                return;
+            }
+            let n = (self.out.channels - c).min(I::LANES);
+            // SAFETY: the tile holds every run, the runs' pixels are results of this task.
+            unsafe {
+                if n == I::LANES {
+                    self.half::<I, true>(half, c, n);
+                } else {
+                    self.half::<I, false>(half, c, n);
+                }
+            }
+        }
+    }
+}
+
+impl<T: Element, F: Finish> FinishTile<'_, T, F> {
+    #[inline(always)]
+    unsafe fn half<I: Isa, const FULL: bool>(&self, half: usize, c: usize, n: usize) {
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut sums = [I::zero(); SUMS];
+            let kept = self.sums.wrapping_add(half * I::LANES);
+            if F::SUMMED {
+                for (row, sum) in sums.iter_mut().enumerate() {
+                    *sum = I::load(kept.add(row * self.columns));
+                }
+            }
+            let mut begins = self.begins;
+            for (q, run) in self.runs.iter().enumerate() {
+                for r in run.skip..run.len {
+                    let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
+                    let v = I::load(self.tile.add(row));
+                    if begins {
+                        self.finish.begin::<I>(v, &mut sums);
+                        begins = false;
+                    }
+                    let at = (run.pixel + r * self.spread) * self.out.channels;
+                    let v = self.finish.apply::<I>(v, at, c, n, FULL, &mut sums);
+                    if F::READS {
+                        I::store(self.tile.add(row), v);
+                    } else {
+                        self.out.store::<I>(v, at, c, n, FULL);
+                    }
+                }
+            }
+            if F::READS {
+                for (q, run) in self.runs.iter().enumerate() {
+                    for r in run.skip..run.len {
+                        let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
+                        let at = (run.pixel + r * self.spread) * self.out.channels;
+                        self.out
+                            .store::<I>(I::load(self.tile.add(row)), at, c, n, FULL);
+                    }
+                }
+            }
+            if F::SUMMED {
+                for (row, sum) in sums.iter().enumerate() {
+                    I::store(kept.add(row * self.columns), *sum);
+                }
+            }
+        }
+    }
+}
+
+/// Where the runs of a task are.
+struct Runs<'a> {
+    plan: &'a Plan,
+    phase: &'a Phase,
+    images: Range<usize>,
+    rows: Range<usize>,
+    /// Next: image, row, column.
+    next: (usize, usize, usize),
+}
+
+impl<'a> Runs<'a> {
+    fn new(plan: &'a Plan, phase: &'a Phase, images: Range<usize>, rows: Range<usize>) -> Self {
+        let rows = match plan.packing {
+            Packing::Planes => rows.start..rows.end.min(phase.grid.0),
+            Packing::Images => 0..images.len(),
+            Packing::Points | Packing::Columns => rows,
+        };
+        let next = (images.start, rows.start, 0);
+        Self {
+            plan,
+            phase,
+            images,
+            rows,
+            next,
+        }
+    }
+}
+
+impl Iterator for Runs<'_> {
+    type Item = Run;
+
+    fn next(&mut self) -> Option<Run> {
+        let (plan, length) = (self.plan, self.phase.tile.0);
+        if plan.packing != Packing::Planes {
+            let done = self.next.2;
+            let all = self.rows.len();
+            if done >= all {
+                return None;
+            }
+            let from = done.min(all.saturating_sub(length));
+            let len = length.min(all - from);
+            self.next.2 = from + len;
+            let pixel = match plan.packing {
+                Packing::Images => {
+                    let (y, x) = self.phase.at;
+                    ((self.images.start + from) * plan.to.0 + y) * plan.to.1 + x
+                }
+                _ => self.rows.start + from,
+            };
+            return Some(Run {
+                at: from * CHUNK,
+                pixel,
+                skip: done - from,
+                len,
+            });
+        }
+        let (image, row, done) = self.next;
+        if image >= self.images.end || self.rows.is_empty() {
+            return None;
+        }
+        let width = self.phase.grid.1;
+        let from = done.min(width.saturating_sub(length));
+        let len = length.min(width - from);
+        self.next = if from + len < width {
+            (image, row, from + len)
+        } else if row + 1 < self.rows.end {
+            (image, row + 1, 0)
+        } else {
+            (image + 1, self.rows.start, 0)
+        };
+        let row_len = plan.step * plan.columns;
+        let packed = (image - self.images.start) * plan.packed_rows(plan.rows) * row_len
+            + (row - self.rows.start) * plan.step * row_len
+            + from;
+        let y = row * plan.spread + self.phase.at.0;
+        let x = from * plan.spread + self.phase.at.1;
+        Some(Run {
+            at: packed * CHUNK,
+            pixel: (image * plan.to.0 + y) * plan.to.1 + x,
+            skip: done - from,
+            len,
+        })
+    }
+}
+
+/// Runs the convolution: reads `source`, multiplies by `weights` (of [`Plan::weights_len`], in the order of the
+/// phases), hands results to `epilogue` and stores them.
+pub(crate) fn convolve<T: Element, P: Operand>(
+    pool: &mut Pool,
+    scratch: Scratch<'_>,
+    plan: &Plan,
+    source: Source<'_, T>,
+    weights: Span<'_, P>,
+    out: Out<'_, T>,
+    epilogue: Epilogue<'_, T>,
+    partials: Option<Partials<'_>>,
+) {
+    let (h, w, c) = plan.from;
+    assert!(
+        plan.pairs == P::STEP && weights.len() >= plan.weights_len(),
+        "the weights are those of the plan"
+    );
+    assert!(
+        source.len() >= plan.batch * h * w * c,
+        "the source holds its planes"
+    );
+    let results = plan.batch * plan.to.0 * plan.to.1;
+    assert!(
+        out.channels == plan.to.2 && out.y.len() >= results * plan.to.2,
+        "the results have room"
+    );
+    let panels = plan.to.2.div_ceil(2 * plan.level.lanes());
+    pool.run(plan.tasks() * plan.groups, |worker, task| {
+        let (task, group) = (task / plan.groups, task % plan.groups);
+        let panels = panels * group / plan.groups..panels * (group + 1) / plan.groups;
+        let share = scratch.of(worker);
+        let record = partials.map(|p| (p.record(task), p.columns));
+        // SAFETY: nobody writes what is read in this region; tasks write disjoint results and records, and each
+        // worker has its share of scratch to itself.
+        unsafe {
+            run_task(
+                plan, task, panels, share, &source, weights, out, &epilogue, record,
+            )
+        };
+    });
+}
+
+/// # Safety
+/// Nobody writes the source, weights or operands of the epilogue meanwhile; nobody else touches the task's results,
+/// its record's columns or the scratch.
+unsafe fn run_task<T: Element, P: Operand>(
+    plan: &Plan,
+    task: usize,
+    panels: Range<usize>,
+    scratch: Span<'_, f32>,
+    source: &Source<'_, T>,
+    weights: Span<'_, P>,
+    out: Out<'_, T>,
+    epilogue: &Epilogue<'_, T>,
+    record: Option<(Span<'_, f32>, usize)>,
+) {
+    let nr = 2 * plan.level.lanes();
+    let (images, rows) = plan.place(task);
+    let tile = scratch.part(0..TILE).ptr();
+    let packed = scratch.part(TILE..plan.worker_len()).ptr().cast::<P>();
+    // SAFETY: the share is `worker_len` long, which holds the packed tile as f32, so as bf16 too.
+    unsafe {
+        let (images, rows) = (images.clone(), rows.clone());
+        read_as!(*source, source => plan.level.call(Pack { plan, source, images, rows, to: packed }));
+    }
+    let mut count = 0;
+    for panel in panels.clone() {
+        let channel = panel * nr;
+        let (sums, columns) = match record {
+            Some((record, columns)) => {
+                for row in 0..SUMS {
+                    let at = HEAD + row * columns + channel;
+                    // SAFETY: the task's own columns of its record.
+                    unsafe { record.part(at..at + nr).get_mut() }.fill(0.0);
+                }
+                (
+                    record.part(HEAD + channel..HEAD + channel + nr).ptr(),
+                    columns,
+                )
+            }
+            None => (std::ptr::null_mut(), 0),
+        };
+        count = 0;
+        for phase in &plan.phases {
+            let (length, q) = phase.tile;
+            let w = panel * plan.panel_len();
+            let mut all = Runs::new(plan, phase, images.clone(), rows.clone());
+            let w = weights.part(w..weights.len());
+            loop {
+                let mut runs = [Run::default(); RUNS];
+                let mut filled = 0;
+                while filled < q {
+                    let Some(run) = all.next() else { break };
+                    runs[filled] = run;
+                    filled += 1;
+                }
+                if filled == 0 {
+                    break;
+                }
+                let mut bases = [packed.cast_const(); RUNS];
+                for (base, run) in bases.iter_mut().zip(&runs) {
+                    *base = packed.wrapping_add(run.at);
+                }
+                // What the epilogue reads comes while the tile is multiplied.
+                for run in &runs[..filled] {
+                    for r in run.skip..run.len {
+                        let at = (run.pixel + r * plan.run_spread()) * out.channels;
+                        finish_as!(*epilogue, finish => finish.prefetch(at, channel, nr));
+                    }
+                }
+                // SAFETY: the runs lie in the packed tile; a run shorter than the tile's reads on inside of the
+                // scratch, and its sums are not used. The record's columns belong to this task.
+                unsafe {
+                    multiply(
+                        plan.level,
+                        (length, q),
+                        &bases,
+                        &phase.stretches,
+                        w.ptr(),
+                        tile,
+                    );
+                    let begins = count == 0;
+                    let runs = &runs[..filled];
+                    finish_as!(*epilogue, finish => plan.level.call(FinishTile {
+                        finish,
+                        out,
+                        tile,
+                        runs,
+                        run_rows: length,
+                        spread: plan.run_spread(),
+                        channel,
+                        sums,
+                        columns,
+                        begins,
+                    }));
+                }
+                count += runs[..filled].iter().map(|r| r.len - r.skip).sum::<usize>();
+            }
+        }
+    }
+    if let Some((record, columns)) = record {
+        // SAFETY: as above; of several groups the first writes the count.
+        unsafe {
+            if panels.start == 0 {
+                record.part(0..1).get_mut()[0] = count as f32;
+            }
+            for c in panels.start * nr..panels.end * nr {
+                let at = |row: usize| {
+                    record.part(HEAD + row * columns + c..HEAD + row * columns + c + 1)
+                };
+                let sums = [at(0).get()[0], at(1).get()[0], at(2).get()[0]];
+                let closed = finish_as!(*epilogue, finish => finish.close(sums, count));
+                for (row, v) in closed.into_iter().enumerate() {
+                    at(row).get_mut()[0] = v;
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,794 @@
+//! Runs a program: each kernel of the plan becomes a call of its implementation on spans of the arena.
+
+use std::time::Instant;
+
+use graph::{
+    After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, ParamId, Program,
+};
+use half::bf16;
+
+use super::choose::{CpuCaps, Product, WeightProduct};
+use super::fuse::{
+    Affine, Centred, Epilogue, Grad, Join, Mask, Norm, Out, Partials, Raw, Source, Stats, Store,
+};
+use super::memory::{ALIGNMENT, Block, Scratch, Span};
+use super::norm::{self, Row, State};
+use super::pool::Pool;
+use super::simd::Element;
+use super::weights::Panels;
+use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad, wino};
+use crate::{Batch, Metrics};
+
+/// Results of at least this size are stored past the caches: they will have left them before they are read again.
+const STREAMED: usize = 8 << 20;
+
+/// A program and how each of its kernels is cut into tasks.
+pub(crate) struct Compiled {
+    pub(crate) program: Program,
+    plans: Vec<Plan>,
+}
+
+enum Plan {
+    None,
+    Product(Product),
+    Weight(WeightProduct),
+}
+
+impl Compiled {
+    pub(crate) fn new(graph: &Graph, caps: &CpuCaps, batch: usize, mode: Mode) -> Self {
+        let program = Program::new(graph, caps, batch, mode);
+        let plan = |kernel: &Kernel| match kernel {
+            Kernel::Conv { geometry, .. } => Plan::Product(caps.forward_product(geometry, batch)),
+            Kernel::ConvBackwardInput { geometry, .. } => {
+                Plan::Product(caps.backward_product(geometry, batch))
+            }
+            Kernel::ConvBackwardWeight { geometry, .. } => {
+                Plan::Weight(caps.weight_product(geometry, batch))
+            }
+            _ => Plan::None,
+        };
+        let plans = program.kernels.iter().map(plan).collect();
+        Self { program, plans }
+    }
+}
+
+/// How one micro-batch takes part in a step.
+pub(crate) struct Part {
+    /// Add to the gradients of earlier micro-batches.
+    pub(crate) accumulate: bool,
+    /// One over the images of the global batch.
+    pub(crate) scale: f64,
+    pub(crate) label_smoothing: f64,
+}
+
+impl Part {
+    /// Nothing is learned.
+    pub(crate) const EVAL: Self = Self {
+        accumulate: false,
+        scale: 1.0,
+        label_smoothing: 0.0,
+    };
+}
+
+/// Buffers by number.
+#[derive(Clone, Copy)]
+struct Buffers<'a> {
+    program: &'a Program,
+    arena: &'a Block,
+    constants: &'a Block,
+    layout: &'a Layout,
+    params: &'a Block,
+    scratch: Scratch<'a>,
+}
+
+impl<'a> Buffers<'a> {
+    fn get<T: super::memory::Plain>(&self, id: BufferId) -> Span<'a, T> {
+        let buffer = &self.program.buffers[id.0];
+        let block = if buffer.constant {
+            self.constants
+        } else {
+            self.arena
+        };
+        block.span(buffer.offset, buffer.bytes)
+    }
+
+    fn state(&self, id: BufferId) -> State<'a> {
+        State::new(self.get(id))
+    }
+
+    /// # Safety
+    /// Nobody writes the states of normalisations while the source lives.
+    unsafe fn source<T: Element>(&self, operand: Operand) -> Source<'a, T> {
+        // SAFETY: the caller's word.
+        unsafe {
+            match operand {
+                Operand::Stored(x) => Source::Raw(Raw(self.get(x))),
+                Operand::Normed { z, state, relu } => {
+                    let state = self.state(state);
+                    Source::Norm(Norm {
+                        z: self.get(z),
+                        scale: state.get(Row::Scale),
+                        shift: state.get(Row::Shift),
+                        floor: floor(relu),
+                    })
+                }
+                Operand::Gradient { g, z, state } => {
+                    let state = self.state(state);
+                    Source::Grad(Grad {
+                        g: self.get(g),
+                        z: self.get(z),
+                        mean: state.get(Row::Mean),
+                        a: state.get(Row::A),
+                        b: state.get(Row::B),
+                        c: state.get(Row::C),
+                    })
+                }
+            }
+        }
+    }
+
+    /// # Safety
+    /// As for `source`.
+    unsafe fn epilogue<T: Element>(&self, close: Close) -> Epilogue<'a, T> {
+        // SAFETY: the caller's word.
+        unsafe {
+            match close {
+                Close::Open { add } => Epilogue::Store(Store {
+                    add: add.map(|add| self.get(add)),
+                }),
+                Close::Lazy { normed, relu } => {
+                    let state = self.state(normed.state);
+                    Epilogue::Mask(Mask {
+                        z: self.get(normed.z),
+                        scale: state.get(Row::Scale),
+                        shift: state.get(Row::Shift),
+                        mean: state.get(Row::Mean),
+                        relu,
+                    })
+                }
+                Close::Stored { add, y, normed } => {
+                    let centred = |n: Normed| Centred {
+                        z: self.get(n.z),
+                        mean: self.state(n.state).get(Row::Mean),
+                    };
+                    Epilogue::Join(Join {
+                        add: add.map(|add| self.get(add)),
+                        y: y.map(|y| self.get(y)),
+                        norms: [normed[0].map(centred), normed[1].map(centred)],
+                    })
+                }
+            }
+        }
+    }
+
+    /// Results of `bytes` that a kernel writes; `add`, if they replace what it reads.
+    fn out<T: Element>(&self, id: BufferId, channels: usize, add: Option<BufferId>) -> Out<'a, T> {
+        let y = self.get::<T>(id);
+        let bytes = y.len() * size_of::<T>();
+        let stream = bytes >= STREAMED && channels.is_multiple_of(32) && add != Some(id);
+        Out {
+            y,
+            channels,
+            stream,
+        }
+    }
+}
+
+/// The workers' memory, cut for a program.
+fn share<'a>(program: &Program, scratch: &'a Block) -> Scratch<'a> {
+    Scratch {
+        all: scratch.all(),
+        per_worker: program.worker_bytes.next_multiple_of(ALIGNMENT) / size_of::<f32>(),
+    }
+}
+
+fn floor(relu: bool) -> f32 {
+    if relu { 0.0 } else { f32::NEG_INFINITY }
+}
+
+/// What a close adds.
+fn added(close: &Close) -> Option<BufferId> {
+    match *close {
+        Close::Open { add } | Close::Stored { add, .. } => add,
+        Close::Lazy { .. } => None,
+    }
+}
+
+impl Cpu {
+    pub(crate) fn run(&mut self, compiled: &Compiled, batch: &Batch<'_>, part: &Part) -> Metrics {
+        match self.options.precision {
+            Precision::F32 => self.execute::<f32>(compiled, batch, part),
+            Precision::Bf16 => self.execute::<bf16>(compiled, batch, part),
+        }
+    }
+
+    /// Fills the constants.
+    pub(crate) fn fold(&mut self, compiled: &Compiled) {
+        let program = &compiled.program;
+        let buffers = Buffers {
+            program,
+            arena: &self.arena,
+            constants: &self.folded,
+            layout: &self.layout,
+            params: &self.params,
+            scratch: share(program, &self.scratch),
+        };
+        for kernel in &program.setup {
+            let Kernel::Fold {
+                geometry,
+                weight,
+                norm,
+                plain,
+                weights,
+                shift,
+            } = *kernel
+            else {
+                unreachable!("setup only folds")
+            };
+            let running = &self.running[norm.0];
+            let norm = &self.graph.norms()[norm.0];
+            let panels = Panels::of(&geometry, 2 * self.options.level.lanes());
+            let masters = self.layout.slot(&self.params, weight);
+            let plain_span = buffers.get::<f32>(plain).part(0..panels.len());
+            // SAFETY: no region runs; the spans are different memory.
+            unsafe {
+                let gamma = self.layout.slot(&self.params, norm.weight).get();
+                let beta = self.layout.slot(&self.params, norm.bias).get();
+                let shift = buffers.get::<f32>(shift).get_mut();
+                let mut scale = vec![0.0f32; panels.count() * panels.nr];
+                for c in 0..norm.channels {
+                    let var = f64::from(running.var[c]) + f64::from(graph::NORM_EPSILON);
+                    let s = f64::from(gamma[c]) / var.sqrt();
+                    scale[c] = s as f32;
+                    shift[c] = (f64::from(beta[c]) - f64::from(running.mean[c]) * s) as f32;
+                }
+                let scale = &scale;
+                self.pool.run(panels.count(), |_, panel| {
+                    let range = panel * panels.panel_len()..(panel + 1) * panels.panel_len();
+                    let from = masters.part(range.clone()).get();
+                    let to = plain_span.part(range).get_mut();
+                    let scale = &scale[panel * panels.nr..(panel + 1) * panels.nr];
+                    let rows = to.chunks_exact_mut(panels.nr);
+                    for (to, from) in rows.zip(from.chunks_exact(panels.nr)) {
+                        for (to, (from, scale)) in to.iter_mut().zip(from.iter().zip(scale)) {
+                            *to = from * scale;
+                        }
+                    }
+                });
+            }
+            if plain != weights {
+                let product = self.caps.forward_product(&geometry, program.batch);
+                pack_forward(
+                    &mut self.pool,
+                    &self.caps,
+                    &product,
+                    &geometry,
+                    plain_span,
+                    weights,
+                    &buffers,
+                );
+            }
+        }
+    }
+
+    fn execute<T: Element>(
+        &mut self,
+        compiled: &Compiled,
+        batch: &Batch<'_>,
+        part: &Part,
+    ) -> Metrics {
+        let mut metrics = Metrics::default();
+        for (kernel, plan) in compiled.program.kernels.iter().zip(&compiled.plans) {
+            let start = Instant::now();
+            self.kernel::<T>(&compiled.program, kernel, plan, batch, part, &mut metrics);
+            if self.profile.is_some() {
+                let program = &compiled.program;
+                let mut ids = kernel.buffers();
+                ids.sort_unstable();
+                ids.dedup();
+                let bytes = ids.iter().map(|id| program.buffers[id.0].bytes).sum();
+                self.measured(|| name(kernel), start, kernel.macs(program.batch), bytes);
+            }
+        }
+        metrics
+    }
+
+    fn kernel<T: Element>(
+        &mut self,
+        program: &Program,
+        kernel: &Kernel,
+        plan: &Plan,
+        batch: &Batch<'_>,
+        part: &Part,
+        metrics: &mut Metrics,
+    ) {
+        let Self {
+            graph,
+            options,
+            caps,
+            layout,
+            params,
+            grads,
+            running,
+            arena,
+            folded,
+            scratch,
+            pool,
+            ..
+        } = self;
+        let (n, level) = (program.batch, options.level);
+        let buffers = Buffers {
+            program,
+            arena,
+            constants: folded,
+            layout,
+            params,
+            scratch: share(program, scratch),
+        };
+        let scratch = buffers.scratch;
+        let partials = |id: BufferId, channels: usize| Partials {
+            all: buffers.get(id),
+            columns: caps.columns(channels),
+        };
+        let slot = |block, id| layout.slot(block, id);
+        // SAFETY of the sources and epilogues below: a kernel that reads the state of a normalisation does not write
+        // it, but for `close`, which sets a, b and c when the kernel's last region is over.
+        match *kernel {
+            Kernel::Fold { .. } => unreachable!("setup is not among the kernels"),
+            Kernel::Input { y, .. } => {
+                pixels::input::<T>(pool, batch.pixels, n, buffers.get(y));
+            }
+            Kernel::Conv {
+                geometry,
+                weight,
+                weights,
+                shared,
+                x,
+                y,
+                after,
+            } => {
+                let Plan::Product(product) = plan else {
+                    unreachable!("a convolution is a product")
+                };
+                let masters = slot(params, weight);
+                if let (Some(weights), false) = (weights, matches!(after, After::Folded { .. })) {
+                    pack_forward(pool, caps, product, &geometry, masters, weights, &buffers);
+                }
+                let channels = geometry.output.c;
+                let out = buffers.out::<T>(y, channels, None);
+                // SAFETY: see above.
+                let (source, epilogue) = unsafe {
+                    let epilogue = match after {
+                        After::Nothing => Epilogue::Store(Store { add: None }),
+                        After::Statistics { .. } => Epilogue::Stats(Stats),
+                        After::Folded {
+                            shift,
+                            residual,
+                            relu,
+                        } => Epilogue::Affine(Affine {
+                            shift: buffers.get(shift).get(),
+                            residual: residual.map(|r| buffers.get(r)),
+                            floor: floor(relu),
+                        }),
+                    };
+                    (buffers.source::<T>(x), epilogue)
+                };
+                let sums = match after {
+                    After::Statistics { partials: id, .. } => Some(partials(id, channels)),
+                    _ => None,
+                };
+                let weights = Weights {
+                    masters: weight,
+                    packed: weights,
+                    shared,
+                };
+                buffers.convolve(pool, caps, product, source, weights, out, epilogue, sums);
+                if let After::Statistics { norm, state, .. } = after {
+                    let spec = &graph.norms()[norm.0];
+                    let state = buffers.state(state);
+                    let sums = sums.expect("just made");
+                    set_statistics(
+                        pool,
+                        layout,
+                        params,
+                        spec,
+                        &mut running[norm.0],
+                        state,
+                        sums,
+                    );
+                }
+            }
+            Kernel::Sum {
+                plane,
+                state,
+                z,
+                side,
+                relu,
+                y,
+            } => {
+                let out = buffers.out::<T>(y, plane.c, None);
+                let state = buffers.state(state);
+                // SAFETY: see above.
+                let (main, side) = unsafe {
+                    let main = Norm {
+                        z: buffers.get(z),
+                        scale: state.get(Row::Scale),
+                        shift: state.get(Row::Shift),
+                        floor: f32::NEG_INFINITY,
+                    };
+                    (main, side.map(|side| buffers.source(side)))
+                };
+                let size = (n * plane.pixels(), plane.c);
+                norm::sum(pool, level, size, main, side, relu, out.y, out.stream);
+            }
+            Kernel::MaxPool {
+                window,
+                x,
+                y,
+                argmax,
+            } => {
+                // SAFETY: see above.
+                let x = unsafe { buffers.source::<T>(x) };
+                let argmax = argmax.map(|a| buffers.get(a));
+                pixels::max_pool(pool, level, window, n, x, buffers.get(y), argmax);
+            }
+            Kernel::AvgPool { plane, x, y } => {
+                pixels::avg_pool::<T>(pool, plane, n, buffers.get(x), buffers.get(y));
+            }
+            Kernel::Linear {
+                inputs,
+                outputs,
+                weight,
+                bias,
+                x,
+                y,
+            } => {
+                let (w, b) = (slot(params, weight), slot(params, bias));
+                let size = (n, inputs, outputs);
+                simple::linear(pool, size, buffers.get(x), w, b, buffers.get(y));
+            }
+            Kernel::Loss { classes, logits, d } => {
+                let (logits, d) = (buffers.get(logits), d.map(|d| buffers.get(d)));
+                *metrics =
+                    simple::loss(batch, classes, part.label_smoothing, part.scale, logits, d);
+            }
+            Kernel::LinearBackward {
+                inputs,
+                outputs,
+                weight,
+                bias,
+                x,
+                d,
+                dx,
+            } => simple::linear_backward(
+                pool,
+                (n, inputs, outputs),
+                (buffers.get(x), slot(params, weight), buffers.get(d)),
+                (slot(grads, weight), slot(grads, bias), part.accumulate),
+                buffers.get(dx),
+            ),
+            Kernel::AvgPoolBackward {
+                plane,
+                d,
+                dx,
+                close,
+                partials: id,
+            } => {
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
+                // SAFETY: see above.
+                let epilogue = unsafe { buffers.epilogue::<T>(close) };
+                let d = buffers.get(d);
+                pixels::avg_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
+                let rows = n * plane.pixels();
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
+            }
+            Kernel::MaxPoolBackward {
+                window,
+                argmax,
+                d,
+                dx,
+                close,
+                partials: id,
+            } => {
+                let plane = window.input;
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
+                // SAFETY: see above.
+                let epilogue = unsafe { buffers.epilogue::<T>(close) };
+                let (argmax, d) = (buffers.get(argmax), buffers.get(d));
+                pixels::max_pool_backward(pool, level, window, n, argmax, d, out, epilogue, sums);
+                let rows = n * plane.pixels();
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
+            }
+            Kernel::ConvBackwardInput {
+                geometry,
+                weight,
+                weights,
+                shared,
+                d,
+                dx,
+                close,
+                partials: id,
+            } => {
+                let Plan::Product(product) = plan else {
+                    unreachable!("a gradient of an input is a product")
+                };
+                let masters = slot(params, weight);
+                pack_backward(pool, caps, product, &geometry, masters, weights, &buffers);
+                let channels = geometry.input.c;
+                let (out, sums) = (
+                    buffers.out::<T>(dx, channels, added(&close)),
+                    partials(id, channels),
+                );
+                // SAFETY: see above.
+                let (source, epilogue) = unsafe { (buffers.source(d), buffers.epilogue(close)) };
+                let weights = Weights {
+                    masters: weight,
+                    packed: Some(weights),
+                    shared,
+                };
+                buffers.convolve(
+                    pool,
+                    caps,
+                    product,
+                    source,
+                    weights,
+                    out,
+                    epilogue,
+                    Some(sums),
+                );
+                let rows = n * geometry.input.pixels();
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
+            }
+            Kernel::ConvBackwardWeight {
+                geometry: _,
+                weight,
+                x,
+                d,
+                shared,
+            } => {
+                let Plan::Weight(plan) = plan else {
+                    unreachable!("a gradient of a weight has its plan")
+                };
+                // SAFETY: see above.
+                let (x, d) = unsafe { (buffers.source::<T>(x), buffers.source::<T>(d)) };
+                let (shared, dw) = (buffers.get(shared), slot(grads, weight));
+                let add = part.accumulate;
+                match plan {
+                    WeightProduct::Direct(plan) => {
+                        wgrad::backward_weight(pool, scratch, shared, plan, x, d, dw, add);
+                    }
+                    WeightProduct::Winograd(plan) => {
+                        wino::backward_weight(pool, level, scratch, shared, plan, x, d, dw, add);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Brings weights into the order in which a product reads them.
+fn pack_forward(
+    pool: &mut Pool,
+    caps: &CpuCaps,
+    product: &Product,
+    geometry: &Geometry,
+    masters: Span<'_, f32>,
+    weights: BufferId,
+    buffers: &Buffers<'_>,
+) {
+    match product {
+        Product::Direct(plan) => {
+            assert!(caps.multiplies_bf16(), "masters are in order for f32");
+            direct::pack_forward(pool, plan, masters, buffers.get(weights));
+        }
+        Product::Winograd(plan) => {
+            let panels = Panels::of(geometry, 2 * caps.level.lanes());
+            wino::transform(
+                pool,
+                caps.level,
+                plan,
+                &panels,
+                masters,
+                buffers.get(weights),
+                false,
+            );
+        }
+    }
+}
+
+/// Likewise, turned round for the gradient of the input.
+fn pack_backward(
+    pool: &mut Pool,
+    caps: &CpuCaps,
+    product: &Product,
+    geometry: &Geometry,
+    masters: Span<'_, f32>,
+    weights: BufferId,
+    buffers: &Buffers<'_>,
+) {
+    match product {
+        Product::Direct(plan) if caps.multiplies_bf16() => {
+            direct::pack_backward::<bf16>(pool, plan, geometry, masters, buffers.get(weights));
+        }
+        Product::Direct(plan) => {
+            direct::pack_backward::<f32>(pool, plan, geometry, masters, buffers.get(weights));
+        }
+        Product::Winograd(plan) => {
+            let panels = Panels::of(geometry, 2 * caps.level.lanes());
+            wino::transform(
+                pool,
+                caps.level,
+                plan,
+                &panels,
+                masters,
+                buffers.get(weights),
+                true,
+            );
+        }
+    }
+}
+
+/// What a product reads besides its source.
+#[derive(Clone, Copy)]
+struct Weights {
+    masters: ParamId,
+    /// In the order in which the product reads them, if that is another.
+    packed: Option<BufferId>,
+    /// Working memory.
+    shared: BufferId,
+}
+
+impl Buffers<'_> {
+    fn convolve<T: Element>(
+        &self,
+        pool: &mut Pool,
+        caps: &CpuCaps,
+        product: &Product,
+        source: Source<'_, T>,
+        weights: Weights,
+        out: Out<'_, T>,
+        epilogue: Epilogue<'_, T>,
+        partials: Option<Partials<'_>>,
+    ) {
+        let scratch = self.scratch;
+        match (product, weights.packed) {
+            (Product::Direct(plan), Some(weights)) if caps.multiplies_bf16() => {
+                let weights = self.get::<bf16>(weights);
+                direct::convolve(
+                    pool, scratch, plan, source, weights, out, epilogue, partials,
+                );
+            }
+            (Product::Direct(plan), packed) => {
+                let masters = || self.layout.slot(self.params, weights.masters);
+                let weights = packed.map_or_else(masters, |w| self.get(w));
+                direct::convolve(
+                    pool, scratch, plan, source, weights, out, epilogue, partials,
+                );
+            }
+            (Product::Winograd(plan), packed) => {
+                let u = self.get(packed.expect("transformed weights have a buffer"));
+                let (level, shared) = (caps.level, self.get(weights.shared));
+                wino::convolve(
+                    pool, level, scratch, shared, plan, source, u, out, epilogue, partials,
+                );
+            }
+        }
+    }
+}
+
+/// A span that tasks write by channel.
+#[derive(Clone, Copy)]
+struct Channels<'a>(Span<'a, f32>);
+
+impl Channels<'_> {
+    /// # Safety
+    /// Nobody else uses channel `c` meanwhile.
+    unsafe fn add(self, c: usize, v: f64, accumulate: bool) {
+        // SAFETY: the caller's word.
+        let to = unsafe { &mut self.0.part(c..c + 1).get_mut()[0] };
+        *to = if accumulate { *to } else { 0.0 } + v as f32;
+    }
+}
+
+/// Statistics of a batch into the state of a normalisation and the sums of the running ones.
+fn set_statistics(
+    pool: &mut Pool,
+    layout: &Layout,
+    params: &Block,
+    norm: &graph::Norm,
+    running: &mut Running,
+    state: State<'_>,
+    partials: Partials<'_>,
+) {
+    // SAFETY: nobody writes parameters meanwhile.
+    let (gamma, beta) = unsafe {
+        let (gamma, beta) = (
+            layout.slot(params, norm.weight),
+            layout.slot(params, norm.bias),
+        );
+        (gamma.get(), beta.get())
+    };
+    let results: Vec<std::sync::OnceLock<(f64, f64)>> = (0..norm.channels)
+        .map(|_| std::sync::OnceLock::new())
+        .collect();
+    norm::statistics(pool, partials, norm.channels, |c, mean, var, count| {
+        // SAFETY: each channel is done once, by one task.
+        unsafe { state.set_statistics(c, mean, var, gamma[c], beta[c]) };
+        let unbiased = var * count / (count - 1.0).max(1.0);
+        results[c].set((mean, unbiased)).expect("each channel once");
+    });
+    for (c, result) in results.into_iter().enumerate() {
+        let (mean, var) = result.into_inner().expect("every channel is done");
+        running.mean_sum[c] += mean;
+        running.var_sum[c] += var;
+    }
+}
+
+/// The constants of the normalisations that a close has gathered sums for, and the gradients of their parameters.
+fn set_gradients(
+    pool: &mut Pool,
+    layout: &Layout,
+    grads: &Block,
+    graph: &Graph,
+    close: Close,
+    buffers: &Buffers<'_>,
+    partials: Partials<'_>,
+    count: usize,
+    part: &Part,
+) {
+    for (i, normed) in close.normed().enumerate() {
+        let norm = &graph.norms()[normed.norm.0];
+        let dgamma = Channels(layout.slot(grads, norm.weight));
+        let dbeta = Channels(layout.slot(grads, norm.bias));
+        let state = buffers.state(normed.state);
+        norm::gradient(pool, partials, 1 + i, count, state, |c, gamma, beta| {
+            // SAFETY: each channel is done once, by one task.
+            unsafe {
+                dgamma.add(c, gamma, part.accumulate);
+                dbeta.add(c, beta, part.accumulate);
+            }
+        });
+    }
+}
+
+/// What a kernel computes, on which shapes.
+fn name(kernel: &Kernel) -> String {
+    let conv = |g: &Geometry, what: &str| {
+        let stride = if g.stride > 1 { "/2" } else { "" };
+        format!(
+            "conv {k}x{k}{stride} {}->{} at {}x{}, {what}",
+            g.input.c,
+            g.output.c,
+            g.output.h,
+            g.output.w,
+            k = g.kernel
+        )
+    };
+    match kernel {
+        Kernel::Fold { .. } => "fold".into(),
+        Kernel::Input { .. } => "input".into(),
+        Kernel::Conv { geometry, .. } => conv(geometry, "forward"),
+        Kernel::ConvBackwardInput { geometry, .. } => conv(geometry, "gradient of input"),
+        Kernel::ConvBackwardWeight { geometry, .. } => conv(geometry, "gradient of weight"),
+        Kernel::Sum { plane, .. } => format!("sum of block at {}x{}x{}", plane.h, plane.w, plane.c),
+        Kernel::MaxPool { .. } => "max pool".into(),
+        Kernel::AvgPool { .. } => "mean over plane".into(),
+        Kernel::Linear { .. } => "classifier".into(),
+        Kernel::Loss { .. } => "loss".into(),
+        Kernel::LinearBackward { .. } => "classifier, gradients".into(),
+        Kernel::AvgPoolBackward { .. } => "mean over plane, gradient".into(),
+        Kernel::MaxPoolBackward { .. } => "max pool, gradient".into(),
+    }
+}

@@ -1,0 +1,424 @@
+//! Kernels that visit the pixels of a plane: input, pools, and the gradients of the pools.
+
+use std::ops::Range;
+
+use graph::{Plane, Window};
+
+use super::fuse::{Epilogue, Finish, HEAD, Out, Partials, Read, SUMS, Source, finish_as, read_as};
+use super::memory::Span;
+use super::pool::Pool;
+use super::simd::{Element, Isa, Job, Level};
+use crate::{MEAN, Pixels, STD};
+
+/// y = (pixels - mean) / std.
+pub(crate) fn input<T: Element>(
+    pool: &mut Pool,
+    pixels: Pixels<'_>,
+    images: usize,
+    y: Span<'_, T>,
+) {
+    let per_image = pixels.len() / images;
+    let inv: [f32; 3] = STD.map(|s| 1.0 / s);
+    pool.run(images, |_, image| {
+        let range = image * per_image..(image + 1) * per_image;
+        // SAFETY: tasks write disjoint images of y.
+        let y = unsafe { y.part(range.clone()).get_mut() };
+        let set = |y: &mut [T], x: [f32; 3]| {
+            (0..3).for_each(|c| y[c] = T::from_f32((x[c] - MEAN[c]) * inv[c]));
+        };
+        let rows = y.chunks_exact_mut(3);
+        match pixels {
+            Pixels::U8(p) => {
+                rows.zip(p[range].chunks_exact(3))
+                    .for_each(|(y, x)| set(y, [x[0], x[1], x[2]].map(f32::from)));
+            }
+            Pixels::F32(p) => rows
+                .zip(p[range].chunks_exact(3))
+                .for_each(|(y, x)| set(y, [x[0], x[1], x[2]])),
+        }
+    });
+}
+
+/// Rows of a plane that a task visits.
+fn task_rows(plane: Plane) -> usize {
+    (65_536 / (plane.w * plane.c)).clamp(1, plane.h)
+}
+
+/// Tasks of a kernel that visits every pixel and closes a value.
+pub(crate) fn visits(plane: Plane, batch: usize) -> usize {
+    batch * plane.h.div_ceil(task_rows(plane))
+}
+
+/// Image and rows of task `index`.
+fn visit(plane: Plane, index: usize) -> (usize, Range<usize>) {
+    let rows = task_rows(plane);
+    let blocks = plane.h.div_ceil(rows);
+    let first = index % blocks * rows;
+    (index / blocks, first..(first + rows).min(plane.h))
+}
+
+/// One row of results of a max-pool.
+struct MaxRow<'a, T: Element, S: Read> {
+    window: Window,
+    source: S,
+    image: usize,
+    row: usize,
+    y: Span<'a, T>,
+    argmax: Option<Span<'a, u8>>,
+}
+
+impl<T: Element, S: Read> Job for MaxRow<'_, T, S> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let channels = self.window.output.c;
+        let mut c = 0;
+        // SAFETY: the row and its windows are inside of the tensors.
+        unsafe {
+            while c + I::LANES <= channels {
+                self.channels::<I, true>(c, I::LANES);
+                c += I::LANES;
+            }
+            if c < channels {
+                self.channels::<I, false>(c, channels - c);
+            }
+        }
+    }
+}
+
+impl<T: Element, S: Read> MaxRow<'_, T, S> {
+    #[inline(always)]
+    unsafe fn channels<I: Isa, const FULL: bool>(&self, c: usize, n: usize) {
+        let Window {
+            input,
+            output,
+            kernel,
+            stride,
+            pad_before,
+        } = self.window;
+        for ow in 0..output.w {
+            // SAFETY: as in `run`.
+            unsafe {
+                let mut best = I::splat(f32::NEG_INFINITY);
+                let mut winner = I::zero();
+                for kh in 0..kernel {
+                    let h = (self.row * stride + kh).wrapping_sub(pad_before);
+                    for kw in 0..kernel {
+                        let w = (ow * stride + kw).wrapping_sub(pad_before);
+                        if h < input.h && w < input.w {
+                            let at = ((self.image * input.h + h) * input.w + w) * input.c;
+                            let v = if FULL {
+                                self.source.full::<I>(at, c)
+                            } else {
+                                self.source.part::<I>(at, c, n)
+                            };
+                            let tap = I::splat((kh * kernel + kw) as f32);
+                            winner = I::select(I::gt(v, best), tap, winner);
+                            best = I::max(best, v);
+                        }
+                    }
+                }
+                let to = ((self.image * output.h + self.row) * output.w + ow) * output.c + c;
+                if FULL {
+                    T::store::<I>(self.y.ptr().add(to), best);
+                } else {
+                    T::store_part::<I>(self.y.ptr().add(to), best, n);
+                }
+                if let Some(argmax) = self.argmax {
+                    I::store_u8(argmax.ptr().add(to), winner, n);
+                }
+            }
+        }
+    }
+}
+
+/// y = window maxima; the first in row order wins a tie.
+pub(crate) fn max_pool<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    window: Window,
+    images: usize,
+    x: Source<'_, T>,
+    y: Span<'_, T>,
+    argmax: Option<Span<'_, u8>>,
+) {
+    assert!(
+        x.len() >= images * window.input.elements() && y.len() >= images * window.output.elements(),
+        "the tensors hold their planes"
+    );
+    let rows = window.output.h;
+    pool.run(images * rows, |_, task| {
+        let (image, row) = (task / rows, task % rows);
+        // SAFETY: nobody writes x in this region; tasks write disjoint rows of y and argmax.
+        unsafe {
+            read_as!(x, source => level.call(MaxRow { window, source, image, row, y, argmax }));
+        }
+    });
+}
+
+/// Something that knows the gradient of every pixel.
+trait Gradient: Copy + Send + Sync {
+    /// Channels `c..c + n` of a pixel.
+    ///
+    /// # Safety
+    /// The pixel is inside of the plane, and nobody writes what is read.
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        image: usize,
+        h: usize,
+        w: usize,
+        c: usize,
+        n: usize,
+    ) -> I::V;
+}
+
+/// Rows of a plane: the gradient of each pixel goes through an epilogue.
+struct Rows<'a, T: Element, G: Gradient, F: Finish> {
+    gradient: G,
+    finish: F,
+    out: Out<'a, T>,
+    plane: Plane,
+    image: usize,
+    rows: Range<usize>,
+    record: Span<'a, f32>,
+    columns: usize,
+}
+
+impl<T: Element, G: Gradient, F: Finish> Job for Rows<'_, T, G, F> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let mut c = 0;
+        // SAFETY: the rows are inside of the plane and belong to this task, and so does the record.
+        unsafe {
+            while c + I::LANES <= self.plane.c {
+                self.channels::<I, true>(c, I::LANES);
+                c += I::LANES;
+            }
+            if c < self.plane.c {
+                self.channels::<I, false>(c, self.plane.c - c);
+            }
+        }
+    }
+}
+
+impl<T: Element, G: Gradient, F: Finish> Rows<'_, T, G, F> {
+    #[inline(always)]
+    unsafe fn channels<I: Isa, const FULL: bool>(&self, c: usize, n: usize) {
+        let plane = self.plane;
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut sums = [I::zero(); SUMS];
+            for h in self.rows.clone() {
+                for w in 0..plane.w {
+                    let v = self.gradient.at::<I, FULL>(self.image, h, w, c, n);
+                    let at = ((self.image * plane.h + h) * plane.w + w) * plane.c;
+                    let v = self.finish.apply::<I>(v, at, c, n, FULL, &mut sums);
+                    self.out.store::<I>(v, at, c, n, FULL);
+                }
+            }
+            for (row, sum) in sums.iter().enumerate() {
+                I::store(self.record.ptr().add(HEAD + row * self.columns + c), *sum);
+            }
+        }
+    }
+}
+
+fn visit_all<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    gradient: impl Gradient,
+    out: Out<'_, T>,
+    epilogue: Epilogue<'_, T>,
+    partials: Partials<'_>,
+) {
+    assert!(
+        out.y.len() >= images * plane.elements(),
+        "the gradient holds its plane"
+    );
+    pool.run(visits(plane, images), |_, task| {
+        let (image, rows) = visit(plane, task);
+        let (record, columns) = (partials.record(task), partials.columns);
+        // SAFETY: nobody writes what the gradient and the epilogue read in this region (but the results themselves,
+        // which are read just before they are replaced); tasks write disjoint rows and records.
+        unsafe {
+            record.get_mut()[0] = (rows.len() * plane.w) as f32;
+            finish_as!(epilogue, finish => level.call(Rows {
+                gradient,
+                finish,
+                out,
+                plane,
+                image,
+                rows,
+                record,
+                columns,
+            }));
+        }
+    });
+}
+
+/// d / pixels, everywhere on the plane.
+#[derive(Clone, Copy)]
+struct Spread<'a> {
+    d: Span<'a, f32>,
+    channels: usize,
+    scale: f32,
+}
+
+impl Gradient for Spread<'_> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        image: usize,
+        _: usize,
+        _: usize,
+        c: usize,
+        n: usize,
+    ) -> I::V {
+        // SAFETY: the caller's word.
+        unsafe {
+            let p = self.d.ptr().add(image * self.channels + c);
+            let d = if FULL { I::load(p) } else { I::load_part(p, n) };
+            I::mul(d, I::splat(self.scale))
+        }
+    }
+}
+
+/// dx = d / pixels, everywhere on the plane, closed by `epilogue`.
+pub(crate) fn avg_pool_backward<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    d: Span<'_, f32>,
+    out: Out<'_, T>,
+    epilogue: Epilogue<'_, T>,
+    partials: Partials<'_>,
+) {
+    assert!(d.len() >= images * plane.c, "a gradient for each channel");
+    let spread = Spread {
+        d,
+        channels: plane.c,
+        scale: 1.0 / plane.pixels() as f32,
+    };
+    visit_all(pool, level, plane, images, spread, out, epilogue, partials);
+}
+
+/// The sum over the windows that a pixel won.
+#[derive(Clone, Copy)]
+struct Won<'a, T: Element> {
+    window: Window,
+    argmax: Span<'a, u8>,
+    d: Span<'a, T>,
+}
+
+impl<T: Element> Gradient for Won<'_, T> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        image: usize,
+        h: usize,
+        w: usize,
+        c: usize,
+        n: usize,
+    ) -> I::V {
+        let Window {
+            output,
+            kernel,
+            stride,
+            pad_before,
+            ..
+        } = self.window;
+        // Windows o with o s - pad <= h < o s - pad + K.
+        let covering = |at: usize, count: usize| {
+            let last = (at + pad_before) / stride;
+            let first = (at + pad_before + 1)
+                .saturating_sub(kernel)
+                .div_ceil(stride);
+            first..(last + 1).min(count)
+        };
+        // SAFETY: the caller's word.
+        unsafe {
+            let mut sum = I::zero();
+            for oh in covering(h, output.h) {
+                for ow in covering(w, output.w) {
+                    let (kh, kw) = (h + pad_before - oh * stride, w + pad_before - ow * stride);
+                    let at = ((image * output.h + oh) * output.w + ow) * output.c + c;
+                    let tap = I::splat((kh * kernel + kw) as f32);
+                    let (won, d) = if FULL {
+                        let won = I::load_u8(self.argmax.ptr().add(at));
+                        (won, T::load::<I>(self.d.ptr().add(at)))
+                    } else {
+                        let mut all = [0u8; 16];
+                        std::ptr::copy_nonoverlapping(
+                            self.argmax.ptr().add(at),
+                            all.as_mut_ptr(),
+                            n,
+                        );
+                        (
+                            I::load_u8(all.as_ptr()),
+                            T::load_part::<I>(self.d.ptr().add(at), n),
+                        )
+                    };
+                    sum = I::add(sum, I::select(I::eq(won, tap), d, I::zero()));
+                }
+            }
+            sum
+        }
+    }
+}
+
+/// Sends d to the winners of each window, closed by `epilogue`.
+pub(crate) fn max_pool_backward<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    window: Window,
+    images: usize,
+    argmax: Span<'_, u8>,
+    d: Span<'_, T>,
+    out: Out<'_, T>,
+    epilogue: Epilogue<'_, T>,
+    partials: Partials<'_>,
+) {
+    let len = images * window.output.elements();
+    assert!(
+        argmax.len() >= len && d.len() >= len,
+        "the tensors hold their planes"
+    );
+    let won = Won { window, argmax, d };
+    visit_all(
+        pool,
+        level,
+        window.input,
+        images,
+        won,
+        out,
+        epilogue,
+        partials,
+    );
+}
+
+/// y = mean over the plane.
+pub(crate) fn avg_pool<T: Element>(
+    pool: &mut Pool,
+    plane: Plane,
+    images: usize,
+    x: Span<'_, T>,
+    y: Span<'_, f32>,
+) {
+    let scale = 1.0 / plane.pixels() as f32;
+    pool.run(images, |_, image| {
+        // SAFETY: nobody writes x in this region; tasks write disjoint images of y.
+        let (x, y) = unsafe {
+            let x = x
+                .part(image * plane.elements()..(image + 1) * plane.elements())
+                .get();
+            (x, y.part(image * plane.c..(image + 1) * plane.c).get_mut())
+        };
+        y.fill(0.0);
+        for x in x.chunks_exact(plane.c) {
+            y.iter_mut().zip(x).for_each(|(y, x)| *y += x.to_f32());
+        }
+        y.iter_mut().for_each(|y| *y *= scale);
+    });
+}

@@ -1,0 +1,204 @@
+//! A real `mlflow server` serves a copy of the store, and the crate mlflow_rs, which knows nothing of ours, reads the
+//! run from it. The crate reads no metrics, so those are asked for in plain HTTP.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use mlflow_rs::experiment::Experiment;
+use mlflow_rs::run::Run;
+use serde_json::{Value, json};
+
+use crate::clients::{milliseconds, python};
+use crate::mlflow::Home;
+use crate::{eval, step, summary};
+
+/// The server of one file, until dropped.
+struct Server {
+    /// A shell that leads a process group; the server and its workers are in it too.
+    shell: Child,
+    port: u16,
+    log: PathBuf,
+}
+
+impl Server {
+    /// Starts one and waits until it answers.
+    fn start(python: &str, db: &Path) -> Self {
+        let dir = db.parent().unwrap();
+        let log = dir.join("server.log");
+        let output = File::create(&log).unwrap();
+        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let port = free.local_addr().unwrap().port();
+        drop(free);
+        // The shell ends its whole group when its standard input ends: when we drop it, and when we are killed.
+        let mut command = Command::new("sh");
+        command.args(["-c", r#""$@" & read -r line; kill -s KILL 0"#, "sh", python]);
+        command.args(["-m", "mlflow", "server", "--workers", "1"]);
+        command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        let uri = format!("sqlite:///{}", db.display());
+        command.args(["--backend-store-uri", &uri]);
+        command
+            .current_dir(dir)
+            .env("MLFLOW_DISABLE_TELEMETRY", "true")
+            .env("DO_NOT_TRACK", "true")
+            .env("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
+            .process_group(0)
+            .stdin(Stdio::piped())
+            .stdout(output.try_clone().unwrap())
+            .stderr(output);
+        let shell = command.spawn().unwrap();
+        let server = Self { shell, port, log };
+        let begin = Instant::now();
+        while server
+            .get("/health")
+            .is_none_or(|(status, _)| status != 200)
+        {
+            if begin.elapsed() > Duration::from_secs(180) {
+                let said = fs::read_to_string(&server.log).unwrap();
+                panic!("the server does not answer; it said\n{said}");
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        server
+    }
+
+    fn root(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+
+    /// Status and body; none if nobody answers.
+    fn get(&self, path: &str) -> Option<(u16, String)> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
+        let host = self.port;
+        write!(
+            stream,
+            "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{host}\r\nConnection: close\r\n\r\n"
+        )
+        .ok()?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).ok()?;
+        let (head, body) = answer.split_once("\r\n\r\n")?;
+        let status = head.split(' ').nth(1)?.parse().ok()?;
+        Some((status, body.to_owned()))
+    }
+
+    /// Steps and values of a metric, in the order in which the server gives them.
+    fn history(&self, run: &str, metric: &str) -> Vec<(u64, f64)> {
+        let path = format!("/api/2.0/mlflow/metrics/get-history?run_id={run}&metric_key={metric}");
+        let (status, body) = self.get(&path).unwrap();
+        assert_eq!(status, 200, "{body}");
+        let found: Value = serde_json::from_str(&body).unwrap();
+        let points = found["metrics"].as_array().unwrap().iter();
+        points
+            .map(|point| {
+                assert_eq!(point["key"], metric);
+                let step = point["step"].as_u64().unwrap();
+                (step, point["value"].as_f64().unwrap())
+            })
+            .collect()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        drop(self.shell.stdin.take());
+        let _ = self.shell.wait();
+    }
+}
+
+#[test]
+fn mlflow_rs_reads_a_run_from_a_server() {
+    let Some(python) = python() else {
+        return;
+    };
+    let begin = milliseconds();
+    let home = Home::new();
+    let mut trackers = home.open(None);
+    for number in 1..=3 {
+        trackers.step(&step(number));
+    }
+    trackers.eval(&eval(3));
+    trackers.finish(&summary());
+    assert_eq!(trackers.failures(), 0);
+    let end = milliseconds();
+
+    let copy = home.root.path().join("copy.db");
+    let into = copy.to_str().unwrap();
+    home.db().execute("VACUUM INTO ?1", [into]).unwrap();
+    let before = fs::read(home.path()).unwrap();
+    let server = Server::start(&python, &copy);
+    let (root, id) = (server.root(), home.id());
+
+    let experiment = Experiment::search_with_name(&root, "digits").unwrap();
+    assert_eq!(experiment.get_experiment_id(), "1");
+    assert_eq!(experiment.get_name(), "digits");
+    assert_eq!(experiment.get_lifecycle_stage(), "active");
+    let runs = home.root.path().join("store/mlruns/1");
+    assert_eq!(
+        experiment.get_artifact_location(),
+        runs.display().to_string()
+    );
+    assert!((begin..=end).contains(&experiment.get_creating_time()));
+    assert!((begin..=end).contains(&experiment.get_last_update_time()));
+
+    let run = Run::get_run(&root, &id).unwrap();
+    assert_eq!((run.get_run_uuid(), run.get_run_name()), (&*id, "x"));
+    assert_eq!(run.get_experiment_id(), "1");
+    assert_eq!(run.get_status(), "FINISHED");
+    assert_eq!(run.get_lifecycle_stage(), "active");
+    assert!((begin..=end).contains(&run.get_start_time()));
+    let artifacts = runs.join(&id).join("artifacts");
+    assert_eq!(run.get_artifact_uri(), artifacts.display().to_string());
+
+    let params = run.get_parameters().iter();
+    let params: Value = params.map(|p| (p.key.clone(), json!(p.value))).collect();
+    assert_eq!(
+        params,
+        json!({"train.batch_size": "64", "data.train": "[\"a\", \"ä\"]"})
+    );
+    let tags = run.get_tags().iter();
+    let tags: Value = tags.map(|t| (t.key.clone(), json!(t.value))).collect();
+    assert_eq!(tags["mlflow.runName"], "x");
+    assert_eq!(tags["mlflow.user"], run.get_user_id());
+    assert_eq!(tags["mlflow.source.name"], "configs/x.toml");
+    assert_eq!(tags["mlflow.source.type"], "LOCAL");
+    let head = Command::new("git").args(["rev-parse", "HEAD"]).output();
+    let head = head.ok().filter(|output| output.status.success());
+    let commit = head.map(|output| String::from_utf8(output.stdout).unwrap());
+    assert_eq!(
+        tags["mlflow.source.git.commit"].as_str(),
+        commit.as_deref().map(str::trim)
+    );
+
+    let files = run.list_artifacts("").unwrap();
+    let mut names: Vec<&str> = files.iter().map(|file| &*file.path).collect();
+    names.sort();
+    assert_eq!(names, ["spec.toml", "summary.json"]);
+    let told = fs::read_to_string(home.run().join("summary.json")).unwrap();
+    assert_eq!(run.get_artifact_as_string("summary.json").unwrap(), told);
+    let spec = run.get_artifact_as_string("spec.toml").unwrap();
+    assert_eq!(spec, "name = \"x\"\n");
+
+    for (metric, steps, value) in [
+        ("train/loss", &[1, 2, 3][..], 1.25),
+        ("train/top1", &[1, 2, 3], 0.5),
+        ("train/lr", &[1, 2, 3], 1e-5),
+        ("train/images_per_s", &[1, 2, 3], 100.0),
+        ("eval/loss", &[3], 0.1203),
+        ("eval/top1", &[3], 0.9611),
+        ("eval/images", &[3], 359.0),
+    ] {
+        let expected: Vec<_> = steps.iter().map(|&step| (step, value)).collect();
+        assert_eq!(server.history(&id, metric), expected, "{metric}");
+    }
+    drop(server);
+    assert_eq!(
+        fs::read(home.path()).unwrap(),
+        before,
+        "only the copy was migrated"
+    );
+}
