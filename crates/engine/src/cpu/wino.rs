@@ -40,10 +40,12 @@
 //! the error by 2 %.
 //!
 //! # How tasks are cut
-//! Where there are many tiles, a task transforms a block of them into its worker's memory and goes through all
-//! outputs. Where there are few, tasks would be too few too, and each would read all of U for little work: the tiles
-//! are transformed into shared memory first, and tasks are blocks of tiles times groups of output panels. The cut
-//! depends on the shape only, so no bit depends on the number of threads.
+//! Where there are many tiles and few channels, a task transforms a block of tiles into its worker's memory, where V
+//! stays in the second cache, and goes through all outputs with U of [`transform`]. Where there are many channels, or
+//! few tiles, the tiles of a block are transformed into shared memory first, and tasks are panels of outputs. U of
+//! many channels would not even stay in the last cache (512 x 512: 38 MB), and to write and read it takes as long as
+//! the products; so tasks make it themselves, for a panel and a chunk of inputs at a time, from masters that have a
+//! quarter of the size. The cut depends on the shape only, so no bit depends on the number of threads.
 //!
 //! # Contract
 //! The jobs of this module take pointers into spans whose lengths the three functions have checked against the plan;
@@ -53,9 +55,9 @@
 use std::ops::Range;
 
 use super::fuse::{Epilogue, Finish, Out, Partials, Read, SUMS, Source, finish_as, read_as};
-use super::memory::{Scratch, Span};
+use super::memory::{ALIGNMENT, Scratch, Span};
 use super::pool::Pool;
-use super::simd::{Element, Isa, Job, Level};
+use super::simd::{Element, Isa, Job, Level, prefetch};
 use super::weights::{CHUNK, Panels};
 
 /// Results of a tile in each direction.
@@ -234,21 +236,17 @@ impl Plan {
         let nr = 2 * lanes;
         let (down, across) = (h.div_ceil(RESULTS), w.div_ceil(RESULTS));
         let tiles = batch * down * across;
-        let panels = outputs.div_ceil(nr);
-        // The transformed weights have to stay in the second or third cache to be worth keeping.
+        // Transformed weights are worth keeping only if they stay in a cache.
         let fresh = PRODUCTS * inputs * outputs * size_of::<f32>() > 4 << 20;
-        // V of a block takes a quarter of the second cache, M less.
+        // V of a block takes a quarter of a second cache of 1 MiB, beside M and what is streamed.
         let mut block = (1792 / inputs).clamp(14, 56);
         let shared = fresh || tiles < 8 * block;
         if shared {
-            block = 64;
+            block = 128;
         }
         let weight = WeightCut {
-            block: if fresh {
-                64
-            } else {
-                (3584 / inputs.max(outputs)).clamp(28, 64)
-            },
+            // V and D of a block stay in the second cache, or else it is large enough that dU is not what counts.
+            block: if inputs + outputs <= 128 { 28 } else { 64 },
             rows: CHUNK,
             panels: if fresh { CHUNK } else { 128 } / nr,
             whole: fresh,
@@ -472,13 +470,14 @@ impl<R: Read, const GRADIENT: bool> Job for Pack<'_, R, GRADIENT> {
             let window = Window::new(self.plan, tile, self.channels, size, before);
             let inside = window.is_inside(size);
             // A panel's vectors beyond the channels are zero.
-            let end = self.channels.next_multiple_of(self.packed.width);
+            let width = if GRADIENT { I::NR } else { I::LANES };
+            let end = self.channels.next_multiple_of(width);
             for c in (0..end).step_by(I::LANES) {
                 let n = self.channels.saturating_sub(c).min(I::LANES);
-                let at = c / self.packed.width * self.packed.panel + c % self.packed.width;
+                let at = c / width * self.packed.panel + c % width;
                 // SAFETY: the contract; the window's pixels are in the tensor.
                 unsafe {
-                    let to = self.to.add(at + index * self.packed.width);
+                    let to = self.to.add(at + index * width);
                     if n < I::LANES {
                         self.vector::<I, false, false>(&window, c, n, to);
                     } else if inside {
@@ -558,23 +557,41 @@ impl Job for Products<'_> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         let (v, m, u_pitch) = (self.plan.v(), self.plan.m(), self.plan.u_pitch());
+        // As few groups of tiles as there can be, all about equal; a division takes as long as a tenth of a group.
+        let groups = self.tiles.div_ceil(I::MR);
+        let (least, larger) = (self.tiles / groups, self.tiles % groups);
         for product in 0..PRODUCTS {
-            for i in 0..self.tiles.div_ceil(I::MR) {
-                let tiles = part(self.tiles, I::MR, i);
+            let mut first = 0;
+            for i in 0..groups {
+                let tiles = least + usize::from(i < larger);
+                // While one product is computed, what the next one reads from far away is on its way: V that tasks
+                // share, U that they do not make.
+                let (ahead, step) = if self.plan.fresh || i > 0 {
+                    let done = i * self.depth * I::LANES;
+                    (
+                        self.v.wrapping_add((product + 1) * v.pitch + done),
+                        I::LANES,
+                    )
+                } else {
+                    (self.u.wrapping_add((product + 1) * u_pitch), I::NR)
+                };
                 // SAFETY: the contract.
                 unsafe {
                     product_of::<I>(
-                        tiles.len(),
+                        tiles,
                         Operands {
-                            v: self.v.add(product * v.pitch + tiles.start * I::LANES),
+                            v: self.v.add(product * v.pitch + first * I::LANES),
                             panel: v.panel,
                             u: self.u.add(product * u_pitch),
                             depth: self.depth,
-                            m: self.m.add(product * m.pitch + tiles.start * I::NR),
+                            m: self.m.add(product * m.pitch + first * I::NR),
                             accumulate: self.accumulate,
+                            ahead,
+                            step,
                         },
                     );
                 }
+                first += tiles;
             }
         }
     }
@@ -588,6 +605,9 @@ struct Operands {
     depth: usize,
     m: *mut f32,
     accumulate: bool,
+    /// What to ask the caches for: two vectors, and so on `step` further for each of the inputs.
+    ahead: *const f32,
+    step: usize,
 }
 
 /// m (+)= v u for `TILES` tiles and a panel: `TILES` x 2 vectors of sums in registers.
@@ -603,6 +623,8 @@ impl<const TILES: usize> Job for Product<TILES> {
             depth,
             m,
             accumulate,
+            mut ahead,
+            step,
         } = self.0;
         // SAFETY: the contract.
         unsafe {
@@ -617,6 +639,11 @@ impl<const TILES: usize> Job for Product<TILES> {
                         sums[0] = I::fma(v, u0, sums[0]);
                         sums[1] = I::fma(v, u1, sums[1]);
                     }
+                    prefetch(ahead.cast());
+                    if I::LANES == 16 {
+                        prefetch(ahead.wrapping_add(I::LANES).cast());
+                    }
+                    ahead = ahead.wrapping_add(step);
                     u = u.add(I::NR);
                 }
                 v = v.add(panel);
@@ -1021,14 +1048,14 @@ impl Transform<'_> {
     #[inline(always)]
     unsafe fn straight<I: Isa>(&self) {
         let panels = &self.weights.panels;
+        let (panel, chunk) = (self.panel * panels.panel_len(), self.first / CHUNK);
         for k in 0..self.depth {
             for v in 0..2 {
                 // SAFETY: the contract.
                 unsafe {
                     let mut taps = [I::zero(); 9];
                     for (tap, value) in taps.iter_mut().enumerate() {
-                        let rows = panels.rows(self.first / CHUNK, tap);
-                        let at = self.panel * panels.panel_len() + rows + k * I::NR;
+                        let at = panel + panels.rows(chunk, tap) + k * I::NR;
                         *value = I::load(self.weights.w.ptr().add(at + v * I::LANES));
                     }
                     let to = self.to.add(k * I::NR + v * I::LANES);
@@ -1044,6 +1071,7 @@ impl Transform<'_> {
     unsafe fn turned<I: Isa>(&self, from: usize) {
         let panels = &self.weights.panels;
         let outputs = (self.depth - from).min(I::NR);
+        let panel = (self.first + from) / I::NR * panels.panel_len();
         for v in 0..2 {
             let first = self.panel * I::NR + v * I::LANES;
             let inputs = panels.inputs.saturating_sub(first).min(I::LANES);
@@ -1052,7 +1080,8 @@ impl Transform<'_> {
                 let mut turned = [[[0.0f32; 16]; 32]; 9];
                 for lane in 0..inputs {
                     for (tap, turned) in turned.iter_mut().enumerate() {
-                        let at = panels.at(self.first + from, first + lane, 8 - tap);
+                        let rows = panels.rows(first / CHUNK, 8 - tap);
+                        let at = panel + rows + (first % CHUNK + lane) * I::NR;
                         for (o, turned) in turned.iter_mut().enumerate().take(outputs) {
                             turned[lane] = *self.weights.w.ptr().add(at + o);
                         }
@@ -1195,19 +1224,24 @@ impl Job for Correlate<'_> {
                         let at = (product * self.panels.len() + p) * rows + row;
                         // SAFETY: the contract.
                         unsafe {
-                            let outer = Operands2 {
-                                v: self.v.add(
-                                    product * v.pitch
-                                        + c / I::LANES * v.panel
-                                        + run.start * I::LANES
-                                        + c % I::LANES,
-                                ),
-                                d: self
-                                    .d
-                                    .add(product * d.pitch + panel * d.panel + run.start * I::NR),
+                            let v_at = product * v.pitch + c / I::LANES * v.panel;
+                            let d_at = product * d.pitch + panel * d.panel;
+                            // What the next product reads is on its way, V by one half and D by the other.
+                            let ahead = if p > 0 {
+                                self.v.wrapping_add(v_at)
+                            } else if row % I::LANES == 0 {
+                                self.v.wrapping_add(v_at + v.pitch)
+                            } else {
+                                let done = row / I::LANES * run.len() * LINE;
+                                self.d.wrapping_add(d_at + d.pitch + done)
+                            };
+                            let outer = Pair {
+                                v: self.v.add(v_at + run.start * I::LANES + c % I::LANES),
+                                d: self.d.add(d_at + run.start * I::NR),
                                 tiles: run.len(),
                                 du: self.du.add(at * I::NR),
                                 accumulate: self.accumulate || i > 0,
+                                ahead,
                             };
                             if I::LANES == 16 {
                                 I::call(Outer::<8>(outer));
@@ -1222,22 +1256,31 @@ impl Job for Correlate<'_> {
     }
 }
 
-struct Operands2 {
+struct Pair {
     v: *const f32,
     d: *const f32,
     tiles: usize,
     du: *mut f32,
     accumulate: bool,
+    /// What to ask the caches for, a line for each tile.
+    ahead: *const f32,
 }
 
+/// f32 in a line of the caches.
+const LINE: usize = 16;
+
 /// du (+)= sum over tiles of v d, for `ROWS` inputs, half a vector, and a panel of outputs.
-struct Outer<const ROWS: usize>(Operands2);
+struct Outer<const ROWS: usize>(Pair);
 
 impl<const ROWS: usize> Job for Outer<ROWS> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let Operands2 {
-            mut v, mut d, du, ..
+        let Pair {
+            mut v,
+            mut d,
+            du,
+            mut ahead,
+            ..
         } = self.0;
         // SAFETY: the contract.
         unsafe {
@@ -1249,6 +1292,8 @@ impl<const ROWS: usize> Job for Outer<ROWS> {
                     sums[0] = I::fma(v, d0, sums[0]);
                     sums[1] = I::fma(v, d1, sums[1]);
                 }
+                prefetch(ahead.cast());
+                ahead = ahead.wrapping_add(LINE);
                 v = v.add(I::LANES);
                 d = d.add(I::NR);
             }
@@ -1274,6 +1319,8 @@ struct Restore<'a> {
     du: *const f32,
     dw: *mut f32,
     accumulate: bool,
+    /// Past the caches.
+    stream: bool,
 }
 
 impl Job for Restore<'_> {
@@ -1283,6 +1330,7 @@ impl Job for Restore<'_> {
         let rows = self.inputs.len().next_multiple_of(I::LANES);
         let pitch = self.panels.len() * rows * I::NR;
         for (p, panel) in self.panels.clone().enumerate() {
+            let panel = panel * layout.panel_len();
             for (row, input) in self.inputs.clone().enumerate() {
                 for half in 0..2 {
                     // SAFETY: the contract.
@@ -1290,13 +1338,16 @@ impl Job for Restore<'_> {
                         let from = (p * rows + row) * I::NR + half * I::LANES;
                         let taps = load_weight::<I>(self.du.add(from), pitch);
                         for (tap, value) in taps.iter().enumerate() {
-                            let at = layout.at(panel * I::NR, input, tap) + half * I::LANES;
-                            let to = self.dw.add(at);
-                            let mut value = *value;
+                            let rows = layout.rows(input / CHUNK, tap);
+                            let at = panel + rows + input % CHUNK * I::NR;
+                            let to = self.dw.add(at + half * I::LANES);
                             if self.accumulate {
-                                value = I::add(I::load(to), value);
+                                I::store(to, I::add(I::load(to), *value));
+                            } else if self.stream {
+                                I::stream(to, *value);
+                            } else {
+                                I::store(to, *value);
                             }
-                            I::store(to, value);
                         }
                     }
                 }
@@ -1440,6 +1491,8 @@ pub(crate) fn backward_weight<T: Element>(
         )
     };
     let blocks = plan.weight_blocks();
+    // Large gradients have left the caches before they are used.
+    let stream = plan.fresh && dw.ptr().addr().is_multiple_of(ALIGNMENT);
     for i in 0..blocks {
         let tiles = part(plan.tiles, cut.block, i);
         let tensors = [(x, packed_x, to_x, false), (d, packed_d, to_d, true)];
@@ -1478,6 +1531,7 @@ pub(crate) fn backward_weight<T: Element>(
                         du: du.ptr(),
                         dw: dw.ptr(),
                         accumulate,
+                        stream,
                     });
                 }
             }
@@ -1495,6 +1549,7 @@ pub(crate) fn backward_weight<T: Element>(
                     du: du.part(block * plan.du_len()..du.len()).ptr(),
                     dw: dw.ptr(),
                     accumulate,
+                    stream,
                 });
             }
         });
