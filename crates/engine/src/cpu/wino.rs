@@ -52,6 +52,11 @@
 //! ranges of tiles, channels and panels are the plan's own. Nobody writes what they read meanwhile, and tasks write
 //! disjoint memory: that is what `SAFETY` comments here mean by the contract.
 
+#![expect(
+    clippy::needless_range_loop,
+    reason = "indices are rows and columns of small matrices"
+)]
+
 use std::ops::Range;
 
 use super::fuse::{Epilogue, Finish, Out, Partials, Read, SUMS, Source, finish_as, read_as};
@@ -308,11 +313,7 @@ impl Plan {
     fn packed(&self, tiles: usize, channels: usize, width: usize) -> Packed {
         let panel = tiles * width;
         let pitch = channels.div_ceil(width) * panel + PAD;
-        Packed {
-            width,
-            panel,
-            pitch,
-        }
+        Packed { panel, pitch }
     }
 
     fn v(&self) -> Packed {
@@ -377,8 +378,9 @@ struct Tile {
 /// How transformed tiles lie: `[36][channels / width][tiles][width]`.
 #[derive(Clone, Copy)]
 struct Packed {
-    width: usize,
+    /// From a panel to the next.
     panel: usize,
+    /// From a product to the next.
     pitch: usize,
 }
 
@@ -2165,10 +2167,6 @@ mod tests {
         check_fusions::<bf16>();
     }
 
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "the function's own, with threads"
-    )]
     fn weight_gradient_of<T: Element>(
         level: Level,
         plan: &Plan,
