@@ -247,7 +247,7 @@ def row(name, results):
     return [name, rate(OURS), fraction, *map(rate, VARIANTS), ratio, mib(our_peak), mib(their_peak), memory_ratio]
 
 
-HEADER = ["", OURS, "of peak", *VARIANTS, "ratio to the best", "MiB", "MiB, PyTorch's least", "ratio"]
+HEADER = ["", OURS, "of peak", *VARIANTS, "ratio to the best PyTorch", "MiB", "least MiB of PyTorch", "memory ratio"]
 
 
 def table(header, all_results):
@@ -255,7 +255,8 @@ def table(header, all_results):
     described = ", ".join(f"{key} {value}" for key, value in header.items() if key != "load")
     lines = [f"{described}, load {header['load']:.2f} at the start.", ""]
     lines += [f"- {name}: {CONFIGURATIONS[name].title()}" for name in all_results]
-    lines += ["", "images/s: the median over the rounds of each process's median, and their range; memory: peak resident", ""]
+    legend = "images/s: the median over the rounds of each process's median, and their range. Memory: peak resident."
+    lines += ["", legend, ""]
     lines += ["| " + " | ".join(HEADER) + " |", "| --- |" + " ---: |" * (len(HEADER) - 1)]
     lines += ["| " + " | ".join(row(name, results)) + " |" for name, results in all_results.items()]
     return "\n".join(lines) + "\n"

@@ -428,7 +428,7 @@ fn winners(
                     );
                     if h < from.h && w < from.w {
                         let i = ((image * from.h + h) * from.w + w) * from.c + c;
-                        if best.is_none_or(|b| x[i] > x[b]) {
+                        if best.is_none_or(|b| x[i] > x[b] || x[i].is_nan()) {
                             best = Some(i);
                         }
                     }

@@ -21,6 +21,8 @@ mod pixels;
 mod pool;
 mod simd;
 mod simple;
+#[cfg(test)]
+mod tests;
 mod weights;
 mod wgrad;
 mod wino;

@@ -86,8 +86,7 @@ impl Job for Dot {
     unsafe fn run<I: Isa>(self) {
         // SAFETY: as in `Fma`.
         unsafe {
-            let one = I::splat(black_box(1.0));
-            let pair = I::splat_pair([half::bf16::ONE; 2].as_ptr());
+            let pair = I::splat_pair(black_box([half::bf16::ONE; 2]).as_ptr());
             let mut x = [I::zero(); 12];
             for _ in 0..LENGTH {
                 for x in &mut x {

@@ -113,7 +113,8 @@ impl<T: Element, S: Read> MaxRow<'_, T, S> {
                             };
                             let tap = I::splat((kh * kernel + kw) as f32);
                             winner = I::select(I::gt(v, best), tap, winner);
-                            best = I::max(best, v);
+                            // A maximum of NaN stays; one that comes now is `v`.
+                            best = I::select(I::eq(best, best), I::max(best, v), best);
                         }
                     }
                 }
@@ -131,7 +132,7 @@ impl<T: Element, S: Read> MaxRow<'_, T, S> {
     }
 }
 
-/// y = window maxima; the first in row order wins a tie.
+/// y = window maxima; the first in row order wins a tie. The maximum of a window with NaN is NaN.
 pub(crate) fn max_pool<T: Element>(
     pool: &mut Pool,
     level: Level,

@@ -90,6 +90,9 @@ impl Shared {
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<(Thread, Option<JoinHandle<()>>)>,
+    /// The last task comes first.
+    #[cfg(test)]
+    pub(crate) is_reversed: bool,
 }
 
 impl Pool {
@@ -116,7 +119,12 @@ impl Pool {
             (handle.thread().clone(), Some(handle))
         };
         let workers = (1..=extra).map(spawn).collect();
-        Self { shared, workers }
+        Self {
+            shared,
+            workers,
+            #[cfg(test)]
+            is_reversed: false,
+        }
     }
 
     /// Number of threads that work.
@@ -126,6 +134,10 @@ impl Pool {
 
     /// Runs `job(worker, task)` for every task below `tasks` and returns when all are done.
     pub(crate) fn run(&mut self, tasks: usize, job: impl Fn(usize, usize) + Sync) {
+        #[cfg(test)]
+        let is_reversed = self.is_reversed;
+        #[cfg(test)]
+        let job = |worker, task| job(worker, if is_reversed { tasks - 1 - task } else { task });
         if self.workers.is_empty() || tasks <= 1 {
             (0..tasks).for_each(|task| job(0, task));
             return;

@@ -5,7 +5,7 @@
 mod goldens;
 mod tape;
 
-use engine::cpu::{Cpu, Options};
+use engine::cpu::{Cpu, Level, Options, Precision};
 use engine::oracle::Oracle;
 use engine::{Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Pixels, State, initial_state};
 use graph::{Graph, Init, ParamId, Plane, ValueId};
@@ -120,6 +120,11 @@ impl Data {
     }
 }
 
+/// Every set of instructions that this CPU has.
+fn levels() -> impl Iterator<Item = Level> {
+    Level::ALL.into_iter().filter(|level| level.is_available())
+}
+
 fn hyper() -> Hyper {
     let (momentum, weight_decay) = (0.9, 1e-2);
     Hyper {
@@ -165,71 +170,133 @@ fn oracle_gradients_pass_finite_differences() {
     }
 }
 
-/// The worst relative error of a tensor against the oracle's. Tensors whose values would be zero but for rounding
-/// (a bias that the next normalisation takes out again) count against 1e-2 a value, the size of the others.
+/// The relative error of a tensor against the oracle's. Tensors whose values would be zero but for rounding (a bias that
+/// the next normalisation takes out again) count against 1e-2 a value, the size of the others.
+fn error(ours: &State, truth: &State, name: &str) -> f64 {
+    let (a, b) = (&ours[name].values, &truth[name].values);
+    assert_eq!(ours[name].shape, truth[name].shape);
+    let square = |v: f64| v * v;
+    let gap: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
+    let size: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
+    (gap / size.max(1e-4 * b.len() as f64)).sqrt()
+}
+
+/// The worst of all tensors.
 fn worst(ours: &State, truth: &State) -> (f64, String) {
     assert!(ours.keys().eq(truth.keys()));
-    let error = |name: &String| {
-        let (a, b) = (&ours[name].values, &truth[name].values);
-        assert_eq!(ours[name].shape, truth[name].shape);
-        let square = |v: f64| v * v;
-        let gap: f64 = a.iter().zip(b).map(|(a, b)| square(f64::from(a - b))).sum();
-        let size: f64 = b.iter().map(|b| square(f64::from(*b))).sum();
-        (gap / size.max(1e-4 * b.len() as f64)).sqrt()
-    };
-    let all = ours.keys().map(|name| (error(name), name.clone()));
+    let all = ours
+        .keys()
+        .map(|name| (error(ours, truth, name), name.clone()));
     all.max_by(|a, b| a.0.total_cmp(&b.0))
         .expect("a network has tensors")
 }
 
+/// The middle one of the relative errors of all tensors of momentum: after one step, gradients.
+fn middle(ours: &State, truth: &State) -> f64 {
+    let moving = truth
+        .keys()
+        .filter(|name| name.starts_with(MOMENTUM_PREFIX));
+    let mut errors: Vec<f64> = moving.map(|name| error(ours, truth, name)).collect();
+    errors.sort_by(f64::total_cmp);
+    errors[errors.len() / 2]
+}
+
+/// How far an engine may be from the oracle, relative.
+struct Tolerance {
+    /// Loss of a step and of an evaluation.
+    loss: [f64; 2],
+    worst: f64,
+    middle: f64,
+    /// Whether the logits have the same order.
+    has_hits: bool,
+}
+
+/// f32 against f64 through six normalisations. Measured: 4e-5 at most, 2e-6 at the middle; a wrong term shows as 1e-2 or
+/// more.
+const F32: Tolerance = Tolerance {
+    loss: [1e-4, 1e-3],
+    worst: 1e-4,
+    middle: 1e-5,
+    has_hits: true,
+};
+
+/// Rounding what a ReLU reads to 8 bits changes the sign of one in five hundred, whose gradients are then there or not:
+/// the root of that, 4 %, for each ReLU, and more where what is left has cancelled. The loss depends on the values
+/// themselves. Measured on 26 networks with up to 8 images: loss 2e-3, middle tensor 12 %, worst 52 %. A gradient that
+/// has nothing to do with the oracle's is off by 140 %, one that is missing by 100 %; what is wrong in the kernels
+/// themselves their own tests find to the bit.
+const BF16: Tolerance = Tolerance {
+    loss: [5e-3, 5e-3],
+    worst: 0.8,
+    middle: 0.2,
+    has_hits: false,
+};
+
 /// Steps and evaluates a random network on both engines.
 fn check_against_oracle(seed: u64, side: usize, images: usize, micro_batch: usize) {
     let graph = random_graph(&mut Random::new(seed), side);
-    check_graph(seed, graph, images, micro_batch, &hyper());
+    check_graph(
+        seed,
+        &graph,
+        images,
+        &hyper(),
+        &Options::new(micro_batch, 2),
+    );
 }
 
-fn check_graph(seed: u64, graph: Graph, images: usize, micro_batch: usize, hyper: &Hyper) {
-    let r = &mut Random::new(seed + 1000);
-    let data = Data::new(r, &graph, images);
-    let state = initial_state(&graph, seed);
-    let mut truth = Oracle::new(&graph, micro_batch, &state).unwrap();
-    let mut ours = Cpu::new(&graph, &Options::new(micro_batch, 2), &state).unwrap();
+/// Steps and evaluates a network on the oracle, and on the CPU engine with every set of instructions.
+fn check_graph(seed: u64, graph: &Graph, images: usize, hyper: &Hyper, options: &Options) {
+    let tolerance = match options.precision {
+        Precision::F32 => F32,
+        Precision::Bf16 => BF16,
+    };
+    let data = Data::new(&mut Random::new(seed + 1000), graph, images);
+    let state = initial_state(graph, seed);
+    let mut oracle = Oracle::new(graph, options.micro_batch, &state).unwrap();
+    let cpu = |level| Cpu::new(graph, &Options { level, ..*options }, &state).unwrap();
+    let mut all: Vec<Cpu> = levels().map(cpu).collect();
+    let check_loss = |what: &str, ours: f64, truth: f64, tolerance: f64| {
+        let gap = (ours - truth).abs();
+        assert!(gap < tolerance * truth, "{what}: loss {ours}, not {truth}");
+    };
     for step in 0..2 {
-        // Both start alike: networks this small amplify a last bit to 1e-1 within two steps.
-        ours.load(&truth.state()).unwrap();
-        let (a, b) = (
-            ours.train_step(&data.batch(), hyper),
-            truth.train_step(&data.batch(), hyper),
-        );
-        let (a, b) = (a.unwrap(), b.unwrap());
-        assert_eq!(
-            (a.images, a.top1, a.top5),
-            (b.images, b.top1, b.top5),
-            "seed {seed}, step {step}"
-        );
-        assert!(
-            (a.loss() - b.loss()).abs() < 1e-4 * b.loss(),
-            "seed {seed}: {} against {}",
-            a.loss(),
-            b.loss()
-        );
-        // Measured: 1e-5 at most (f32 against f64 through six normalisations); a wrong term shows as 1e-2 or more.
-        let (error, name) = worst(&ours.state(), &truth.state());
-        assert!(
-            error < 1e-4,
-            "seed {seed}, step {step}: {name} is off by {error}"
-        );
+        let before = oracle.state();
+        let b = oracle.train_step(&data.batch(), hyper).unwrap();
+        let truth = oracle.state();
+        for cpu in &mut all {
+            let what = format!("seed {seed}, step {step}, {}", cpu.describe());
+            // All start alike: networks this small amplify a last bit to 1e-1 within two steps.
+            cpu.load(&before).unwrap();
+            let a = cpu.train_step(&data.batch(), hyper).unwrap();
+            assert_eq!(a.images, b.images, "{what}");
+            if tolerance.has_hits {
+                assert_eq!((a.top1, a.top5), (b.top1, b.top5), "{what}");
+            }
+            check_loss(&what, a.loss(), b.loss(), tolerance.loss[0]);
+            let (error, name) = worst(&cpu.state(), &truth);
+            assert!(error < tolerance.worst, "{what}: {name} is off by {error}");
+            let error = middle(&cpu.state(), &truth);
+            assert!(
+                error < tolerance.middle,
+                "{what}: gradients are off by {error}"
+            );
+        }
     }
-    let (a, b) = (
-        ours.eval_step(&data.batch()).unwrap(),
-        truth.eval_step(&data.batch()).unwrap(),
-    );
-    assert!(
-        (a.loss() - b.loss()).abs() < 1e-3 * b.loss(),
-        "seed {seed}: {} against {}",
-        a.loss(),
-        b.loss()
-    );
+    let truth = oracle.state();
+    let b = oracle.eval_step(&data.batch()).unwrap();
+    for cpu in &mut all {
+        cpu.load(&truth).unwrap();
+        let a = cpu.eval_step(&data.batch()).unwrap();
+        let what = format!("seed {seed}, evaluation, {}", cpu.describe());
+        check_loss(&what, a.loss(), b.loss(), tolerance.loss[1]);
+    }
+}
+
+fn bf16(micro_batch: usize, threads: usize) -> Options {
+    Options {
+        precision: Precision::Bf16,
+        ..Options::new(micro_batch, threads)
+    }
 }
 
 #[test]
@@ -237,6 +304,19 @@ fn cpu_equals_oracle_on_random_networks() {
     for seed in 0..24 {
         check_against_oracle(seed, 4, 4, 4);
     }
+}
+
+#[test]
+fn cpu_bf16_is_near_the_oracle_on_random_networks() {
+    for seed in 0..8 {
+        let graph = random_graph(&mut Random::new(seed), 4);
+        check_graph(seed, &graph, 4, &hyper(), &bf16(4, 2));
+    }
+    for seed in 300..312 {
+        let graph = random_graph(&mut Random::new(seed), 18);
+        check_graph(seed, &graph, 8, &hyper(), &bf16(8, 2));
+    }
+    check_graph(7, &wide_graph(), 3, &hyper(), &bf16(2, 2));
 }
 
 /// Wide layers are cut into columns too; the plain momentum and decay of everything.
@@ -249,7 +329,13 @@ fn cpu_equals_oracle_on_a_wide_network() {
         label_smoothing: 0.0,
         ..hyper()
     };
-    check_graph(7, wide_graph(), 3, 2, &hyper);
+    for winograd in [false, true] {
+        let options = Options {
+            winograd,
+            ..Options::new(2, 2)
+        };
+        check_graph(7, &wide_graph(), 3, &hyper, &options);
+    }
 }
 
 #[test]
@@ -278,8 +364,9 @@ fn one_nan_in_the_weights_reaches_the_loss() {
     let mut state = initial_state(&graph, 4);
     state.get_mut("one.a.conv.weight").unwrap().values[0] = f32::NAN;
     let mut cpu = Cpu::new(&graph, &Options::new(4, 1), &state).unwrap();
+    let mut half = Cpu::new(&graph, &bf16(4, 1), &state).unwrap();
     let mut oracle = Oracle::new(&graph, 4, &state).unwrap();
-    for engine in [&mut cpu as &mut dyn Engine, &mut oracle] {
+    for engine in [&mut cpu as &mut dyn Engine, &mut half, &mut oracle] {
         let evaluated = engine.eval_step(&data.batch()).unwrap().loss();
         let trained = engine.train_step(&data.batch(), &hyper()).unwrap().loss();
         assert!(
@@ -306,11 +393,11 @@ fn cpu_equals_oracle_on_micro_batches_and_a_partial_one() {
 }
 
 /// State after three steps.
-fn trained(threads: usize) -> State {
+fn trained(options: &Options) -> State {
     let r = &mut Random::new(5);
     let graph = wide_graph();
     let data = Data::new(r, &graph, 10);
-    let mut cpu = Cpu::new(&graph, &Options::new(4, threads), &initial_state(&graph, 5)).unwrap();
+    let mut cpu = Cpu::new(&graph, options, &initial_state(&graph, 5)).unwrap();
     for _ in 0..3 {
         cpu.train_step(&data.batch(), &hyper()).unwrap();
     }
@@ -333,9 +420,12 @@ fn wide_graph() -> Graph {
 
 #[test]
 fn bits_do_not_depend_on_the_number_of_threads() {
-    let one = trained(1);
-    for threads in [2, 3] {
-        assert!(trained(threads) == one, "{threads} threads give other bits");
+    for of in [Options::new, bf16] {
+        let one = trained(&of(4, 1));
+        for threads in [2, 3] {
+            let options = of(4, threads);
+            assert!(trained(&options) == one, "{options:?} gives other bits");
+        }
     }
 }
 
@@ -344,13 +434,15 @@ fn a_state_goes_round_without_loss() {
     let r = &mut Random::new(9);
     let graph = random_graph(r, 4);
     let data = Data::new(r, &graph, 4);
-    let mut one = Cpu::new(&graph, &Options::new(4, 1), &initial_state(&graph, 9)).unwrap();
-    one.train_step(&data.batch(), &hyper()).unwrap();
-    let mut two = Cpu::new(&graph, &Options::new(4, 1), &one.state()).unwrap();
-    assert!(one.state() == two.state());
-    one.train_step(&data.batch(), &hyper()).unwrap();
-    two.train_step(&data.batch(), &hyper()).unwrap();
-    assert!(one.state() == two.state());
+    for options in [Options::new(4, 1), bf16(4, 1)] {
+        let mut one = Cpu::new(&graph, &options, &initial_state(&graph, 9)).unwrap();
+        one.train_step(&data.batch(), &hyper()).unwrap();
+        let mut two = Cpu::new(&graph, &options, &one.state()).unwrap();
+        assert!(one.state() == two.state(), "{options:?}");
+        one.train_step(&data.batch(), &hyper()).unwrap();
+        two.train_step(&data.batch(), &hyper()).unwrap();
+        assert!(one.state() == two.state(), "{options:?}");
+    }
 }
 
 #[test]
