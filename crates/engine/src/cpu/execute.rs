@@ -378,6 +378,8 @@ impl Cpu {
                     _ => None,
                 };
                 let weights = Weights {
+                    geometry,
+                    backward: false,
                     masters: weight,
                     packed: weights,
                     shared,
@@ -532,6 +534,8 @@ impl Cpu {
                 // SAFETY: see above.
                 let (source, epilogue) = unsafe { (buffers.source(d), buffers.epilogue(close)) };
                 let weights = Weights {
+                    geometry,
+                    backward: true,
                     masters: weight,
                     packed: Some(weights),
                     shared,
@@ -594,16 +598,13 @@ fn pack_forward(
             direct::pack_forward(pool, plan, masters, buffers.get(weights));
         }
         Product::Winograd(plan) => {
-            let panels = Panels::of(geometry, 2 * caps.level.lanes());
-            wino::transform(
-                pool,
-                caps.level,
-                plan,
-                &panels,
-                masters,
-                buffers.get(weights),
-                false,
-            );
+            let weights = wino::Weights {
+                panels: Panels::of(geometry, 2 * caps.level.lanes()),
+                w: masters,
+                u: buffers.get(weights),
+                backward: false,
+            };
+            wino::transform(pool, caps.level, plan, weights);
         }
     }
 }
@@ -626,16 +627,13 @@ fn pack_backward(
             direct::pack_backward::<f32>(pool, plan, geometry, masters, buffers.get(weights));
         }
         Product::Winograd(plan) => {
-            let panels = Panels::of(geometry, 2 * caps.level.lanes());
-            wino::transform(
-                pool,
-                caps.level,
-                plan,
-                &panels,
-                masters,
-                buffers.get(weights),
-                true,
-            );
+            let weights = wino::Weights {
+                panels: Panels::of(geometry, 2 * caps.level.lanes()),
+                w: masters,
+                u: buffers.get(weights),
+                backward: true,
+            };
+            wino::transform(pool, caps.level, plan, weights);
         }
     }
 }
@@ -643,6 +641,9 @@ fn pack_backward(
 /// What a product reads besides its source.
 #[derive(Clone, Copy)]
 struct Weights {
+    geometry: Geometry,
+    /// For the gradient of the input.
+    backward: bool,
     masters: ParamId,
     /// In the order in which the product reads them, if that is another.
     packed: Option<BufferId>,
@@ -678,10 +679,31 @@ impl Buffers<'_> {
                 );
             }
             (Product::Winograd(plan), packed) => {
-                let u = self.get(packed.expect("transformed weights have a buffer"));
+                let masters = self.layout.slot(self.params, weights.masters);
+                let (w, u) = match packed {
+                    Some(packed) if plan.weights_len() > 0 => (masters, self.get(packed)),
+                    // Tasks transform what they need: masters, or those with the normalisation folded in.
+                    Some(folded) if !weights.backward => (self.get(folded), masters.part(0..0)),
+                    _ => (masters, masters.part(0..0)),
+                };
+                let transformed = wino::Weights {
+                    panels: Panels::of(&weights.geometry, 2 * caps.level.lanes()),
+                    w,
+                    u,
+                    backward: weights.backward,
+                };
                 let (level, shared) = (caps.level, self.get(weights.shared));
                 wino::convolve(
-                    pool, level, scratch, shared, plan, source, u, out, epilogue, partials,
+                    pool,
+                    level,
+                    scratch,
+                    shared,
+                    plan,
+                    source,
+                    transformed,
+                    out,
+                    epilogue,
+                    partials,
                 );
             }
         }

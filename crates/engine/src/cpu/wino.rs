@@ -40,10 +40,12 @@
 //! the error by 2 %.
 //!
 //! # How tasks are cut
-//! Where there are many tiles, a task transforms a block of them into its worker's memory and goes through all
-//! outputs. Where there are few, tasks would be too few too, and each would read all of U for little work: the tiles
-//! are transformed into shared memory first, and tasks are blocks of tiles times groups of output panels. The cut
-//! depends on the shape only, so no bit depends on the number of threads.
+//! Where there are many tiles and few channels, a task transforms a block of tiles into its worker's memory, where V
+//! stays in the second cache, and goes through all outputs with U of [`transform`]. Where there are many channels, or
+//! few tiles, the tiles of a block are transformed into shared memory first, and tasks are panels of outputs. U of
+//! many channels would not even stay in the last cache (512 x 512: 38 MB), and to write and read it takes as long as
+//! the products; so tasks make it themselves, for a panel and a chunk of inputs at a time, from masters that have a
+//! quarter of the size. The cut depends on the shape only, so no bit depends on the number of threads.
 //!
 //! # Contract
 //! The jobs of this module take pointers into spans whose lengths the three functions have checked against the plan;
@@ -58,9 +60,9 @@
 use std::ops::Range;
 
 use super::fuse::{Epilogue, Finish, Out, Partials, Read, SUMS, Source, finish_as, read_as};
-use super::memory::{Scratch, Span};
+use super::memory::{ALIGNMENT, Scratch, Span};
 use super::pool::Pool;
-use super::simd::{Element, Isa, Job, Level};
+use super::simd::{Element, Isa, Job, Level, prefetch};
 use super::weights::{CHUNK, Panels};
 
 /// Results of a tile in each direction.
@@ -205,10 +207,10 @@ pub(crate) struct Plan {
     tiles: usize,
     /// The most tiles of a task.
     block: usize,
-    /// Output panels of a task.
-    group: usize,
-    /// Output panels whose products a task holds at once.
-    held: usize,
+    /// Whether tasks are output panels of a block after the block's tiles are transformed; otherwise they are blocks.
+    shared: bool,
+    /// Whether tasks transform the weights that they need; otherwise [`transform`] does.
+    fresh: bool,
     weight: WeightCut,
 }
 
@@ -239,31 +241,20 @@ impl Plan {
         let nr = 2 * lanes;
         let (down, across) = (h.div_ceil(RESULTS), w.div_ceil(RESULTS));
         let tiles = batch * down * across;
-        let panels = outputs.div_ceil(nr);
-        let (mut block, mut group, mut held) = (28, panels, 1);
-        if inputs <= 64 {
-            held = 2;
+        // Transformed weights are worth keeping only if they stay in a cache.
+        let fresh = PRODUCTS * inputs * outputs * size_of::<f32>() > 4 << 20;
+        // V of a block takes a quarter of a second cache of 1 MiB, beside M and what is streamed.
+        let mut block = (1792 / inputs).clamp(14, 56);
+        let shared = fresh || tiles < 8 * block;
+        if shared {
+            block = 128;
         }
-        if inputs >= 256 || tiles < 8 * block {
-            block = 64;
-            held = 2;
-            let blocks = tiles.div_ceil(block).max(1);
-            group = (panels * blocks).div_ceil(8).clamp(1, panels);
-        }
-        let weight = if inputs.max(outputs) >= 256 {
-            WeightCut {
-                block: 256,
-                rows: CHUNK,
-                panels: CHUNK / nr,
-                whole: true,
-            }
-        } else {
-            WeightCut {
-                block: 448,
-                rows: CHUNK,
-                panels: 128 / nr,
-                whole: false,
-            }
+        let weight = WeightCut {
+            // V and D of a block stay in the second cache, or else it is large enough that dU is not what counts.
+            block: if inputs + outputs <= 128 { 28 } else { 64 },
+            rows: CHUNK,
+            panels: if fresh { CHUNK } else { 128 } / nr,
+            whole: fresh,
         };
         Self {
             h,
@@ -276,8 +267,8 @@ impl Plan {
             across,
             tiles,
             block,
-            group,
-            held,
+            shared,
+            fresh,
             weight,
         }
     }
@@ -296,19 +287,22 @@ impl Plan {
         self.panels() * self.nr
     }
 
-    /// f32 of U: `[outputs / nr][36][inputs][nr]`.
+    /// f32 of U: `[outputs / nr][36][inputs][nr]`; none if tasks make it.
     pub(crate) fn weights_len(&self) -> usize {
-        self.columns() * PRODUCTS * self.inputs
+        if self.fresh {
+            0
+        } else {
+            self.columns() * PRODUCTS * self.inputs
+        }
     }
 
-    /// Tasks of a block of tiles.
-    fn groups(&self) -> usize {
-        self.panels().div_ceil(self.group)
-    }
-
-    /// Whether tiles are transformed by tasks of their own, for several groups.
-    fn is_shared(&self) -> bool {
-        self.groups() > 1
+    /// From a product to the next in U.
+    fn u_pitch(&self) -> usize {
+        if self.fresh {
+            self.inputs.min(CHUNK) * self.nr + PAD
+        } else {
+            self.inputs * self.nr
+        }
     }
 
     fn tile_range(&self, block: usize) -> Range<usize> {
@@ -319,49 +313,32 @@ impl Plan {
     fn packed(&self, tiles: usize, channels: usize, width: usize) -> Packed {
         let panel = tiles * width;
         let pitch = channels.div_ceil(width) * panel + PAD;
-        Packed {
-            width,
-            panel,
-            pitch,
-        }
+        Packed { panel, pitch }
     }
 
     fn v(&self) -> Packed {
         self.packed(self.block.min(self.tiles), self.inputs, self.lanes)
     }
 
-    /// Between products of one panel: `[held][36][tiles][nr]`.
-    fn m_pitch(&self) -> usize {
-        self.block.min(self.tiles) * self.nr + PAD
+    /// M of one panel: `[36][tiles][nr]`.
+    fn m(&self) -> Packed {
+        self.packed(self.block.min(self.tiles), self.nr, self.nr)
     }
 
     /// f32 of each worker's memory for [`convolve`].
     pub(crate) fn worker_len(&self) -> usize {
-        let m = self.held.min(self.group) * PRODUCTS * self.m_pitch();
-        let v = if self.is_shared() { 0 } else { self.v().len() };
-        v + m
+        let v = if self.shared { 0 } else { self.v().len() };
+        let u = if self.fresh {
+            PRODUCTS * self.u_pitch()
+        } else {
+            0
+        };
+        v + self.m().len() + u
     }
 
     /// f32 of shared memory for [`convolve`].
     pub(crate) fn shared_len(&self) -> usize {
-        if self.is_shared() {
-            self.tasks() * self.v().len()
-        } else {
-            0
-        }
-    }
-
-    /// The weights that U is made of, or whose gradient is computed.
-    fn check(&self, panels: &Panels, backward: bool) {
-        let (inputs, outputs) = if backward {
-            (panels.outputs, panels.inputs)
-        } else {
-            (panels.inputs, panels.outputs)
-        };
-        assert!(
-            (inputs, outputs, 9, self.nr) == (self.inputs, self.outputs, panels.taps, panels.nr),
-            "the plan is one for these weights"
-        );
+        if self.shared { self.v().len() } else { 0 }
     }
 
     /// The tile of index `tile` in the batch.
@@ -401,8 +378,9 @@ struct Tile {
 /// How transformed tiles lie: `[36][channels / width][tiles][width]`.
 #[derive(Clone, Copy)]
 struct Packed {
-    width: usize,
+    /// From a panel to the next.
     panel: usize,
+    /// From a product to the next.
     pitch: usize,
 }
 
@@ -494,13 +472,14 @@ impl<R: Read, const GRADIENT: bool> Job for Pack<'_, R, GRADIENT> {
             let window = Window::new(self.plan, tile, self.channels, size, before);
             let inside = window.is_inside(size);
             // A panel's vectors beyond the channels are zero.
-            let end = self.channels.next_multiple_of(self.packed.width);
+            let width = if GRADIENT { I::NR } else { I::LANES };
+            let end = self.channels.next_multiple_of(width);
             for c in (0..end).step_by(I::LANES) {
                 let n = self.channels.saturating_sub(c).min(I::LANES);
-                let at = c / self.packed.width * self.packed.panel + c % self.packed.width;
+                let at = c / width * self.packed.panel + c % width;
                 // SAFETY: the contract; the window's pixels are in the tensor.
                 unsafe {
-                    let to = self.to.add(at + index * self.packed.width);
+                    let to = self.to.add(at + index * width);
                     if n < I::LANES {
                         self.vector::<I, false, false>(&window, c, n, to);
                     } else if inside {
@@ -565,43 +544,56 @@ impl<R: Read, const GRADIENT: bool> Pack<'_, R, GRADIENT> {
     }
 }
 
-/// The 36 products of some tiles with some panels of U.
+/// The 36 products of some tiles with a panel of U, or with a chunk of its inputs.
 struct Products<'a> {
     plan: &'a Plan,
     v: *const f32,
     tiles: usize,
-    /// The first panel.
     u: *const f32,
-    panels: usize,
+    depth: usize,
     m: *mut f32,
+    accumulate: bool,
 }
 
 impl Job for Products<'_> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let (packed, pitch) = (self.plan.v(), self.plan.m_pitch());
-        let slab = self.plan.inputs * I::NR;
+        let (v, m, u_pitch) = (self.plan.v(), self.plan.m(), self.plan.u_pitch());
+        // As few groups of tiles as there can be, all about equal; a division takes as long as a tenth of a group.
+        let groups = self.tiles.div_ceil(I::MR);
+        let (least, larger) = (self.tiles / groups, self.tiles % groups);
         for product in 0..PRODUCTS {
-            for panel in 0..self.panels {
-                for i in 0..self.tiles.div_ceil(I::MR) {
-                    let tiles = part(self.tiles, I::MR, i);
-                    // SAFETY: the contract.
-                    unsafe {
-                        let at = panel * PRODUCTS + product;
-                        product_of::<I>(
-                            tiles.len(),
-                            Operands {
-                                v: self
-                                    .v
-                                    .add(product * packed.pitch + tiles.start * packed.width),
-                                panel: packed.panel,
-                                u: self.u.add(at * slab),
-                                depth: self.plan.inputs,
-                                m: self.m.add(at * pitch + tiles.start * I::NR),
-                            },
-                        );
-                    }
+            let mut first = 0;
+            for i in 0..groups {
+                let tiles = least + usize::from(i < larger);
+                // While one product is computed, what the next one reads from far away is on its way: V that tasks
+                // share, U that they do not make.
+                let (ahead, step) = if self.plan.fresh || i > 0 {
+                    let done = i * self.depth * I::LANES;
+                    (
+                        self.v.wrapping_add((product + 1) * v.pitch + done),
+                        I::LANES,
+                    )
+                } else {
+                    (self.u.wrapping_add((product + 1) * u_pitch), I::NR)
+                };
+                // SAFETY: the contract.
+                unsafe {
+                    product_of::<I>(
+                        tiles,
+                        Operands {
+                            v: self.v.add(product * v.pitch + first * I::LANES),
+                            panel: v.panel,
+                            u: self.u.add(product * u_pitch),
+                            depth: self.depth,
+                            m: self.m.add(product * m.pitch + first * I::NR),
+                            accumulate: self.accumulate,
+                            ahead,
+                            step,
+                        },
+                    );
                 }
+                first += tiles;
             }
         }
     }
@@ -614,9 +606,13 @@ struct Operands {
     u: *const f32,
     depth: usize,
     m: *mut f32,
+    accumulate: bool,
+    /// What to ask the caches for: two vectors, and so on `step` further for each of the inputs.
+    ahead: *const f32,
+    step: usize,
 }
 
-/// m = v u for `TILES` tiles and a panel: `TILES` x 2 vectors of sums in registers.
+/// m (+)= v u for `TILES` tiles and a panel: `TILES` x 2 vectors of sums in registers.
 struct Product<const TILES: usize>(Operands);
 
 impl<const TILES: usize> Job for Product<TILES> {
@@ -628,6 +624,9 @@ impl<const TILES: usize> Job for Product<TILES> {
             mut u,
             depth,
             m,
+            accumulate,
+            mut ahead,
+            step,
         } = self.0;
         // SAFETY: the contract.
         unsafe {
@@ -642,14 +641,25 @@ impl<const TILES: usize> Job for Product<TILES> {
                         sums[0] = I::fma(v, u0, sums[0]);
                         sums[1] = I::fma(v, u1, sums[1]);
                     }
+                    prefetch(ahead.cast());
+                    if I::LANES == 16 {
+                        prefetch(ahead.wrapping_add(I::LANES).cast());
+                    }
+                    ahead = ahead.wrapping_add(step);
                     u = u.add(I::NR);
                 }
                 v = v.add(panel);
                 left -= n;
             }
             for (i, sums) in sums.iter().enumerate() {
-                I::store(m.add(i * I::NR), sums[0]);
-                I::store(m.add(i * I::NR + I::LANES), sums[1]);
+                for (half, sum) in sums.iter().enumerate() {
+                    let to = m.add(i * I::NR + half * I::LANES);
+                    let mut sum = *sum;
+                    if accumulate {
+                        sum = I::add(I::load(to), sum);
+                    }
+                    I::store(to, sum);
+                }
             }
         }
     }
@@ -676,7 +686,7 @@ struct Emit<'a, T: Element, F> {
     finish: F,
     out: Out<'a, T>,
     tiles: Range<usize>,
-    panels: Range<usize>,
+    panel: usize,
     m: *const f32,
     /// The record of the tiles' block.
     record: Option<(Partials<'a>, Span<'a, f32>)>,
@@ -685,33 +695,29 @@ struct Emit<'a, T: Element, F> {
 impl<T: Element, F: Finish> Job for Emit<'_, T, F> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let pitch = self.plan.m_pitch();
-        for panel in self.panels.clone() {
-            let c = panel * I::NR;
-            let left = self.plan.outputs - c;
+        let c = self.panel * I::NR;
+        let left = self.plan.outputs - c;
+        // SAFETY: the contract.
+        let mut sums = unsafe { [[I::zero(); SUMS]; 2] };
+        let mut count = 0;
+        let mut tile = self.plan.tile(self.tiles.start);
+        for t in 0..self.tiles.len() {
+            let window = Window::new(self.plan, tile, self.plan.outputs, RESULTS, 0);
             // SAFETY: the contract.
-            let mut sums = unsafe { [[I::zero(); SUMS]; 2] };
-            let mut count = 0;
-            let mut tile = self.plan.tile(self.tiles.start);
-            for t in 0..self.tiles.len() {
-                let window = Window::new(self.plan, tile, self.plan.outputs, RESULTS, 0);
-                // SAFETY: the contract.
-                unsafe {
-                    let from = (panel - self.panels.start) * PRODUCTS * pitch + t * I::NR;
-                    let m = self.m.add(from);
-                    if left >= I::NR {
-                        self.tile::<I, true>(m, &window, c, t == 0, &mut sums);
-                    } else {
-                        self.tile::<I, false>(m, &window, c, t == 0, &mut sums);
-                    }
+            unsafe {
+                let m = self.m.add(t * I::NR);
+                if left >= I::NR {
+                    self.tile::<I, true>(m, &window, c, t == 0, &mut sums);
+                } else {
+                    self.tile::<I, false>(m, &window, c, t == 0, &mut sums);
                 }
-                count += window.rows.end * window.cols.end;
-                tile = self.plan.next(tile);
             }
-            if let Some((partials, record)) = self.record {
-                // SAFETY: the contract; this task alone writes these columns.
-                unsafe { self.close::<I>(&partials, record, c, &sums, count) }
-            }
+            count += window.rows.end * window.cols.end;
+            tile = self.plan.next(tile);
+        }
+        if let Some((partials, record)) = self.record {
+            // SAFETY: the contract; this task alone writes these columns.
+            unsafe { self.close::<I>(&partials, record, c, &sums, count) }
         }
     }
 }
@@ -727,7 +733,7 @@ impl<T: Element, F: Finish> Emit<'_, T, F> {
         first: bool,
         sums: &mut [[I::V; SUMS]; 2],
     ) {
-        let pitch = self.plan.m_pitch();
+        let pitch = self.plan.m().pitch;
         let left = self.plan.outputs - c;
         // SAFETY: the contract.
         unsafe {
@@ -811,11 +817,42 @@ impl<T: Element, F: Finish> Emit<'_, T, F> {
     }
 }
 
-/// A block of tiles times a group of panels.
+/// Weights of a layer for a plan.
+#[derive(Clone, Copy)]
+pub(crate) struct Weights<'a> {
+    /// The masters, and how they lie.
+    pub(crate) panels: Panels,
+    pub(crate) w: Span<'a, f32>,
+    /// U of [`transform`], where the plan has it.
+    pub(crate) u: Span<'a, f32>,
+    /// For the gradient of the input: taps are turned round, and the plan's inputs are the layer's outputs.
+    pub(crate) backward: bool,
+}
+
+impl Weights<'_> {
+    fn check(&self, plan: &Plan) {
+        let panels = &self.panels;
+        let (inputs, outputs) = if self.backward {
+            (panels.outputs, panels.inputs)
+        } else {
+            (panels.inputs, panels.outputs)
+        };
+        assert!(
+            (inputs, outputs, 9, plan.nr) == (plan.inputs, plan.outputs, panels.taps, panels.nr),
+            "the plan is one for these weights"
+        );
+        assert!(
+            self.w.len() >= panels.len() && self.u.len() >= plan.weights_len(),
+            "all weights are there"
+        );
+    }
+}
+
+/// Some panels of outputs for a block of tiles.
 struct Task<'a, T: Element> {
     plan: &'a Plan,
     source: Source<'a, T>,
-    u: *const f32,
+    weights: Weights<'a>,
     out: Out<'a, T>,
     epilogue: Epilogue<'a, T>,
     record: Option<(Partials<'a>, Span<'a, f32>)>,
@@ -823,42 +860,69 @@ struct Task<'a, T: Element> {
     panels: Range<usize>,
     v: *mut f32,
     m: *mut f32,
+    /// Where the weights go that it transforms.
+    u: *mut f32,
 }
 
 impl<T: Element> Job for Task<'_, T> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         let Self { plan, out, m, .. } = self;
+        let inputs = plan.inputs;
         // SAFETY: the contract.
         unsafe {
-            if !plan.is_shared() {
+            if !plan.shared {
                 read_as!(self.source, read => I::call(Pack::<_, false> {
                     plan,
                     read,
-                    channels: plan.inputs,
+                    channels: inputs,
                     tiles: self.tiles.clone(),
                     to: self.v,
                     index: 0,
                     packed: plan.v(),
                 }));
             }
-            let mut panels = self.panels.start..self.panels.start;
-            while panels.end < self.panels.end {
-                panels = panels.end..(panels.end + plan.held).min(self.panels.end);
-                I::call(Products {
+            for panel in self.panels.clone() {
+                let products = Products {
                     plan,
                     v: self.v,
                     tiles: self.tiles.len(),
-                    u: self.u.add(panels.start * PRODUCTS * plan.inputs * I::NR),
-                    panels: panels.len(),
+                    u: self.weights.u.ptr(),
+                    depth: inputs,
                     m,
-                });
+                    accumulate: false,
+                };
+                if plan.fresh {
+                    for first in (0..inputs).step_by(CHUNK) {
+                        let depth = (inputs - first).min(CHUNK);
+                        I::call(Transform {
+                            weights: &self.weights,
+                            panel,
+                            first,
+                            depth,
+                            to: self.u,
+                            pitch: plan.u_pitch(),
+                        });
+                        I::call(Products {
+                            v: self.v.add(first / I::LANES * plan.v().panel),
+                            u: self.u,
+                            depth,
+                            accumulate: first > 0,
+                            ..products
+                        });
+                    }
+                } else {
+                    I::call(Products {
+                        u: products.u.add(panel * PRODUCTS * plan.u_pitch()),
+                        ..products
+                    });
+                }
                 finish_as!(self.epilogue, finish => I::call(Emit {
                     plan,
                     finish,
                     out,
                     tiles: self.tiles.clone(),
-                    panels: panels.clone(),
+                    panel,
                     m,
                     record: self.record,
                 }));
@@ -870,7 +934,9 @@ impl<T: Element> Job for Task<'_, T> {
 /// Tiles that are transformed by one task where tasks do only that.
 const PIECE: usize = 8;
 
-/// y = x * w with U of [`transform`].
+/// y = x * w, or the gradient of the input.
+///
+/// If `partials`, the block of tiles `i` leaves its sums in record `i` of [`Plan::tasks`].
 pub(crate) fn convolve<T: Element>(
     pool: &mut Pool,
     level: Level,
@@ -878,19 +944,18 @@ pub(crate) fn convolve<T: Element>(
     shared: Span<'_, f32>,
     plan: &Plan,
     source: Source<'_, T>,
-    u: Span<'_, f32>,
+    weights: Weights<'_>,
     out: Out<'_, T>,
     epilogue: Epilogue<'_, T>,
     partials: Option<Partials<'_>>,
 ) {
     let pixels = plan.tiles / (plan.down * plan.across).max(1) * plan.h * plan.w;
+    weights.check(plan);
     assert!(
-        source.len() >= pixels * plan.inputs && out.y.len() >= pixels * plan.outputs,
+        source.len() >= pixels * plan.inputs
+            && out.y.len() >= pixels * plan.outputs
+            && out.channels == plan.outputs,
         "the tensors have all pixels"
-    );
-    assert!(
-        u.len() >= plan.weights_len() && out.channels == plan.outputs,
-        "the plan is one for these weights"
     );
     assert!(
         scratch.per_worker >= plan.worker_len() && shared.len() >= plan.shared_len(),
@@ -907,86 +972,130 @@ pub(crate) fn convolve<T: Element>(
         stream: out.stream && plan.outputs.is_multiple_of(plan.lanes),
         ..out
     };
-    let packed = plan.v();
-    if plan.is_shared() {
-        let pieces = plan.block.min(plan.tiles).div_ceil(PIECE);
-        pool.run(plan.tasks() * pieces, |_, task| {
-            let (block, piece) = (task / pieces, task % pieces);
-            let tiles = plan.tile_range(block);
-            let index = piece * PIECE;
-            let to = shared.part(block * packed.len()..(block + 1) * packed.len());
-            let first = (tiles.start + index).min(tiles.end);
-            // SAFETY: the contract; a piece has its own tiles.
-            unsafe {
-                read_as!(source, read => level.call(Pack::<_, false> {
-                    plan,
-                    read,
-                    channels: plan.inputs,
-                    tiles: first..(first + PIECE).min(tiles.end),
-                    to: to.ptr(),
-                    index,
-                    packed,
-                }));
-            }
-        });
-    }
-    let groups = plan.groups();
-    pool.run(plan.tasks() * groups, |worker, task| {
-        let (block, group) = (task / groups, task % groups);
+    let run = |worker: usize, block: usize, panels: Range<usize>| {
         let mine = scratch.of(worker);
-        let (v, m) = if plan.is_shared() {
-            let v = shared.part(block * packed.len()..(block + 1) * packed.len());
-            (v, mine)
+        let (v, rest) = if plan.shared {
+            (shared, mine)
         } else {
-            (
-                mine.part(0..packed.len()),
-                mine.part(packed.len()..mine.len()),
-            )
+            let len = plan.v().len();
+            (mine.part(0..len), mine.part(len..mine.len()))
         };
-        // SAFETY: the contract; blocks have their own pixels and groups their own channels.
+        // SAFETY: the contract; blocks have their own pixels and panels their own channels.
         unsafe {
             level.call(Task {
                 plan,
                 source,
-                u: u.ptr(),
+                weights,
                 out,
                 epilogue,
                 record: partials.map(|p| (p, p.record(block))),
                 tiles: plan.tile_range(block),
-                panels: part(plan.panels(), plan.group, group),
+                panels,
                 v: v.ptr(),
-                m: m.ptr(),
+                m: rest.ptr(),
+                u: rest.part(plan.m().len()..rest.len()).ptr(),
             });
         }
-    });
+    };
+    if !plan.shared {
+        pool.run(plan.tasks(), |worker, block| {
+            run(worker, block, 0..plan.panels())
+        });
+        return;
+    }
+    for block in 0..plan.tasks() {
+        let tiles = plan.tile_range(block);
+        pack(
+            pool,
+            level,
+            plan,
+            tiles,
+            &[(source, plan.v(), shared, false)],
+        );
+        pool.run(plan.panels(), |worker, panel| {
+            run(worker, block, panel..panel + 1)
+        });
+    }
 }
 
-/// U of some rows of one panel of weights.
+/// U of some inputs of one panel of outputs.
 struct Transform<'a> {
-    panels: &'a Panels,
-    w: *const f32,
-    u: *mut f32,
+    weights: &'a Weights<'a>,
     panel: usize,
-    chunk: usize,
+    first: usize,
+    depth: usize,
+    to: *mut f32,
+    /// From a product to the next.
+    pitch: usize,
 }
 
 impl Job for Transform<'_> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let panels = self.panels;
-        let first = self.chunk * CHUNK;
-        for k in 0..(panels.inputs - first).min(CHUNK) {
+        // SAFETY: the contract.
+        unsafe {
+            if self.weights.backward {
+                for from in (0..self.depth).step_by(I::NR) {
+                    self.turned::<I>(from);
+                }
+            } else {
+                self.straight::<I>();
+            }
+        }
+    }
+}
+
+impl Transform<'_> {
+    /// Outputs are in the lanes of the masters.
+    #[inline(always)]
+    unsafe fn straight<I: Isa>(&self) {
+        let panels = &self.weights.panels;
+        let (panel, chunk) = (self.panel * panels.panel_len(), self.first / CHUNK);
+        for k in 0..self.depth {
             for v in 0..2 {
                 // SAFETY: the contract.
                 unsafe {
                     let mut taps = [I::zero(); 9];
                     for (tap, value) in taps.iter_mut().enumerate() {
-                        let at = self.panel * panels.panel_len() + panels.rows(self.chunk, tap);
-                        *value = I::load(self.w.add(at + k * I::NR + v * I::LANES));
+                        let at = panel + panels.rows(chunk, tap) + k * I::NR;
+                        *value = I::load(self.weights.w.ptr().add(at + v * I::LANES));
                     }
-                    let row = self.panel * PRODUCTS * panels.inputs + first + k;
-                    let to = self.u.add(row * I::NR + v * I::LANES);
-                    store_weight::<I>(taps, to, panels.inputs * I::NR);
+                    let to = self.to.add(k * I::NR + v * I::LANES);
+                    store_weight::<I>(taps, to, self.pitch);
+                }
+            }
+        }
+    }
+
+    /// The layer's inputs become lanes, so weights are transposed first: a panel of the layer's outputs at a time,
+    /// from `from` on.
+    #[inline(always)]
+    unsafe fn turned<I: Isa>(&self, from: usize) {
+        let panels = &self.weights.panels;
+        let outputs = (self.depth - from).min(I::NR);
+        let panel = (self.first + from) / I::NR * panels.panel_len();
+        for v in 0..2 {
+            let first = self.panel * I::NR + v * I::LANES;
+            let inputs = panels.inputs.saturating_sub(first).min(I::LANES);
+            // SAFETY: the contract. A vector of inputs lies in one chunk, and no panel has more than 32 outputs.
+            unsafe {
+                let mut turned = [[[0.0f32; 16]; 32]; 9];
+                for lane in 0..inputs {
+                    for (tap, turned) in turned.iter_mut().enumerate() {
+                        let rows = panels.rows(first / CHUNK, 8 - tap);
+                        let at = panel + rows + (first % CHUNK + lane) * I::NR;
+                        for (o, turned) in turned.iter_mut().enumerate().take(outputs) {
+                            turned[lane] = *self.weights.w.ptr().add(at + o);
+                        }
+                    }
+                }
+                for o in 0..outputs {
+                    let mut taps = [I::zero(); 9];
+                    for (tap, value) in taps.iter_mut().enumerate() {
+                        *value = I::load(turned[tap][o].as_ptr());
+                    }
+                    let to = self.to.add((from + o) * I::NR + v * I::LANES);
+                    store_weight::<I>(taps, to, self.pitch);
                 }
             }
         }
@@ -1013,90 +1122,71 @@ unsafe fn store_weight<I: Isa>(g: [I::V; 9], to: *mut f32, pitch: usize) {
     }
 }
 
-/// The same for the gradient of the input: U has the layer's inputs in its lanes, so weights are transposed first.
-struct TransformBack<'a> {
-    panels: &'a Panels,
-    w: *const f32,
-    u: *mut f32,
-    /// Panel of the layer's outputs.
-    from: usize,
-    /// Panel of U: of the layer's inputs.
-    to: usize,
-}
-
-impl Job for TransformBack<'_> {
-    #[inline(always)]
-    unsafe fn run<I: Isa>(self) {
-        let panels = self.panels;
-        let outputs = (panels.outputs - self.from * I::NR).min(I::NR);
-        for v in 0..2 {
-            let first = self.to * I::NR + v * I::LANES;
-            let inputs = panels.inputs.saturating_sub(first).min(I::LANES);
-            // SAFETY: the contract. A vector of inputs lies in one chunk, and no panel has more than 32 outputs.
-            unsafe {
-                let mut turned = [[[0.0f32; 16]; 32]; 9];
-                for lane in 0..inputs {
-                    for (tap, turned) in turned.iter_mut().enumerate() {
-                        let at = panels.at(self.from * I::NR, first + lane, 8 - tap);
-                        for (o, turned) in turned.iter_mut().enumerate().take(outputs) {
-                            turned[lane] = *self.w.add(at + o);
-                        }
-                    }
-                }
-                for o in 0..outputs {
-                    let mut taps = [I::zero(); 9];
-                    for (tap, value) in taps.iter_mut().enumerate() {
-                        *value = I::load(turned[tap][o].as_ptr());
-                    }
-                    let row = self.to * PRODUCTS * panels.outputs + self.from * I::NR + o;
-                    let to = self.u.add(row * I::NR + v * I::LANES);
-                    store_weight::<I>(taps, to, panels.outputs * I::NR);
-                }
-            }
-        }
+/// U = G g G^T of the weights, where the plan wants it before [`convolve`].
+pub(crate) fn transform(pool: &mut Pool, level: Level, plan: &Plan, weights: Weights<'_>) {
+    weights.check(plan);
+    if plan.fresh {
+        return;
     }
+    let chunks = plan.inputs.div_ceil(CHUNK);
+    pool.run(plan.panels() * chunks, |_, task| {
+        let (panel, first) = (task / chunks, task % chunks * CHUNK);
+        let pitch = plan.u_pitch();
+        let at = panel * PRODUCTS * pitch + first * plan.nr;
+        // SAFETY: the contract; a task has its own rows of U.
+        unsafe {
+            level.call(Transform {
+                weights: &weights,
+                panel,
+                first,
+                depth: (plan.inputs - first).min(CHUNK),
+                to: weights.u.ptr().add(at),
+                pitch,
+            });
+        }
+    });
 }
 
-/// U = G g G^T of the weights. `backward`: for the gradient of the input; the plan's inputs are the layer's outputs.
-pub(crate) fn transform(
+/// A tensor, how and where its tiles are to lie, and whether it is a gradient of results.
+type Packing<'a, T> = (Source<'a, T>, Packed, Span<'a, f32>, bool);
+
+/// Transforms some tiles of each tensor by tasks that do only that.
+fn pack<T: Element>(
     pool: &mut Pool,
     level: Level,
     plan: &Plan,
-    panels: &Panels,
-    w: Span<'_, f32>,
-    u: Span<'_, f32>,
-    backward: bool,
+    tiles: Range<usize>,
+    tensors: &[Packing<'_, T>],
 ) {
-    plan.check(panels, backward);
-    assert!(
-        w.len() >= panels.len() && u.len() >= plan.weights_len(),
-        "all weights are there"
-    );
-    let parts = if backward {
-        panels.count()
-    } else {
-        panels.inputs.div_ceil(CHUNK)
-    };
-    pool.run(plan.panels() * parts, |_, task| {
-        let (panel, part) = (task / parts, task % parts);
-        // SAFETY: the contract; a task has its own rows of U.
+    let pieces = tiles.len().div_ceil(PIECE);
+    pool.run(tensors.len() * pieces, |_, task| {
+        let (source, packed, to, is_gradient) = tensors[task / pieces];
+        let index = task % pieces * PIECE;
+        let first = tiles.start + index;
+        let tiles = first..(first + PIECE).min(tiles.end);
+        let to = to.part(0..packed.len()).ptr();
+        // SAFETY: the contract; a piece has its own tiles.
         unsafe {
-            if backward {
-                level.call(TransformBack {
-                    panels,
-                    w: w.ptr(),
-                    u: u.ptr(),
-                    from: part,
-                    to: panel,
-                });
+            if is_gradient {
+                read_as!(source, read => level.call(Pack::<_, true> {
+                    plan,
+                    read,
+                    channels: plan.outputs,
+                    tiles,
+                    to,
+                    index,
+                    packed,
+                }));
             } else {
-                level.call(Transform {
-                    panels,
-                    w: w.ptr(),
-                    u: u.ptr(),
-                    panel,
-                    chunk: part,
-                });
+                read_as!(source, read => level.call(Pack::<_, false> {
+                    plan,
+                    read,
+                    channels: plan.inputs,
+                    tiles,
+                    to,
+                    index,
+                    packed,
+                }));
             }
         }
     });
@@ -1136,19 +1226,24 @@ impl Job for Correlate<'_> {
                         let at = (product * self.panels.len() + p) * rows + row;
                         // SAFETY: the contract.
                         unsafe {
-                            let outer = Operands2 {
-                                v: self.v.add(
-                                    product * v.pitch
-                                        + c / I::LANES * v.panel
-                                        + run.start * I::LANES
-                                        + c % I::LANES,
-                                ),
-                                d: self
-                                    .d
-                                    .add(product * d.pitch + panel * d.panel + run.start * I::NR),
+                            let v_at = product * v.pitch + c / I::LANES * v.panel;
+                            let d_at = product * d.pitch + panel * d.panel;
+                            // What the next product reads is on its way, V by one half and D by the other.
+                            let ahead = if p > 0 {
+                                self.v.wrapping_add(v_at)
+                            } else if row % I::LANES == 0 {
+                                self.v.wrapping_add(v_at + v.pitch)
+                            } else {
+                                let done = row / I::LANES * run.len() * LINE;
+                                self.d.wrapping_add(d_at + d.pitch + done)
+                            };
+                            let outer = Pair {
+                                v: self.v.add(v_at + run.start * I::LANES + c % I::LANES),
+                                d: self.d.add(d_at + run.start * I::NR),
                                 tiles: run.len(),
                                 du: self.du.add(at * I::NR),
                                 accumulate: self.accumulate || i > 0,
+                                ahead,
                             };
                             if I::LANES == 16 {
                                 I::call(Outer::<8>(outer));
@@ -1163,22 +1258,31 @@ impl Job for Correlate<'_> {
     }
 }
 
-struct Operands2 {
+struct Pair {
     v: *const f32,
     d: *const f32,
     tiles: usize,
     du: *mut f32,
     accumulate: bool,
+    /// What to ask the caches for, a line for each tile.
+    ahead: *const f32,
 }
 
+/// f32 in a line of the caches.
+const LINE: usize = 16;
+
 /// du (+)= sum over tiles of v d, for `ROWS` inputs, half a vector, and a panel of outputs.
-struct Outer<const ROWS: usize>(Operands2);
+struct Outer<const ROWS: usize>(Pair);
 
 impl<const ROWS: usize> Job for Outer<ROWS> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let Operands2 {
-            mut v, mut d, du, ..
+        let Pair {
+            mut v,
+            mut d,
+            du,
+            mut ahead,
+            ..
         } = self.0;
         // SAFETY: the contract.
         unsafe {
@@ -1190,6 +1294,8 @@ impl<const ROWS: usize> Job for Outer<ROWS> {
                     sums[0] = I::fma(v, d0, sums[0]);
                     sums[1] = I::fma(v, d1, sums[1]);
                 }
+                prefetch(ahead.cast());
+                ahead = ahead.wrapping_add(LINE);
                 v = v.add(I::LANES);
                 d = d.add(I::NR);
             }
@@ -1215,6 +1321,8 @@ struct Restore<'a> {
     du: *const f32,
     dw: *mut f32,
     accumulate: bool,
+    /// Past the caches.
+    stream: bool,
 }
 
 impl Job for Restore<'_> {
@@ -1224,6 +1332,7 @@ impl Job for Restore<'_> {
         let rows = self.inputs.len().next_multiple_of(I::LANES);
         let pitch = self.panels.len() * rows * I::NR;
         for (p, panel) in self.panels.clone().enumerate() {
+            let panel = panel * layout.panel_len();
             for (row, input) in self.inputs.clone().enumerate() {
                 for half in 0..2 {
                     // SAFETY: the contract.
@@ -1231,13 +1340,16 @@ impl Job for Restore<'_> {
                         let from = (p * rows + row) * I::NR + half * I::LANES;
                         let taps = load_weight::<I>(self.du.add(from), pitch);
                         for (tap, value) in taps.iter().enumerate() {
-                            let at = layout.at(panel * I::NR, input, tap) + half * I::LANES;
-                            let to = self.dw.add(at);
-                            let mut value = *value;
+                            let rows = layout.rows(input / CHUNK, tap);
+                            let at = panel + rows + input % CHUNK * I::NR;
+                            let to = self.dw.add(at + half * I::LANES);
                             if self.accumulate {
-                                value = I::add(I::load(to), value);
+                                I::store(to, I::add(I::load(to), *value));
+                            } else if self.stream {
+                                I::stream(to, *value);
+                            } else {
+                                I::store(to, *value);
                             }
-                            I::store(to, value);
                         }
                     }
                 }
@@ -1381,38 +1493,12 @@ pub(crate) fn backward_weight<T: Element>(
         )
     };
     let blocks = plan.weight_blocks();
+    // Large gradients have left the caches before they are used.
+    let stream = plan.fresh && dw.ptr().addr().is_multiple_of(ALIGNMENT);
     for i in 0..blocks {
         let tiles = part(plan.tiles, cut.block, i);
-        let pieces = tiles.len().div_ceil(PIECE);
-        pool.run(2 * pieces, |_, task| {
-            let index = task / 2 * PIECE;
-            let first = tiles.start + index;
-            let tiles = first..(first + PIECE).min(tiles.end);
-            // SAFETY: the contract; a piece has its own tiles.
-            unsafe {
-                if task % 2 == 0 {
-                    read_as!(x, read => level.call(Pack::<_, false> {
-                        plan,
-                        read,
-                        channels: plan.inputs,
-                        tiles,
-                        to: to_x.ptr(),
-                        index,
-                        packed: packed_x,
-                    }));
-                } else {
-                    read_as!(d, read => level.call(Pack::<_, true> {
-                        plan,
-                        read,
-                        channels: plan.outputs,
-                        tiles,
-                        to: to_d.ptr(),
-                        index,
-                        packed: packed_d,
-                    }));
-                }
-            }
-        });
+        let tensors = [(x, packed_x, to_x, false), (d, packed_d, to_d, true)];
+        pack(pool, level, plan, tiles.clone(), &tensors);
         pool.run(down * across * products, |worker, task| {
             let (block, product) = (task / products, task % products);
             let (inputs, panels) = area(block);
@@ -1447,6 +1533,7 @@ pub(crate) fn backward_weight<T: Element>(
                         du: du.ptr(),
                         dw: dw.ptr(),
                         accumulate,
+                        stream,
                     });
                 }
             }
@@ -1464,6 +1551,7 @@ pub(crate) fn backward_weight<T: Element>(
                     du: du.part(block * plan.du_len()..du.len()).ptr(),
                     dw: dw.ptr(),
                     accumulate,
+                    stream,
                 });
             }
         });
@@ -1591,23 +1679,24 @@ mod tests {
             };
             let fused = Plan {
                 block: 9,
-                group: plan.panels(),
-                held: 2,
+                shared: false,
                 weight: weight(5, true),
                 ..plan
             };
             let shared = Plan {
                 block: 11,
-                group: 1,
-                held: 1,
+                shared: true,
                 weight: weight(150, true),
                 ..plan
             };
-            let split = Plan {
+            let fresh = Plan {
+                block: 17,
+                shared: true,
+                fresh: true,
                 weight: weight(200, false),
                 ..plan
             };
-            vec![plan, fused, shared, split]
+            vec![plan, fused, shared, fresh]
         }
 
         /// Calls `f` with the pixel, the neighbour that the tap reads, and the tap.
@@ -1694,35 +1783,47 @@ mod tests {
     }
 
     /// A convolution with its memory.
-    struct Bench<T: Element> {
+    struct Bench<'a, T: Element> {
         plan: Plan,
         level: Level,
+        panels: Panels,
+        w: &'a Tensor<f32>,
         u: Tensor<f32>,
+        backward: bool,
         y: Tensor<T>,
         partials: Tensor<f32>,
     }
 
-    impl<T: Element> Bench<T> {
-        fn new(level: Level, plan: Plan, panels: &Panels, w: &Tensor<f32>, backward: bool) -> Self {
-            let u = Tensor::new(plan.weights_len());
-            let mut pool = Pool::new(1);
-            transform(
-                &mut pool,
-                level,
-                &plan,
-                panels,
-                w.span(),
-                u.span(),
-                backward,
-            );
+    impl<'a, T: Element> Bench<'a, T> {
+        fn new(
+            level: Level,
+            plan: Plan,
+            panels: Panels,
+            w: &'a Tensor<f32>,
+            backward: bool,
+        ) -> Self {
             let pixels = plan.tiles / plan.down / plan.across * plan.h * plan.w;
             let record = Partials::record_len(plan.columns());
-            Self {
+            let bench = Self {
                 plan,
                 level,
-                u,
+                panels,
+                w,
+                u: Tensor::new(plan.weights_len()),
+                backward,
                 y: Tensor::new(pixels * plan.outputs),
                 partials: Tensor::new(plan.tasks() * record),
+            };
+            transform(&mut Pool::new(1), level, &plan, bench.weights());
+            bench
+        }
+
+        fn weights(&self) -> Weights<'_> {
+            Weights {
+                panels: self.panels,
+                w: self.w.span(),
+                u: self.u.span(),
+                backward: self.backward,
             }
         }
 
@@ -1739,7 +1840,7 @@ mod tests {
                 shared.span(),
                 &self.plan,
                 source,
-                self.u.span(),
+                self.weights(),
                 Out {
                     y: self.y.span(),
                     channels: self.plan.outputs,
@@ -1788,7 +1889,8 @@ mod tests {
                     let w = random.values(shape.outputs * shape.inputs * 9);
                     let x = random.tensor::<f32>(shape.pixels() * shape.inputs);
                     let (source, values) = raw(&x);
-                    let bench = Bench::new(level, plan, &panels, &in_panels(&panels, &w), false);
+                    let w_panels = in_panels(&panels, &w);
+                    let bench = Bench::new(level, plan, panels, &w_panels, false);
                     bench.run(2, source, Epilogue::Store(STORE));
                     let expected = shape.convolve(&values, &widen(&w));
                     let what = format!("{level} {plan:?}");
@@ -1814,7 +1916,8 @@ mod tests {
                     let w = random.values(shape.outputs * shape.inputs * 9);
                     let d = random.tensor::<f32>(shape.pixels() * shape.inputs);
                     let (source, values) = raw(&d);
-                    let bench = Bench::new(level, plan, &panels, &in_panels(&panels, &w), true);
+                    let w_panels = in_panels(&panels, &w);
+                    let bench = Bench::new(level, plan, panels, &w_panels, true);
                     bench.run(2, source, Epilogue::Store(STORE));
                     let mut turned = vec![0.0; w.len()];
                     for (at, v) in w.iter().enumerate() {
@@ -1989,7 +2092,7 @@ mod tests {
                 for plan in shape.plans(level) {
                     let panels = plan.layout();
                     let w = in_panels(&panels, &weights);
-                    let bench = Bench::<T>::new(level, plan, &panels, &w, false);
+                    let bench = Bench::<T>::new(level, plan, panels, &w, false);
                     for (case, (epilogue, expected, sums)) in cases.iter().enumerate() {
                         bench.y.slice().fill(T::from_f32(f32::NAN));
                         bench.run(2, source, *epilogue);
@@ -2009,7 +2112,7 @@ mod tests {
 
     /// Sums of a few hundred values, each with an error as in `close`; those add up like their roots, but the bound
     /// takes them as they are: 2e-5 of the sum of magnitudes.
-    fn check_sums<T: Element>(what: &str, bench: &Bench<T>, expected: &[Vec<f64>; 3]) {
+    fn check_sums<T: Element>(what: &str, bench: &Bench<'_, T>, expected: &[Vec<f64>; 3]) {
         let outputs = bench.plan.outputs;
         for c in 0..outputs {
             let records = bench.sums(c);
@@ -2027,7 +2130,7 @@ mod tests {
     }
 
     /// Means and squared deviations of the blocks, merged (Chan et al. 1979).
-    fn check_stats<T: Element>(what: &str, bench: &Bench<T>, values: &[f64]) {
+    fn check_stats<T: Element>(what: &str, bench: &Bench<'_, T>, values: &[f64]) {
         let outputs = bench.plan.outputs;
         for c in 0..outputs {
             let (mut n, mut mean, mut m2) = (0.0, 0.0, 0.0);
@@ -2172,7 +2275,7 @@ mod tests {
                 let panels = plan.layout();
                 let w = in_panels(&panels, &w);
                 let run = |threads| {
-                    let bench = Bench::<f32>::new(level, plan, &panels, &w, false);
+                    let bench = Bench::<f32>::new(level, plan, panels, &w, false);
                     bench.run(threads, raw(&x).0, Epilogue::Stats(Stats));
                     let dw = Tensor::<f32>::new(panels.len());
                     let (x, d) = (raw(&x).0, raw(&d).0);
