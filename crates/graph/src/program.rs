@@ -489,7 +489,7 @@ pub struct Program {
     pub buffers: Vec<Buffer>,
     /// Length of the arena.
     pub arena_bytes: usize,
-    /// Length of the constants; their places do not depend on the batch.
+    /// Length of the constants. An engine may order weights otherwise for another batch.
     pub constant_bytes: usize,
     /// What each worker needs besides.
     pub worker_bytes: usize,

@@ -49,17 +49,21 @@ impl CpuCaps {
         if self.multiplies_bf16() { 2 } else { 1 }
     }
 
-    /// Whether Winograd's transforms can be used, and pay.
-    fn transforms(&self, g: &Geometry, least: usize) -> bool {
+    /// Whether Winograd's transforms can be used, and pay, where at least `tiles` tiles share the transform of a large
+    /// weight.
+    fn transforms(&self, g: &Geometry, batch: usize, tiles: usize) -> bool {
         let is_3x3 = g.kernel == 3 && g.stride == 1;
         // A tile has 4 x 4 results.
         let has_tiles = g.output.h >= 4 && g.output.w >= 4;
-        let has_channels = g.input.c.min(g.output.c) >= least;
-        self.winograd && !self.multiplies_bf16() && is_3x3 && has_tiles && has_channels
+        let has_channels = g.input.c.min(g.output.c) >= 32;
+        let is_large = g.input.c * g.output.c >= 128 * 256;
+        let shared = batch * g.output.h.div_ceil(4) * g.output.w.div_ceil(4);
+        let pays = has_tiles && has_channels && (!is_large || shared >= tiles);
+        self.winograd && !self.multiplies_bf16() && is_3x3 && pays
     }
 
     pub(crate) fn forward_product(&self, g: &Geometry, batch: usize) -> Product {
-        if self.transforms(g, 32) {
+        if self.transforms(g, batch, 16) {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
             return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
         }
@@ -67,7 +71,7 @@ impl CpuCaps {
     }
 
     pub(crate) fn backward_product(&self, g: &Geometry, batch: usize) -> Product {
-        if self.transforms(g, 32) {
+        if self.transforms(g, batch, 32) {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.output.c, g.input.c);
             return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
         }
@@ -75,8 +79,8 @@ impl CpuCaps {
     }
 
     pub(crate) fn weight_product(&self, g: &Geometry, batch: usize) -> WeightProduct {
-        // On few channels the transforms cost more than they save.
-        if self.transforms(g, 128) {
+        // On fewer channels the transforms cost more than they save.
+        if g.input.c.min(g.output.c) >= 64 && self.transforms(g, batch, 16) {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
             return WeightProduct::Winograd(wino::Plan::new(
                 self.level, h, w, inputs, outputs, batch,

@@ -254,8 +254,8 @@ pub struct Cpu {
     programs: BTreeMap<(usize, Mode), Arc<Compiled>>,
     arena: Block,
     folded: Block,
-    /// Whether `folded` holds the parameters as they are now.
-    is_folded: bool,
+    /// The batch whose program's constants `folded` holds, of the parameters as they are now.
+    folded_for: Option<usize>,
     scratch: Block,
     pool: Pool,
     profile: Option<BTreeMap<String, KernelTime>>,
@@ -301,7 +301,7 @@ impl Cpu {
             programs,
             arena: Block::new(memory.arena)?,
             folded: Block::new(memory.folded)?,
-            is_folded: false,
+            folded_for: None,
             scratch: Block::new(memory.scratch)?,
             pool: Pool::new(options.threads),
             profile: None,
@@ -350,9 +350,12 @@ impl Cpu {
         if scratch > self.scratch.bytes() {
             self.scratch = Block::new(scratch)?;
         }
-        if mode == Mode::Infer && !self.is_folded {
+        if mode == Mode::Infer && self.folded_for != Some(batch) {
+            if program.constant_bytes > self.folded.bytes() {
+                self.folded = Block::new(program.constant_bytes)?;
+            }
             self.fold(&compiled);
-            self.is_folded = true;
+            self.folded_for = Some(batch);
         }
         Ok(compiled)
     }
@@ -369,7 +372,7 @@ impl Cpu {
                 .map(|block| block.span(slot.offset, slot.bytes));
             simple::update(&mut self.pool, w, a, g, hyper, decay);
         }
-        self.is_folded = false;
+        self.folded_for = None;
         let bytes = 5 * self.layout.bytes;
         self.measured(|| "update".to_owned(), start, 0, bytes);
     }
@@ -457,7 +460,7 @@ impl Engine for Cpu {
                 .var
                 .copy_from_slice(&state[&format!("{}{RUNNING_VAR}", n.name)].values);
         }
-        self.is_folded = false;
+        self.folded_for = None;
         Ok(())
     }
 
