@@ -258,7 +258,7 @@ impl Cpu {
             }
             if plain != weights {
                 let product = self.caps.forward_product(&geometry, program.batch);
-                pack_forward(
+                pack(
                     &mut self.pool,
                     &self.caps,
                     &product,
@@ -266,6 +266,7 @@ impl Cpu {
                     plain_span,
                     weights,
                     &buffers,
+                    false,
                 );
             }
         }
@@ -352,7 +353,9 @@ impl Cpu {
                 };
                 let masters = slot(params, weight);
                 if let (Some(weights), false) = (weights, matches!(after, After::Folded { .. })) {
-                    pack_forward(pool, caps, product, &geometry, masters, weights, &buffers);
+                    pack(
+                        pool, caps, product, &geometry, masters, weights, &buffers, false,
+                    );
                 }
                 let channels = geometry.output.c;
                 let out = buffers.out::<T>(y, channels, None);
@@ -525,7 +528,9 @@ impl Cpu {
                     unreachable!("a gradient of an input is a product")
                 };
                 let masters = slot(params, weight);
-                pack_backward(pool, caps, product, &geometry, masters, weights, &buffers);
+                pack(
+                    pool, caps, product, &geometry, masters, weights, &buffers, true,
+                );
                 let channels = geometry.input.c;
                 let (out, sums) = (
                     buffers.out::<T>(dx, channels, added(&close)),
@@ -582,8 +587,8 @@ impl Cpu {
     }
 }
 
-/// Brings weights into the order in which a product reads them.
-fn pack_forward(
+/// Brings weights into the order in which a product reads them; `backward`, turned round for the gradient of the input.
+fn pack(
     pool: &mut Pool,
     caps: &CpuCaps,
     product: &Product,
@@ -591,35 +596,13 @@ fn pack_forward(
     masters: Span<'_, f32>,
     weights: BufferId,
     buffers: &Buffers<'_>,
+    backward: bool,
 ) {
     match product {
-        Product::Direct(plan) => {
+        Product::Direct(plan) if !backward => {
             assert!(caps.multiplies_bf16(), "masters are in order for f32");
             direct::pack_forward(pool, plan, masters, buffers.get(weights));
         }
-        Product::Winograd(plan) => {
-            let weights = wino::Weights {
-                panels: Panels::of(geometry, 2 * caps.level.lanes()),
-                w: masters,
-                u: buffers.get(weights),
-                backward: false,
-            };
-            wino::transform(pool, caps.level, plan, weights);
-        }
-    }
-}
-
-/// Likewise, turned round for the gradient of the input.
-fn pack_backward(
-    pool: &mut Pool,
-    caps: &CpuCaps,
-    product: &Product,
-    geometry: &Geometry,
-    masters: Span<'_, f32>,
-    weights: BufferId,
-    buffers: &Buffers<'_>,
-) {
-    match product {
         Product::Direct(plan) if caps.multiplies_bf16() => {
             direct::pack_backward::<bf16>(pool, plan, geometry, masters, buffers.get(weights));
         }
@@ -631,7 +614,7 @@ fn pack_backward(
                 panels: Panels::of(geometry, 2 * caps.level.lanes()),
                 w: masters,
                 u: buffers.get(weights),
-                backward: true,
+                backward,
             };
             wino::transform(pool, caps.level, plan, weights);
         }
