@@ -99,7 +99,7 @@ impl CpuCaps {
         match product {
             Product::Direct(plan) => Needs {
                 partials: f32s(plan.tasks() * Partials::record_len(plan.columns())),
-                weights: if self.multiplies_bf16() {
+                weights: if plan.pairs() == 2 {
                     plan.weights_len() * size_of::<bf16>()
                 } else if reads_masters {
                     0

@@ -600,10 +600,9 @@ fn pack(
 ) {
     match product {
         Product::Direct(plan) if !backward => {
-            assert!(caps.multiplies_bf16(), "masters are in order for f32");
             direct::pack_forward(pool, plan, masters, buffers.get(weights));
         }
-        Product::Direct(plan) if caps.multiplies_bf16() => {
+        Product::Direct(plan) if plan.pairs() == 2 => {
             direct::pack_backward::<bf16>(pool, plan, geometry, masters, buffers.get(weights));
         }
         Product::Direct(plan) => {
@@ -648,7 +647,7 @@ impl Buffers<'_> {
     ) {
         let scratch = self.scratch;
         match (product, weights.packed) {
-            (Product::Direct(plan), Some(weights)) if caps.multiplies_bf16() => {
+            (Product::Direct(plan), Some(weights)) if plan.pairs() == 2 => {
                 let weights = self.get::<bf16>(weights);
                 direct::convolve(
                     pool, scratch, plan, source, weights, out, epilogue, partials,

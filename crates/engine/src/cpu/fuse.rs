@@ -503,6 +503,19 @@ impl<T: Element> Out<'_, T> {
     }
 }
 
+impl<T: Element> Out<'_, T> {
+    /// Asks for where `panel` values from `at` on will be stored, unless they go past the caches.
+    #[inline(always)]
+    pub(crate) fn prefetch(&self, at: usize, panel: usize) {
+        if !self.stream {
+            let first = self.y.ptr().wrapping_add(at).cast::<u8>();
+            for line in (0..panel * size_of::<T>()).step_by(64) {
+                super::simd::prefetch_to_write(first.wrapping_add(line));
+            }
+        }
+    }
+}
+
 /// Sums that tasks leave for the end of a kernel: for each task a record of a head (the number of results of each
 /// channel, then nothing up to [`HEAD`]) and [`SUMS`] rows of `columns`.
 #[derive(Clone, Copy)]

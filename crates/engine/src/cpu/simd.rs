@@ -212,6 +212,32 @@ pub(crate) fn prefetch(p: *const u8) {
     let _ = p;
 }
 
+/// Asks for the cache line of an address, into the first level. A hint: no address is wrong.
+#[inline(always)]
+pub(crate) fn prefetch_near<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        // SAFETY: a hint, of the baseline's instructions.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
+/// Asks for the cache line of an address in order to write it. A hint: no address is wrong.
+#[inline(always)]
+pub(crate) fn prefetch_to_write<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+        // SAFETY: a hint; CPUs that do not have it take it as no operation.
+        unsafe { _mm_prefetch::<_MM_HINT_ET0>(p.cast()) }
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// Rounds the bits of an f32 to those of the nearest bf16, NaN staying NaN.
 #[inline(always)]
 fn round_bits(bits: u32) -> u32 {

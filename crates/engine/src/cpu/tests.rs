@@ -980,6 +980,10 @@ impl Case {
         closing: &Closing<T>,
     ) -> Ran<T> {
         let (plan, nr) = (self.plan::<P>(level), 2 * level.lanes());
+        if plan.pairs() != P::STEP {
+            // The engine multiplies rows of three channels as f32 in any case.
+            return self.run::<T, f32>(pool, level, input, w, closing);
+        }
         let masters = Guarded::<f32>::of(&in_panels(&self.g, nr, w));
         let weights = match self.direction {
             Direction::Forward => P::pack_forward(pool, &plan, &masters),
