@@ -26,6 +26,11 @@ pub trait Caps {
     fn backward_weight(&self, geometry: &Geometry, batch: usize) -> Needs;
     /// For a kernel that visits the pixels of a plane and closes a value.
     fn visit(&self, plane: Plane, batch: usize) -> Needs;
+    /// Whether a folded convolution of inference runs together with the one that reads its results, which are then
+    /// still near.
+    fn joins(&self, _first: &Geometry, _second: &Geometry, _batch: usize) -> bool {
+        false
+    }
 }
 
 /// Memory of a kernel besides its tensors, bytes.
@@ -485,6 +490,8 @@ pub struct Program {
     pub setup: Vec<Kernel>,
     /// In order of execution.
     pub kernels: Vec<Kernel>,
+    /// Kernels that run together with the next one, see [`Caps::joins`].
+    pub joined: Vec<usize>,
     /// Placed in the arena, or among the constants.
     pub buffers: Vec<Buffer>,
     /// Length of the arena.
@@ -518,14 +525,19 @@ impl Program {
             worker_bytes,
             ..
         } = planner;
-        // Setup runs before everything else, so what it uses is alive before kernel 0.
-        let steps = setup.iter().map(|k| (0, k));
-        let steps = steps.chain(kernels.iter().enumerate().map(|(i, k)| (i + 1, k)));
-        for (i, kernel) in steps {
+        let joined = joined(caps, batch, &kernels);
+        // Setup runs before everything else, so what it uses is alive before kernel 0. Kernels that run together use
+        // what they use at the same time.
+        let steps = setup.iter().map(|k| (0..=0, k));
+        let steps = steps.chain(kernels.iter().enumerate().map(|(i, k)| {
+            let first = i - usize::from(i > 0 && joined.contains(&(i - 1)));
+            (first + 1..=i + 1 + usize::from(joined.contains(&i)), k)
+        }));
+        for (times, kernel) in steps {
             for id in kernel.buffers() {
                 let buffer = &mut buffers[id.0];
-                buffer.first = buffer.first.min(i);
-                buffer.last = buffer.last.max(i);
+                buffer.first = buffer.first.min(*times.start());
+                buffer.last = buffer.last.max(*times.end());
             }
         }
         buffers[logits.0].last = kernels.len() + 1; // predictions are read after the last kernel
@@ -535,6 +547,7 @@ impl Program {
             mode,
             setup,
             kernels,
+            joined,
             buffers,
             arena_bytes,
             constant_bytes,
@@ -542,6 +555,33 @@ impl Program {
             logits,
         }
     }
+}
+
+/// The kernels that run together with the next one; no kernel is part of two pairs.
+fn joined(caps: &dyn Caps, batch: usize, kernels: &[Kernel]) -> Vec<usize> {
+    let mut out: Vec<usize> = vec![];
+    for (i, pair) in kernels.windows(2).enumerate() {
+        if out.last().is_some_and(|last| last + 1 == i) {
+            continue;
+        }
+        let folded = |kernel: &Kernel| match *kernel {
+            Kernel::Conv {
+                geometry,
+                x: Operand::Stored(x),
+                y,
+                after: After::Folded { .. },
+                ..
+            } => Some((geometry, x, y)),
+            _ => None,
+        };
+        if let (Some((first, _, y)), Some((second, x, _))) = (folded(&pair[0]), folded(&pair[1]))
+            && x == y
+            && caps.joins(&first, &second, batch)
+        {
+            out.push(i);
+        }
+    }
+    out
 }
 
 /// Gives every buffer the lowest offset that no buffer alive at the same time covers, largest first; constants come one

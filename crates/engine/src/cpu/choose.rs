@@ -70,6 +70,16 @@ impl CpuCaps {
         Product::Direct(direct::Plan::forward(self.level, self.pairs(), g, batch))
     }
 
+    /// Two folded convolutions that run together, if they do.
+    pub(crate) fn joined_products(
+        &self,
+        first: &Geometry,
+        second: &Geometry,
+        batch: usize,
+    ) -> Option<[direct::Plan; 2]> {
+        direct::Plan::joined(self.level, self.pairs(), [first, second], batch)
+    }
+
     pub(crate) fn backward_product(&self, g: &Geometry, batch: usize) -> Product {
         if self.transforms(g, batch, 32) {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.output.c, g.input.c);
@@ -149,6 +159,10 @@ impl Caps for CpuCaps {
             worker: worker * size_of::<f32>(),
             ..Needs::default()
         }
+    }
+
+    fn joins(&self, first: &Geometry, second: &Geometry, batch: usize) -> bool {
+        self.joined_products(first, second, batch).is_some()
     }
 
     fn visit(&self, plane: Plane, batch: usize) -> Needs {

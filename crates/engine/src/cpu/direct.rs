@@ -113,6 +113,16 @@ struct Tap {
     weight: usize,
 }
 
+/// The tap of a window of 1 x 1.
+const POINT: Tap = Tap {
+    dy: 0,
+    dx: 0,
+    weight: 0,
+};
+
+/// Results of a task that stay in the second-level cache until the next convolution has read them, bytes.
+const JOINED_BYTES: usize = 256 << 10;
+
 /// One residue of the results' pixels and the taps that reach it.
 #[derive(Clone, Debug)]
 struct Phase {
@@ -265,6 +275,34 @@ impl Plan {
         Self::new(level, pairs, batch, shape)
     }
 
+    /// Two convolutions of 1 x 1, the second of which reads the results of the first, cut into tasks alike; none if
+    /// they are not so, or if the results of a task are too large to stay near.
+    pub(crate) fn joined(
+        level: Level,
+        pairs: usize,
+        [first, second]: [&Geometry; 2],
+        batch: usize,
+    ) -> Option<[Self; 2]> {
+        let is_matmul = |g: &Geometry| g.kernel == 1 && g.stride == 1;
+        if !is_matmul(first) || !is_matmul(second) {
+            return None;
+        }
+        let mut plans = [first, second].map(|g| Self::forward(level, pairs, g, batch));
+        let all = batch * first.output.pixels();
+        let result = first.output.c * size_of::<f32>();
+        let near = (JOINED_BYTES / 2 / result).max(56).min(all / 8) / 14 * 14;
+        let rows = plans[0].rows.min(plans[1].rows).min(near);
+        if rows < 56 || rows * result > JOINED_BYTES {
+            return None;
+        }
+        for plan in &mut plans {
+            plan.rows = rows;
+            plan.groups = 1;
+            plan.phases = plan.with_stretches(vec![((0, 0), plan.grid, vec![POINT])]);
+        }
+        Some(plans)
+    }
+
     /// The gradient of x from that of y.
     pub(crate) fn backward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
         let packing = if g.is_matmul() {
@@ -349,22 +387,27 @@ impl Plan {
             phases: vec![],
         };
         plan.cut();
-        for (at, grid, taps) in phases {
-            let stretches = plan.stretches(&taps);
-            let width = match packing {
+        plan.phases = plan.with_stretches(phases);
+        plan
+    }
+
+    fn with_stretches(&self, phases: Vec<PhaseTaps>) -> Vec<Phase> {
+        let phase = |(at, grid, taps): PhaseTaps| {
+            let stretches = self.stretches(&taps);
+            let width = match self.packing {
                 Packing::Planes | Packing::Rows => grid.1,
-                Packing::Images => plan.images,
-                Packing::Points => plan.rows,
+                Packing::Images => self.images,
+                Packing::Points => self.rows,
             };
-            plan.phases.push(Phase {
+            Phase {
                 at,
                 grid,
                 blocks: blocks(&stretches),
                 stretches,
-                tile: tile_shape(level, width),
-            });
-        }
-        plan
+                tile: tile_shape(self.level, width),
+            }
+        };
+        phases.into_iter().map(phase).collect()
     }
 
     /// Chooses the results of a task.
@@ -1442,45 +1485,93 @@ unsafe fn finish_whole<P: Operand, T: Element>(
     }
 }
 
-/// Runs the convolution: reads `source`, multiplies by `weights` (of [`Plan::weights_len`], in the order of the
-/// phases), hands results to `epilogue` and stores them.
+/// A convolution with its operands: reads `source`, multiplies by `weights` (of [`Plan::weights_len`], in the order of
+/// the phases), hands results to `epilogue` and stores them.
+pub(crate) struct Convolution<'a, T: Element, P: Operand> {
+    pub(crate) plan: &'a Plan,
+    pub(crate) source: Source<'a, T>,
+    pub(crate) weights: Span<'a, P>,
+    pub(crate) out: Out<'a, T>,
+    pub(crate) epilogue: Epilogue<'a, T>,
+    pub(crate) partials: Option<Partials<'a>>,
+}
+
+impl<T: Element, P: Operand> Convolution<'_, T, P> {
+    fn check(&self) {
+        let (plan, (h, w, c)) = (self.plan, self.plan.from);
+        assert!(
+            plan.pairs == P::STEP && self.weights.len() >= plan.weights_len(),
+            "the weights are those of the plan"
+        );
+        assert!(
+            self.source.len() >= plan.batch * h * w * c,
+            "the source holds its planes"
+        );
+        let results = plan.batch * plan.to.0 * plan.to.1;
+        assert!(
+            self.out.channels == plan.to.2 && self.out.y.len() >= results * plan.to.2,
+            "the results have room"
+        );
+    }
+
+    /// # Safety
+    /// As for [`run_task`].
+    unsafe fn task(&self, index: usize, scratch: Span<'_, f32>) {
+        let (task, group) = (index / self.plan.groups, index % self.plan.groups);
+        let panels = self.plan.to.2.div_ceil(2 * self.plan.level.lanes());
+        let from = |group: usize| panels * group / self.plan.groups;
+        let record = self.partials.map(|p| (p.record(task), p.columns));
+        // SAFETY: the caller's word.
+        unsafe {
+            run_task(
+                self.plan,
+                task,
+                from(group)..from(group + 1),
+                scratch,
+                &self.source,
+                self.weights,
+                self.out,
+                &self.epilogue,
+                record,
+            );
+        }
+    }
+}
+
+/// Runs a convolution.
 pub(crate) fn convolve<T: Element, P: Operand>(
     pool: &mut Pool,
     scratch: Scratch<'_>,
-    plan: &Plan,
-    source: Source<'_, T>,
-    weights: Span<'_, P>,
-    out: Out<'_, T>,
-    epilogue: Epilogue<'_, T>,
-    partials: Option<Partials<'_>>,
+    convolution: &Convolution<'_, T, P>,
 ) {
-    let (h, w, c) = plan.from;
-    assert!(
-        plan.pairs == P::STEP && weights.len() >= plan.weights_len(),
-        "the weights are those of the plan"
-    );
-    assert!(
-        source.len() >= plan.batch * h * w * c,
-        "the source holds its planes"
-    );
-    let results = plan.batch * plan.to.0 * plan.to.1;
-    assert!(
-        out.channels == plan.to.2 && out.y.len() >= results * plan.to.2,
-        "the results have room"
-    );
-    let panels = plan.to.2.div_ceil(2 * plan.level.lanes());
+    convolution.check();
+    let plan = convolution.plan;
     pool.run(plan.tasks() * plan.groups, |worker, task| {
-        let (task, group) = (task / plan.groups, task % plan.groups);
-        let panels = panels * group / plan.groups..panels * (group + 1) / plan.groups;
-        let share = scratch.of(worker);
-        let record = partials.map(|p| (p.record(task), p.columns));
         // SAFETY: nobody writes what is read in this region; tasks write disjoint results and records, and each
         // worker has its share of scratch to itself.
+        unsafe { convolution.task(task, scratch.of(worker)) };
+    });
+}
+
+/// Runs two convolutions, the second of which reads the results of the first; their plans are [`Plan::joined`].
+pub(crate) fn convolve_both<T: Element, P: Operand>(
+    pool: &mut Pool,
+    scratch: Scratch<'_>,
+    [first, second]: [&Convolution<'_, T, P>; 2],
+) {
+    first.check();
+    second.check();
+    assert!(
+        first.plan.rows == second.plan.rows && first.plan.tasks() == second.plan.tasks(),
+        "plans are cut alike"
+    );
+    pool.run(first.plan.tasks(), |worker, task| {
+        // SAFETY: as in `convolve`; of the results of the first the second reads those of the same task only, and all
+        // other operands are different memory.
         unsafe {
-            run_task(
-                plan, task, panels, share, &source, weights, out, &epilogue, record,
-            )
-        };
+            first.task(task, scratch.of(worker));
+            second.task(task, scratch.of(worker));
+        }
     });
 }
 

@@ -8,6 +8,7 @@ use graph::{
 use half::bf16;
 
 use super::choose::{CpuCaps, Product, WeightProduct};
+use super::direct::Convolution;
 use super::fuse::{
     Affine, Centred, Epilogue, Grad, Join, Mask, Norm, Out, Partials, Raw, Source, Stats, Store,
 };
@@ -47,7 +48,18 @@ impl Compiled {
             }
             _ => Plan::None,
         };
-        let plans = program.kernels.iter().map(plan).collect();
+        let mut plans: Vec<Plan> = program.kernels.iter().map(plan).collect();
+        for &first in &program.joined {
+            let geometry = |i: usize| match &program.kernels[i] {
+                Kernel::Conv { geometry, .. } => geometry,
+                _ => unreachable!("convolutions are joined"),
+            };
+            let joined = caps.joined_products(geometry(first), geometry(first + 1), batch);
+            let joined = joined.expect("the program asked before");
+            for (i, plan) in joined.into_iter().enumerate() {
+                plans[first + i] = Plan::Product(Product::Direct(plan));
+            }
+        }
         Self { program, plans }
     }
 }
@@ -161,11 +173,66 @@ impl<'a> Buffers<'a> {
         }
     }
 
+    /// # Safety
+    /// As for `source`.
+    unsafe fn finish<T: Element>(&self, after: After) -> Epilogue<'a, T> {
+        match after {
+            After::Nothing => Epilogue::Store(Store { add: None }),
+            After::Statistics { .. } => Epilogue::Stats(Stats),
+            After::Folded {
+                shift,
+                residual,
+                relu,
+            } => Epilogue::Affine(Affine {
+                // SAFETY: the caller's word.
+                shift: unsafe { self.get(shift).get() },
+                residual: residual.map(|r| self.get(r)),
+                floor: floor(relu),
+            }),
+        }
+    }
+
+    /// A folded convolution.
+    ///
+    /// # Safety
+    /// As for `source`.
+    unsafe fn folded<T: Element, P: direct::Operand>(
+        &self,
+        kernel: &Kernel,
+        plan: &'a direct::Plan,
+    ) -> Convolution<'a, T, P> {
+        let &Kernel::Conv {
+            geometry,
+            weights: Some(weights),
+            x,
+            y,
+            after,
+            ..
+        } = kernel
+        else {
+            unreachable!("folded convolutions have weights of their own")
+        };
+        // SAFETY: the caller's word.
+        let (source, epilogue) = unsafe { (self.source(x), self.finish(after)) };
+        Convolution {
+            plan,
+            source,
+            weights: self.get(weights),
+            out: self.out(y, geometry.output.c, None),
+            epilogue,
+            partials: None,
+        }
+    }
+
     /// Results of `bytes` that a kernel writes; `add`, if they replace what it reads.
     fn out<T: Element>(&self, id: BufferId, channels: usize, add: Option<BufferId>) -> Out<'a, T> {
         let y = self.get::<T>(id);
         let bytes = y.len() * size_of::<T>();
-        let stream = bytes >= STREAMED && channels.is_multiple_of(32) && add != Some(id);
+        // In inference the next kernel reads them at once.
+        let stream = self.program.mode == Mode::Train
+            && bytes >= STREAMED
+            && channels.is_multiple_of(32)
+            && add != Some(id);
         Out {
             y,
             channels,
@@ -279,19 +346,57 @@ impl Cpu {
         part: &Part,
     ) -> Metrics {
         let mut metrics = Metrics::default();
-        for (kernel, plan) in compiled.program.kernels.iter().zip(&compiled.plans) {
+        let Compiled { program, plans } = compiled;
+        let mut kernels = program.kernels.iter().zip(plans).enumerate();
+        while let Some((i, (kernel, plan))) = kernels.next() {
             let start = Instant::now();
-            self.kernel::<T>(&compiled.program, kernel, plan, batch, part, &mut metrics);
+            let mut all = vec![kernel];
+            if program.joined.contains(&i)
+                && let Some((_, (next, next_plan))) = kernels.next()
+            {
+                all.push(next);
+                self.both::<T>(program, [(kernel, plan), (next, next_plan)]);
+            } else {
+                self.kernel::<T>(program, kernel, plan, batch, part, &mut metrics);
+            }
             if self.profile.is_some() {
-                let program = &compiled.program;
-                let mut ids = kernel.buffers();
+                let mut ids: Vec<_> = all.iter().flat_map(|k| k.buffers()).collect();
                 ids.sort_unstable();
                 ids.dedup();
                 let bytes = ids.iter().map(|id| program.buffers[id.0].bytes).sum();
-                self.measured(|| name(kernel), start, kernel.macs(program.batch), bytes);
+                let macs = all.iter().map(|k| k.macs(program.batch)).sum();
+                let names = || all.iter().map(|k| name(k)).collect::<Vec<_>>().join(" + ");
+                self.measured(names, start, macs, bytes);
             }
         }
         metrics
+    }
+
+    /// Two folded convolutions together.
+    fn both<T: Element>(&mut self, program: &Program, kernels: [(&Kernel, &Plan); 2]) {
+        let buffers = Buffers {
+            program,
+            arena: &self.arena,
+            constants: &self.folded,
+            layout: &self.layout,
+            params: &self.params,
+            scratch: share(program, &self.scratch),
+        };
+        let (pool, scratch) = (&mut self.pool, buffers.scratch);
+        let [first, second] = kernels.map(|(kernel, plan)| match plan {
+            Plan::Product(Product::Direct(plan)) => (kernel, plan),
+            _ => unreachable!("direct products are joined"),
+        });
+        // SAFETY: inference has no states of normalisations.
+        unsafe {
+            if first.1.pairs() == 2 {
+                let [first, second] = [first, second].map(|(k, p)| buffers.folded::<T, bf16>(k, p));
+                direct::convolve_both(pool, scratch, [&first, &second]);
+            } else {
+                let [first, second] = [first, second].map(|(k, p)| buffers.folded::<T, f32>(k, p));
+                direct::convolve_both(pool, scratch, [&first, &second]);
+            }
+        }
     }
 
     fn kernel<T: Element>(
@@ -360,22 +465,7 @@ impl Cpu {
                 let channels = geometry.output.c;
                 let out = buffers.out::<T>(y, channels, None);
                 // SAFETY: see above.
-                let (source, epilogue) = unsafe {
-                    let epilogue = match after {
-                        After::Nothing => Epilogue::Store(Store { add: None }),
-                        After::Statistics { .. } => Epilogue::Stats(Stats),
-                        After::Folded {
-                            shift,
-                            residual,
-                            relu,
-                        } => Epilogue::Affine(Affine {
-                            shift: buffers.get(shift).get(),
-                            residual: residual.map(|r| buffers.get(r)),
-                            floor: floor(relu),
-                        }),
-                    };
-                    (buffers.source::<T>(x), epilogue)
-                };
+                let (source, epilogue) = unsafe { (buffers.source::<T>(x), buffers.finish(after)) };
                 let sums = match after {
                     After::Statistics { partials: id, .. } => Some(partials(id, channels)),
                     _ => None,
@@ -649,16 +739,28 @@ impl Buffers<'_> {
         match (product, weights.packed) {
             (Product::Direct(plan), Some(weights)) if plan.pairs() == 2 => {
                 let weights = self.get::<bf16>(weights);
-                direct::convolve(
-                    pool, scratch, plan, source, weights, out, epilogue, partials,
-                );
+                let convolution = Convolution {
+                    plan,
+                    source,
+                    weights,
+                    out,
+                    epilogue,
+                    partials,
+                };
+                direct::convolve(pool, scratch, &convolution);
             }
             (Product::Direct(plan), packed) => {
                 let masters = || self.layout.slot(self.params, weights.masters);
                 let weights = packed.map_or_else(masters, |w| self.get(w));
-                direct::convolve(
-                    pool, scratch, plan, source, weights, out, epilogue, partials,
-                );
+                let convolution = Convolution {
+                    plan,
+                    source,
+                    weights,
+                    out,
+                    epilogue,
+                    partials,
+                };
+                direct::convolve(pool, scratch, &convolution);
             }
             (Product::Winograd(plan), packed) => {
                 let masters = self.layout.slot(self.params, weights.masters);

@@ -1006,20 +1006,22 @@ impl Case {
                 all: memory.span(),
                 per_worker,
             },
-            &plan,
-            input.source(),
-            weights.span(),
-            Out {
-                y: out.span(),
-                channels,
-                stream: channels.is_multiple_of(32) && !in_place,
+            &direct::Convolution {
+                plan: &plan,
+                source: input.source(),
+                weights: weights.span(),
+                out: Out {
+                    y: out.span(),
+                    channels,
+                    stream: channels.is_multiple_of(32) && !in_place,
+                },
+                epilogue: closing.epilogue(&out, in_place),
+                // Inference keeps none.
+                partials: (!matches!(self.ends, Ends::Affine { .. })).then_some(Partials {
+                    all: partials.span(),
+                    columns,
+                }),
             },
-            closing.epilogue(&out, in_place),
-            // Inference keeps none.
-            (!matches!(self.ends, Ends::Affine { .. })).then_some(Partials {
-                all: partials.span(),
-                columns,
-            }),
         );
         memory.bytes();
         Ran {
@@ -1228,16 +1230,15 @@ fn variance_is_precise_far_from_zero() {
             channels,
             stream,
         };
-        direct::convolve(
-            pool,
-            memory,
-            &plan,
+        let convolution = direct::Convolution {
+            plan: &plan,
             source,
-            weights.span(),
-            to,
+            weights: weights.span(),
+            out: to,
             epilogue,
-            Some(partials),
-        );
+            partials: Some(partials),
+        };
+        direct::convolve(pool, memory, &convolution);
         norm::statistics(pool, partials, 5, |c, found_mean, found_var, _| {
             // The sum of deviations from the first result is rounded to f32, relative to a few deviations.
             let error = (found_mean - mean).abs() + (found_var - var).abs();

@@ -392,6 +392,37 @@ fn cpu_equals_oracle_on_micro_batches_and_a_partial_one() {
     }
 }
 
+/// Convolutions of inference that are large enough run together with the one that reads their results. Without
+/// Winograd each image's sums are the same in any batch, and alone it is too small for that.
+#[test]
+fn logits_do_not_depend_on_what_runs_together() {
+    let graph = nn::resnet(50, 64, 10, nn::Recipe::Torchvision).unwrap();
+    let images = 8;
+    for precision in [Precision::F32, Precision::Bf16] {
+        let options = Options {
+            precision,
+            winograd: false,
+            ..Options::new(images, 2)
+        };
+        let mut cpu = Cpu::new(&graph, &options, &initial_state(&graph, 5)).unwrap();
+        let data = Data::new(&mut Random::new(6), &graph, images);
+        let batch = data.batch();
+        let together = cpu.predict(batch.pixels).unwrap();
+        cpu.start_profile();
+        cpu.predict(batch.pixels).unwrap();
+        let ran = cpu.take_profile();
+        assert!(ran.iter().any(|k| k.name.contains(" + ")), "{ran:?}");
+        let Pixels::U8(pixels) = batch.pixels else {
+            panic!("images are levels")
+        };
+        let alone = pixels.chunks(pixels.len() / images);
+        let alone: Vec<f32> = alone
+            .flat_map(|image| cpu.predict(Pixels::U8(image)).unwrap())
+            .collect();
+        assert_eq!(together, alone, "{precision}");
+    }
+}
+
 /// State after three steps.
 fn trained(options: &Options) -> State {
     let r = &mut Random::new(5);
