@@ -91,6 +91,8 @@ struct Buffers<'a> {
     layout: &'a Layout,
     params: &'a Block,
     scratch: Scratch<'a>,
+    /// Of a vector.
+    lanes: usize,
 }
 
 impl<'a> Buffers<'a> {
@@ -228,9 +230,11 @@ impl<'a> Buffers<'a> {
     fn out<T: Element>(&self, id: BufferId, channels: usize, add: Option<BufferId>) -> Out<'a, T> {
         let y = self.get::<T>(id);
         let bytes = y.len() * size_of::<T>();
-        // In inference the next kernel reads them at once.
+        // In inference the next kernel reads them at once. Part of a cache line must not go past the caches: the other
+        // part comes too late to go with it.
         let stream = self.program.mode == Mode::Train
             && bytes >= STREAMED
+            && self.lanes * size_of::<T>() == ALIGNMENT
             && channels.is_multiple_of(32)
             && add != Some(id);
         Out {
@@ -279,6 +283,7 @@ impl Cpu {
             layout: &self.layout,
             params: &self.params,
             scratch: share(program, &self.scratch),
+            lanes: self.options.level.lanes(),
         };
         for kernel in &program.setup {
             let Kernel::Fold {
@@ -381,6 +386,7 @@ impl Cpu {
             layout: &self.layout,
             params: &self.params,
             scratch: share(program, &self.scratch),
+            lanes: self.options.level.lanes(),
         };
         let (pool, scratch) = (&mut self.pool, buffers.scratch);
         let [first, second] = kernels.map(|(kernel, plan)| match plan {
@@ -430,6 +436,7 @@ impl Cpu {
             layout,
             params,
             scratch: share(program, scratch),
+            lanes: options.level.lanes(),
         };
         let scratch = buffers.scratch;
         let partials = |id: BufferId, channels: usize| Partials {
