@@ -317,6 +317,57 @@ fn a_wrong_spec_exits_2_with_every_problem() {
     assert!(!home.path().exists(), "nothing was touched");
 }
 
+/// 448 px need about a quarter of a gibibyte an image: no machine holds 65536 of them.
+#[test]
+fn a_batch_that_does_not_fit_is_told_which_would() {
+    let home = Home::new();
+    let dir = format!("run_dir={}", home.path().display());
+    let sets = |bn_batch: &str| {
+        let sets = [
+            "data.source=fake",
+            "model.resolution=448",
+            "train.device=cpu",
+            "track.mlflow=off",
+            "train.batch_size=65536",
+            bn_batch,
+            &dir,
+        ];
+        sets.map(str::to_owned)
+    };
+    let sets = |command: &[&str], bn_batch: &str, code| {
+        let sets = sets(bn_batch);
+        let sets = sets.iter().flat_map(|set| ["--set", set]);
+        let args: Vec<&str> = command.iter().copied().chain(sets).collect();
+        check(&args, code)
+    };
+    let config = "configs/resnet50.toml";
+    let (_, said) = sets(&[config], "train.bn_batch=65536", 4);
+    assert!(
+        said.contains("train.bn_batch = 65536: the engine needs ")
+            && said.contains(" GiB are available"),
+        "{said}"
+    );
+    let fits = said.split("hint: train.bn_batch = ").nth(1).expect(&said);
+    let (fits, _) = fits.split_once(" would fit").expect(&said);
+    // That one does, by the plan's reckoning.
+    let available: f64 = {
+        let (before, _) = said.split_once(" GiB are available").expect("just seen");
+        before
+            .rsplit(' ')
+            .next()
+            .expect("a number")
+            .parse()
+            .unwrap()
+    };
+    let (plan, _) = sets(
+        &["plan", config, "--json"],
+        &format!("train.bn_batch={fits}"),
+        0,
+    );
+    let needed = json(&plan)["memory"]["peak_bytes"].as_f64().expect(&plan) / f64::from(1 << 30);
+    assert!(needed <= available + 0.05, "{fits}: {needed} GiB");
+}
+
 #[test]
 fn made_up_data_needs_no_files() {
     for source in ["fake", "zeros"] {
