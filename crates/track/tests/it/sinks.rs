@@ -224,6 +224,7 @@ fn without_a_wish_there_is_no_tracker() {
 fn an_event_file_that_vanishes_is_a_failure_and_is_followed_by_another() {
     let home = Home::new();
     let config = Config {
+        system: false,
         mlflow: None,
         tensorboard: true,
     };
