@@ -70,6 +70,8 @@ enum Axis {
 struct Table {
     kind: Option<String>,
     axes: Vec<(String, Axis)>,
+    /// Whether there are any, right or wrong.
+    has_axes: bool,
     list: Vec<BTreeMap<String, Value>>,
     count: Option<usize>,
     seed: u64,
@@ -213,6 +215,7 @@ impl Reader<'_> {
                     self.say(at, &path, what, "");
                 }
                 ("axes", Some(Value::Table(axes))) => {
+                    table.has_axes = !axes.is_empty();
                     for (axis, value) in axes {
                         match self::axis(value) {
                             Ok(values) => table.axes.push((axis, values)),
@@ -293,7 +296,7 @@ impl Reader<'_> {
                 };
                 table.list.iter().map(text).collect()
             }
-            _ if table.axes.is_empty() => wrong(
+            _ if !table.has_axes => wrong(
                 "axes",
                 "missing",
                 "write [sweep.axes] and below it \"schedule.base_lr\" = [0.1, 0.2]",

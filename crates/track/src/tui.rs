@@ -286,7 +286,10 @@ fn curve(
     let (mut low, mut high) = finite().fold((f64::MAX, f64::MIN), |(low, high), p| {
         (low.min(p.1), high.max(p.1))
     });
+    // A run that resumes shows what this process has seen.
+    let first = finite().map(|p| p.0).fold(f64::MAX, f64::min);
     let last = finite().map(|p| p.0).fold(0.0, f64::max);
+    let first = first.min(last);
     if low >= high {
         (low, high) = if low == high {
             (low - 0.5, high + 0.5)
@@ -318,8 +321,8 @@ fn curve(
         .legend_position(None)
         .x_axis(
             Axis::default()
-                .bounds([0.0, last.max(1e-9)])
-                .labels(["0".to_string(), format!("epoch {last:.1}")])
+                .bounds([first, last.max(first + 1e-9)])
+                .labels([format!("{first:.1}"), format!("epoch {last:.1}")])
                 .labels_alignment(Alignment::Right),
         )
         .y_axis(Axis::default().bounds([low, high]).labels([

@@ -883,7 +883,7 @@ fn mlflow_is_a_server_or_a_word() {
         assert_eq!(is_server, text.contains("://"), "{text}");
     }
     let names = "\"auto\", \"sqlite\", \"off\", \"http://host:port\", \"https://host\"";
-    for text in ["databricks", "http://", "localhost:5000"] {
+    for text in ["databricks", "file:///tmp/mlruns", "localhost:5000"] {
         check_set(
             &format!("track.mlflow={text}"),
             &format!("expected one of {names}, not \"{text}\""),
@@ -893,6 +893,8 @@ fn mlflow_is_a_server_or_a_word() {
         "track.mlflow=sqlit",
         &format!("expected one of {names}, not \"sqlit\"\nhint: did you mean \"sqlite\"?"),
     );
+    assert!(schema::refusal_of_set("track.mlflow=localhost:5000").is_some());
+    assert!(schema::refusal_of_set("track.mlflow=http://localhost:5000").is_none());
     check_range("track.register_model=", "expected a name, not \"\"");
 }
 
