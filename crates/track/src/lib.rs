@@ -110,6 +110,8 @@ pub struct Trackers {
     events: Option<EventFile>,
     mlflow: Option<Store>,
     sampler: Option<Sampler>,
+    /// Whether TensorBoard has been told that a session began: by this process, or by the one that it resumes.
+    has_hparams: bool,
     /// Whether what fails now is said at the end anyway.
     is_ending: bool,
     log: Option<File>,
@@ -134,6 +136,7 @@ impl Trackers {
             events: config.tensorboard.then(|| EventFile::new(dir)),
             mlflow: None,
             sampler: None,
+            has_hparams: resume.is_some(),
             is_ending: false,
             log: None,
             screen: Screen::new(terminal, &name),
@@ -195,6 +198,7 @@ impl Trackers {
 
     /// Tells TensorBoard what a run is, once, when it begins: its parameters, its spec, its network.
     pub fn describe(&mut self, params: &BTreeMap<String, String>, spec: &str, graph: &[GraphNode]) {
+        self.has_hparams = true;
         self.event(|events| {
             let params = params
                 .iter()
@@ -284,7 +288,9 @@ impl Trackers {
         self.count(synced, "metrics.jsonl");
         let written = summary::write(&self.dir, s);
         self.count(written, summary::NAME);
-        self.event(|events| events.hparams_end(s.status == "done"));
+        if self.has_hparams {
+            self.event(|events| events.hparams_end(s.status == "done"));
+        }
         let synced = self.events.as_mut().map_or(Ok(()), EventFile::sync);
         self.count(synced, EVENTS);
         let told = self.dir.join(summary::NAME);

@@ -289,7 +289,13 @@ mod tests {
         let script = "#!/bin/sh\necho \"$*\" >\"$0.args\"\necho '0, 10, 1, 4, 70.5'\necho '1, 20, 2, 4, 80.5'\nsleep 60\n";
         std::fs::write(&path, script).unwrap();
         std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
-        let gpus = Gpus::start(path.to_str().unwrap()).unwrap();
+        // While another test starts a program, the script may still be open for writing in it.
+        let gpus = loop {
+            match Gpus::start(path.to_str().unwrap()) {
+                Err(e) if e.kind() == io::ErrorKind::ExecutableFileBusy => thread::yield_now(),
+                started => break started.unwrap(),
+            }
+        };
         while gpus.sample().len() < 8 {
             thread::sleep(Duration::from_millis(5));
         }

@@ -114,10 +114,12 @@ pub fn train(
             return Ok(Ended::Interrupted);
         }
     }
-    Ok(match at.step < job.plan.steps {
-        true => Ended::Interrupted,
-        false => Ended::Done,
-    })
+    if at.step < job.plan.steps {
+        // With the evaluation, so that the next start need not make up for it.
+        write(&mut job, at, &engine.state(), trackers)?;
+        return Ok(Ended::Interrupted);
+    }
+    Ok(Ended::Done)
 }
 
 impl Job<'_> {
@@ -142,9 +144,18 @@ fn save(
             .iter()
             .map(|(name, t)| (histogram(name), &t.values[..])),
     );
+    write(job, at, &state, trackers)
+}
+
+fn write(
+    job: &mut Job<'_>,
+    at: &mut Progress,
+    state: &engine::State,
+    trackers: &mut Trackers,
+) -> Result<(), Error> {
     at.metrics_bytes = trackers.sync();
     job.meta.progress = at.clone();
-    job.checkpoints.save(&job.meta, &state, job.keep)
+    job.checkpoints.save(&job.meta, state, job.keep)
 }
 
 /// How TensorBoard calls a tensor of the state. The momentum is the running sum of the gradients, all of them that
