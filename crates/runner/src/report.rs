@@ -21,6 +21,9 @@ use crate::sweep::escaped;
 use canvas::{Image, Svg};
 use plot::{Chart, Curve, WIDTH};
 
+/// By the name of a metric: step, epoch, value.
+type Metrics = BTreeMap<String, Vec<(u64, f64, f64)>>;
+
 /// A run as its directory tells it.
 struct Told {
     dir: PathBuf,
@@ -28,8 +31,7 @@ struct Told {
     spec: Option<Run>,
     summary: Option<Summary>,
     status: &'static str,
-    /// Metric by name: step, epoch, value.
-    metrics: BTreeMap<String, Vec<(u64, f64, f64)>>,
+    metrics: Metrics,
     /// Lines of metrics.jsonl that are none.
     damaged: usize,
 }
@@ -133,8 +135,8 @@ impl Told {
     }
 }
 
-fn metrics(path: &Path) -> (BTreeMap<String, Vec<(u64, f64, f64)>>, usize) {
-    let mut metrics: BTreeMap<String, Vec<_>> = BTreeMap::new();
+fn metrics(path: &Path) -> (Metrics, usize) {
+    let mut metrics = Metrics::new();
     let mut damaged = 0;
     let Ok(file) = std::fs::File::open(path) else {
         return (metrics, 0);
