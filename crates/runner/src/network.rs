@@ -135,34 +135,6 @@ pub(crate) fn labels(run: &Run) -> Result<Option<Vec<String>>, Failure> {
     )))
 }
 
-#[cfg(test)]
-mod tests {
-    fn is_accepted(key: &str, value: usize) -> bool {
-        let text = "name = \"t\"\ndata.source = \"fake\"";
-        spec::parse(text, "t.toml", &[format!("{key}={value}")]).is_ok()
-    }
-
-    /// The spec may not know `nn`, so it has its own list.
-    #[test]
-    fn the_spec_accepts_what_is_compiled_in() {
-        for depth in 1..=420 {
-            assert_eq!(
-                is_accepted("model.depth", depth),
-                nn::DEPTHS.contains(&depth),
-                "depth {depth}"
-            );
-        }
-        for resolution in 1..=512 {
-            let compiled_in = nn::RESOLUTIONS.contains(&resolution);
-            assert_eq!(
-                is_accepted("model.resolution", resolution),
-                compiled_in,
-                "{resolution} px"
-            );
-        }
-    }
-}
-
 /// The graph as TensorBoard shows it.
 pub(crate) fn nodes(graph: &Graph) -> Vec<track::GraphNode> {
     let named = |i: usize| {
@@ -196,4 +168,32 @@ pub(crate) fn nodes(graph: &Graph) -> Vec<track::GraphNode> {
         }
     };
     graph.nodes().iter().enumerate().map(node).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    fn is_accepted(key: &str, value: usize) -> bool {
+        let text = "name = \"t\"\ndata.source = \"fake\"";
+        spec::parse(text, "t.toml", &[format!("{key}={value}")]).is_ok()
+    }
+
+    /// The spec may not know `nn`, so it has its own list.
+    #[test]
+    fn the_spec_accepts_what_is_compiled_in() {
+        for depth in 1..=420 {
+            assert_eq!(
+                is_accepted("model.depth", depth),
+                nn::DEPTHS.contains(&depth),
+                "depth {depth}"
+            );
+        }
+        for resolution in 1..=512 {
+            let compiled_in = nn::RESOLUTIONS.contains(&resolution);
+            assert_eq!(
+                is_accepted("model.resolution", resolution),
+                compiled_in,
+                "{resolution} px"
+            );
+        }
+    }
 }
