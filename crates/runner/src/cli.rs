@@ -8,6 +8,7 @@ use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser, T
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::cpu::{Level, Precision};
 use serde::Serialize;
+use spec::{Length, LengthError};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -18,6 +19,8 @@ Examples:
   runner config configs/resnet50.toml --origins           every key, and which file, variable or argument said it
   runner eval runs/quickstart                             score its latest checkpoint
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
+  runner sweep experiments/lr.toml                        many variants of a spec, ranked
+  runner report runs/a runs/b                             compare them on one page
   runner bench engine --by-kernel                         how fast this machine computes, and where the time goes
 
 A run lives in runs/NAME. Starting it again resumes it; on the same kind of CPU the resumed run computes the
@@ -41,8 +44,20 @@ pub(crate) struct Cli {
     #[arg(long)]
     pub(crate) fresh: bool,
 
+    /// Show a dashboard instead of a bar: curves, speed, machine, events; plain lines where stderr is no terminal
+    #[arg(long)]
+    pub(crate) tui: bool,
+
+    /// Stop after so much of the run, such as "5 epochs", as if by a signal, but evaluated; the next start goes on
+    #[arg(long, value_name = "LENGTH", value_parser = length)]
+    pub(crate) until: Option<Length>,
+
     #[command(subcommand)]
     pub(crate) command: Option<Command>,
+}
+
+fn length(text: &str) -> Result<Length, String> {
+    text.parse().map_err(|error: LengthError| error.to_string())
 }
 
 #[derive(Debug, Subcommand)]
@@ -63,6 +78,18 @@ pub(crate) enum Command {
     /// Measure how fast something is on this machine
     #[command(subcommand)]
     Bench(BenchArgs),
+    /// Train many variants of a spec: a grid, a list or random draws
+    ///
+    /// The table [sweep] of the file says which. Each run is a process of its own in runs/NAME/HASH, where HASH stands for
+    /// what it computes: started again, the sweep passes over what is done and goes on with the rest.
+    Sweep(SweepArgs),
+    /// List runs: status, step, best accuracy, speed
+    Runs(RunsArgs),
+    /// Compare runs on one self-contained HTML page, with its curves as PNG images beside it
+    Report(ReportArgs),
+    /// Tell an MLflow server what it has missed of a run
+    #[command(subcommand)]
+    Track(TrackArgs),
 }
 
 /// What a command line changes in a spec.
@@ -143,6 +170,74 @@ pub(crate) struct VerifyArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DoctorArgs {
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SweepArgs {
+    #[command(flatten)]
+    pub(crate) spec: Spec,
+
+    /// Runs at a time; they share the cores
+    #[arg(long, value_name = "N", default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..=256))]
+    pub(crate) jobs: usize,
+
+    /// Start at most so many processes now; the next start of the sweep goes on
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) max_runs: Option<usize>,
+
+    /// Also write a JUnit report, a test case for each run, for CI servers
+    #[arg(long, value_name = "FILE")]
+    pub(crate) junit: Option<PathBuf>,
+
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RunsArgs {
+    /// Where to look, three levels deep
+    #[arg(value_name = "DIR", default_value = "runs")]
+    pub(crate) dirs: Vec<PathBuf>,
+
+    /// Print one JSON document instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ReportArgs {
+    /// Run directories, or directories of them
+    #[arg(value_name = "RUN", required = true)]
+    pub(crate) runs: Vec<PathBuf>,
+
+    /// The page; its images are called after it
+    #[arg(long, value_name = "FILE", default_value = "report.html")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum TrackArgs {
+    /// Send what the journals of runs hold and a server has not got; whatever it has already is not sent twice
+    ///
+    /// A run on a server writes everything into mlflow.journal in its directory first. While the server is away the run
+    /// goes on. MLFLOW_TRACKING_USERNAME, _PASSWORD, _TOKEN and MLflow's other variables count here too.
+    Sync(TrackSyncArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TrackSyncArgs {
+    /// Run directories
+    #[arg(value_name = "RUN", required = true)]
+    pub(crate) runs: Vec<PathBuf>,
+
+    /// The server [default: MLFLOW_TRACKING_URI, or the track.mlflow of the run's spec]
+    #[arg(long, value_name = "URL")]
+    pub(crate) to: Option<String>,
+
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,

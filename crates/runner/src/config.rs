@@ -37,13 +37,30 @@ pub(crate) fn environment() -> Vec<(String, String)> {
 }
 
 fn layered(file: &Path, changes: &Changes) -> Result<Loaded, Failure> {
-    Ok(spec::load(&Layers {
+    let environment = environment();
+    let mut loaded = spec::load(&Layers {
         file,
         profile: changes.profile.as_deref(),
-        environment: &environment(),
+        environment: &environment,
         sets: &changes.set,
-    })?)
+    })?;
+    // MLflow's own variable, as strong as ours but for ours.
+    let variable = environment.iter().find(|(name, _)| name == EXPERIMENT);
+    if let Some((_, name)) = variable.filter(|(_, name)| !name.is_empty()) {
+        let said = loaded.origins.entry("track.experiment".into()).or_default();
+        if !["--set ", "environment "]
+            .iter()
+            .any(|by| said.starts_with(by))
+        {
+            *said = format!("environment variable {EXPERIMENT}");
+            loaded.run.track.experiment = name.clone();
+        }
+    }
+    Ok(loaded)
 }
+
+/// MLflow's name for our `track.experiment`.
+pub(crate) const EXPERIMENT: &str = "MLFLOW_EXPERIMENT_NAME";
 
 /// The resolved spec, and behind each key where its value was said.
 fn with_origins(loaded: &Loaded) -> String {

@@ -9,14 +9,17 @@ mod failure;
 mod network;
 mod output;
 mod plan;
+mod report;
 mod run;
+mod sweep;
+mod tracking;
 mod verify;
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{BenchArgs, Cli, Command};
+use cli::{BenchArgs, Cli, Command, TrackArgs};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -27,12 +30,20 @@ fn main() -> ExitCode {
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
+        (Some(Command::Runs(args)), _) => report::runs(&args),
+        (Some(Command::Report(args)), _) => report::report(&args),
+        (Some(Command::Sweep(args)), _) => sweep::sweep(&args),
+        (Some(Command::Track(TrackArgs::Sync(args))), _) => tracking::sync(&args),
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,
                 changes: cli.changes,
             },
-            cli.fresh,
+            &run::How {
+                fresh: cli.fresh,
+                until: cli.until,
+                tui: cli.tui,
+            },
         ),
         (None, None) => unreachable!("clap asks for a spec where there is no command"),
     };

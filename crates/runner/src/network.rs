@@ -2,7 +2,7 @@
 
 use engine::State;
 use engine::cpu::{Cpu, Level, Memory, Options, Precision};
-use graph::Graph;
+use graph::{Graph, Op};
 use spec::Run;
 
 use crate::doctor;
@@ -133,6 +133,41 @@ pub(crate) fn labels(run: &Run) -> Result<Option<Vec<String>>, Failure> {
     Err(Failure::Spec(format!(
         "{path}: {found} labels, but model.classes is {classes}\nhint: one line for each class, in the order of the classes"
     )))
+}
+
+/// The graph as TensorBoard shows it.
+pub(crate) fn nodes(graph: &Graph) -> Vec<track::GraphNode> {
+    let named = |i: usize| {
+        let name = &graph.nodes()[i].name;
+        // Names of parameters are unique; an operation without any may share its name.
+        let is_first = graph.nodes()[..i].iter().all(|node| node.name != *name);
+        match (name.as_str(), is_first) {
+            ("", _) => format!("node{i}"),
+            (name, true) => name.to_string(),
+            (name, false) => format!("{name}_{i}"),
+        }
+    };
+    let names: Vec<String> = (0..graph.nodes().len()).map(named).collect();
+    let node = |(i, node): (usize, &graph::Node)| {
+        let plane = node.plane;
+        let op = match node.op {
+            Op::Input => "Placeholder",
+            Op::Conv { .. } => "Conv2D",
+            Op::BatchNorm { .. } => "BatchNorm",
+            Op::Relu => "Relu",
+            Op::Add => "Add",
+            Op::MaxPool { .. } => "MaxPool",
+            Op::AvgPool => "AvgPool",
+            Op::Linear { .. } => "MatMul",
+        };
+        track::GraphNode {
+            name: names[i].clone(),
+            op: op.into(),
+            inputs: node.inputs.iter().map(|id| names[id.0].clone()).collect(),
+            shape: [plane.h, plane.w, plane.c].map(|n| n as u64).to_vec(),
+        }
+    };
+    graph.nodes().iter().enumerate().map(node).collect()
 }
 
 #[cfg(test)]

@@ -3,10 +3,10 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use engine::Engine;
-use spec::{Mode, Run};
+use spec::{Length, Mode};
 use store::Lease;
 use track::{Resume, Summary, Terminal, Trackers, read_summary};
 use train::{Checkpoints, Ended, Input, Job, Meta, Pace, Plan, Progress};
@@ -15,22 +15,38 @@ use crate::cli::Spec;
 use crate::config;
 use crate::evaluate;
 use crate::failure::{Failure, INTERRUPTED};
-use crate::{network, output};
+use crate::{network, output, tracking};
+
+/// What a command line says beside the spec.
+pub(crate) struct How {
+    /// Put an earlier run aside.
+    pub(crate) fresh: bool,
+    /// Stop there.
+    pub(crate) until: Option<Length>,
+    /// Show a dashboard.
+    pub(crate) tui: bool,
+}
 
 /// Does what the spec's `mode` says.
-pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
+pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let run = config::load(args)?;
     if run.mode == Mode::Eval {
-        return evaluate::latest(&run, fresh);
+        return evaluate::latest(&run, how.fresh);
     }
     let labels = network::labels(&run)?;
     let input = Input::open(&run)?;
     let plan = Plan::new(&run, input.train_examples)
         .expect("a checked spec has lengths that become steps");
+    let until = match how.until {
+        None => plan.steps,
+        Some(length) => length
+            .steps(plan.examples, plan.batch_size, Some(plan.steps))
+            .map_or(plan.steps, |steps| steps.clamp(1, plan.steps)),
+    };
     let meta = Meta::new(&run, input.computation(&run), labels);
 
     let dir = run.run_dir();
-    if fresh {
+    if how.fresh {
         put_aside(&dir)?;
     }
     std::fs::create_dir_all(&dir)
@@ -50,6 +66,7 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
         print(&summary);
         return Ok(ExitCode::SUCCESS);
     }
+    let config = tracking::config(&args.config, &run, &dir, &input, &meta)?;
     store::write_atomic(&dir.join("spec.toml"), &[run.to_toml().as_bytes()])?;
 
     let resume = start.as_ref().map(|(at, _)| Resume {
@@ -57,8 +74,12 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
         is_evaluated: at.is_evaluated(),
         metrics_bytes: at.metrics_bytes,
     });
-    let config = trackers(&args.config, &run, &dir, &meta);
-    let mut trackers = Trackers::open(&dir, resume, &config, Terminal::Auto);
+    let terminal = if how.tui {
+        Terminal::Tui
+    } else {
+        Terminal::Auto
+    };
+    let mut trackers = Trackers::open(&dir, resume, &config, terminal);
     let graph = network::network(&run);
     let (title, params) = (network::title(&run), graph.counts().params);
     trackers.note(&format!("{}: {title}, {params} parameters", run.name));
@@ -70,7 +91,11 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
             ));
             (progress, Some(state))
         }
-        None => (Progress::default(), None),
+        None => {
+            let nodes = network::nodes(&graph);
+            trackers.describe(&tracking::params(&meta), &run.to_toml(), &nodes);
+            (Progress::default(), None)
+        }
     };
     let mut engine = network::engine(&run, &graph, state)?;
     let what = engine.describe();
@@ -87,14 +112,24 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
         checkpoints: &checkpoints,
         keep,
         meta,
+        until,
         stop: &stop,
     };
     let ended = train::train(job, &mut at, &mut engine, &mut trackers, &mut pace);
     let (status, reason) = match &ended {
         Ok(Ended::Done) => ("done", None),
-        Ok(Ended::Interrupted) => ("interrupted", Some("a signal".into())),
+        Ok(Ended::Interrupted) if stop.load(Ordering::Relaxed) => {
+            ("interrupted", Some("a signal".into()))
+        }
+        Ok(Ended::Interrupted) => ("interrupted", Some("--until".into())),
         Err(error) => ("failed", Some(error.to_string())),
     };
+    if let (Ok(Ended::Done), Some(name)) = (&ended, &run.track.register_model) {
+        match checkpoints.best(&at) {
+            Ok((file, step)) => trackers.model(&file, name, step),
+            Err(error) => trackers.note(&format!("no model is registered: {error}")),
+        }
+    }
     let summary = pace.summary(status, &at, reason);
     trackers.finish(&summary);
     match ended? {
@@ -110,25 +145,6 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
             print(&summary);
             Ok(ExitCode::from(INTERRUPTED))
         }
-    }
-}
-
-/// The trackers that the spec asks for; MLflow's own default is its store in the working directory.
-fn trackers(file: &Path, run: &Run, dir: &Path, meta: &Meta) -> track::Config {
-    let mlflow = match run.track.mlflow {
-        spec::Mlflow::Sqlite => Some(track::Mlflow {
-            dir: ".".into(),
-            experiment: run.track.experiment.clone(),
-            run: run.name.clone(),
-            source: file.display().to_string(),
-            params: meta.computation.clone(),
-            artifacts: vec![dir.join("spec.toml")],
-        }),
-        spec::Mlflow::Off => None,
-    };
-    track::Config {
-        mlflow,
-        tensorboard: run.track.tensorboard,
     }
 }
 
@@ -165,7 +181,7 @@ fn put_aside(dir: &Path) -> Result<(), Failure> {
 }
 
 /// The first SIGTERM or SIGINT asks the run to stop after its step; a second one ends the process.
-fn stop_on_signals() -> Arc<AtomicBool> {
+pub(crate) fn stop_on_signals() -> Arc<AtomicBool> {
     let stop = Arc::new(AtomicBool::new(false));
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT] {
         let code = 128 + signal;

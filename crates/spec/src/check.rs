@@ -131,6 +131,13 @@ fn names(run: &Run, found: &mut Findings) {
         !experiment.is_empty(),
         "a name",
     );
+    let model = run.track.register_model.as_deref();
+    found.range(
+        "track.register_model",
+        model.unwrap_or_default(),
+        model != Some(""),
+        "a name",
+    );
     let places = [
         ("run_dir", &run.run_dir),
         ("model.labels", &run.model.labels),

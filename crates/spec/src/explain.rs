@@ -9,14 +9,12 @@ use crate::load::Rank;
 use crate::run::Run;
 
 /// Values with a name but no meaning yet, and who does not support them.
-const LATER: [(&str, &str, &str); 7] = [
+const LATER: [(&str, &str, &str); 5] = [
     ("data.source", "bigtable", ""),
     ("train.precision", "f16", " by the cpu engine"),
     ("train.device", "cuda", ""),
     ("optimizer.kind", "lars", ""),
     ("schedule.kind", "polynomial", ""),
-    ("track.mlflow", "http", ""),
-    ("track.mlflow", "https", ""),
 ];
 
 /// What is wrong with a value in itself, and how to fix it; none if it is right.
@@ -85,7 +83,7 @@ fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<Stri
         return (what, None);
     };
     let later = LATER.iter().find(|(key, name, _)| {
-        // cuda:1 is cuda as well, and http://host is http.
+        // cuda:1 is cuda as well.
         *key == path && text.split(':').next() == Some(*name)
     });
     if let Some((_, _, whom)) = later {

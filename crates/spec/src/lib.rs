@@ -15,6 +15,7 @@ mod load;
 mod problem;
 mod run;
 mod schema;
+mod sweep;
 mod value;
 
 pub use length::{Length, LengthError, Unit};
@@ -26,3 +27,4 @@ pub use run::{
     Track, Train,
 };
 pub use schema::schema;
+pub use sweep::{Cell, Halving, Sweep, sweep};

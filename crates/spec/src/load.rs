@@ -53,7 +53,17 @@ pub struct Loaded {
 /// # Errors
 /// Everything that is wrong with all of the layers, at once.
 pub fn load(layers: &Layers<'_>) -> Result<Loaded, Errors> {
+    read(layers, Reader::new(layers.profile))
+}
+
+/// As [`load`], of a file whose `[sweep]` somebody else reads.
+pub(crate) fn load_cell(layers: &Layers<'_>) -> Result<Loaded, Errors> {
     let mut reader = Reader::new(layers.profile);
+    reader.is_sweep = true;
+    read(layers, reader)
+}
+
+fn read(layers: &Layers<'_>, mut reader: Reader<'_>) -> Result<Loaded, Errors> {
     let is_whole = match reader.file(layers.file) {
         Ok(is_whole) => is_whole,
         Err((what, _)) => {
@@ -167,6 +177,8 @@ struct Reader<'a> {
     open: Vec<(PathBuf, String)>,
     /// The files that were read.
     read: Vec<PathBuf>,
+    /// Whether `[sweep]` is for somebody else to read.
+    is_sweep: bool,
 }
 
 impl<'a> Reader<'a> {
@@ -183,6 +195,7 @@ impl<'a> Reader<'a> {
             found: vec![],
             open: vec![],
             read: vec![],
+            is_sweep: false,
         };
         reader.begin("default", Rank::Default);
         reader.layer().values = known;
@@ -313,6 +326,7 @@ impl<'a> Reader<'a> {
                     self.say(at, name, what, hint);
                 }
                 "profile" => {}
+                "sweep" if self.is_sweep => {}
                 name => self.root_key(name, value, at, &place),
             }
         }
@@ -490,6 +504,7 @@ impl<'a> Reader<'a> {
     fn meant(&self, key: &str) -> Option<String> {
         match key {
             "extends" => return Some("extends stands at the top of a file".into()),
+            "sweep" => return Some("a file with [sweep] says many runs: runner sweep FILE".into()),
             "profile" => return Some("which profile is applied is said by --profile NAME".into()),
             _ => {}
         }
@@ -676,7 +691,7 @@ fn remove(values: &mut Dict, section: &str, key: &str) {
 }
 
 /// Line and column of the start of a span.
-fn place(text: &str, span: &Range<usize>) -> Place {
+pub(crate) fn place(text: &str, span: &Range<usize>) -> Place {
     let before = text.get(..span.start).unwrap_or(text);
     let line = before.matches('\n').count() + 1;
     let column = before.chars().rev().take_while(|&c| c != '\n').count() + 1;

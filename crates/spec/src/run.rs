@@ -1,11 +1,12 @@
 //! What was written: the sections of a spec, their keys and defaults.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use schemars::JsonSchema;
+use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::Error as _;
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
 
 use crate::length::{Length, Unit};
@@ -363,16 +364,78 @@ pub struct Track {
     pub experiment: String,
     /// Whether scalars are also written for TensorBoard, to the run directory.
     pub tensorboard: bool,
+    /// Whether MLflow and TensorBoard are told every 10 s how busy CPU, memory, disk, network and GPUs are.
+    pub system_metrics: bool,
+    /// Name of a registered model of MLflow's server: at its end a run that is done makes its best checkpoint a
+    /// version of it. None if absent.
+    #[schemars(length(min = 1))]
+    pub register_model: Option<String>,
 }
 
 /// MLflow's store.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Mlflow {
+    /// The server that the environment variable `MLFLOW_TRACKING_URI` names; where there is none, as [`Mlflow::Sqlite`].
+    Auto,
     /// `mlflow.db` and `mlruns/` in the working directory; no server.
     Sqlite,
     /// None.
     Off,
+    /// A server, by its URL.
+    Server(String),
+}
+
+/// What `track.mlflow` may be.
+const MLFLOW: [&str; 5] = ["auto", "sqlite", "off", "http://host:port", "https://host"];
+
+impl Mlflow {
+    fn as_str(&self) -> &str {
+        match self {
+            Self::Auto => MLFLOW[0],
+            Self::Sqlite => MLFLOW[1],
+            Self::Off => MLFLOW[2],
+            Self::Server(url) => url,
+        }
+    }
+}
+
+impl Serialize for Mlflow {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.as_str())
+    }
+}
+
+impl<'de> Deserialize<'de> for Mlflow {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let named = [Self::Auto, Self::Sqlite, Self::Off];
+        if let Some(named) = named.into_iter().find(|named| named.as_str() == text) {
+            return Ok(named);
+        }
+        let host = ["http://", "https://"]
+            .iter()
+            .find_map(|scheme| text.strip_prefix(scheme));
+        match host {
+            Some(host) if !host.is_empty() => Ok(Self::Server(text)),
+            _ => Err(D::Error::unknown_variant(&text, &MLFLOW)),
+        }
+    }
+}
+
+impl JsonSchema for Mlflow {
+    fn schema_name() -> Cow<'static, str> {
+        "Mlflow".into()
+    }
+
+    fn json_schema(_: &mut SchemaGenerator) -> Schema {
+        json_schema!({
+            "description": "MLflow's store: the server at a URL; `sqlite`, a file in the working directory; `off`; or `auto`, the server that MLFLOW_TRACKING_URI names, else the file.",
+            "oneOf": [
+                { "enum": MLFLOW[..3] },
+                { "type": "string", "pattern": "^https?://." },
+            ],
+        })
+    }
 }
 
 const fn epochs(value: f64) -> Length {
@@ -478,9 +541,11 @@ impl Default for Checkpoint {
 impl Default for Track {
     fn default() -> Self {
         Self {
-            mlflow: Mlflow::Sqlite,
+            mlflow: Mlflow::Auto,
             experiment: "runner".into(),
             tensorboard: true,
+            system_metrics: true,
+            register_model: None,
         }
     }
 }
@@ -514,7 +579,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 17] = [
+const FREE: [&str; 19] = [
     "name",
     "mode",
     "run_dir",
@@ -532,6 +597,8 @@ const FREE: [&str; 17] = [
     "track.mlflow",
     "track.experiment",
     "track.tensorboard",
+    "track.system_metrics",
+    "track.register_model",
 ];
 
 impl Run {

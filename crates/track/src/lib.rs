@@ -1,9 +1,10 @@
 //! Numbers leave the program: `metrics.jsonl`, `log.txt`, `summary.json` and the terminal; an MLflow store in an SQLite
-//! file and TensorBoard's event files if a [`Config`] asks for them. No server and no network.
+//! file or on a server, and TensorBoard's event files if a [`Config`] asks for them.
 //!
 //! Tracking can never stop a run: no method of [`Trackers`] returns an error. What could not be written is counted,
-//! said once when it begins, and said again at the end. A thread writes to MLflow's database, so a step never waits for
-//! a program that has locked it. This crate computes nothing that a run depends on.
+//! said once when it begins, and said again at the end. Threads of their own write to MLflow's database and talk to its
+//! server, so a step waits for neither; what a server is told is in a journal first, and [`sync`] sends later what it
+//! missed. This crate computes nothing that a run depends on.
 //!
 //! A run that resumes has every number once in every place: see [`Resume`].
 
@@ -15,9 +16,12 @@
 mod metrics;
 mod mlflow;
 mod summary;
+mod system;
 mod tensorboard;
 mod terminal;
+mod tui;
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -27,19 +31,24 @@ use serde::Serialize;
 
 pub use metrics::{EvalMetrics, StepMetrics};
 use metrics::{MetricsFile, Scalar};
-pub use mlflow::Mlflow;
+pub use mlflow::{Access, Credentials, Dataset, Mlflow, Place, Synced, sync};
+use mlflow::{Follower, Said};
 pub use summary::{Best, EvalSummary, Summary, read_summary};
+use system::Sampler;
 use tensorboard::EventFile;
+pub use tensorboard::GraphNode;
 use terminal::Screen;
 pub use terminal::Terminal;
 
 /// Which trackers there are beside the run directory's own files; none by default.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Config {
     /// The MLflow store, if the run is to be in one.
     pub mlflow: Option<Mlflow>,
     /// Whether the run directory gets `events.out.tfevents.*`.
     pub tensorboard: bool,
+    /// Whether MLflow and TensorBoard are told every 10 s how busy the machine is, under `system/`.
+    pub system: bool,
 }
 
 /// The checkpoint at which a run goes on.
@@ -65,6 +74,19 @@ impl Resume {
     }
 }
 
+/// The numbers of one step or evaluation, or of the machine at it.
+pub(crate) struct Point {
+    pub(crate) step: u64,
+    pub(crate) milliseconds: i64,
+    pub(crate) scalars: Vec<Scalar>,
+}
+
+/// MLflow, by its place.
+enum Store {
+    File(mlflow::Writer),
+    Server(Box<Follower>),
+}
+
 /// The clock that MLflow uses: milliseconds since 1970.
 fn milliseconds() -> i64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -86,7 +108,12 @@ pub struct Trackers {
     dir: PathBuf,
     metrics: MetricsFile,
     events: Option<EventFile>,
-    mlflow: Option<mlflow::Writer>,
+    mlflow: Option<Store>,
+    sampler: Option<Sampler>,
+    /// Whether TensorBoard has been told that a session began: by this process, or by the one that it resumes.
+    has_hparams: bool,
+    /// Whether what fails now is said at the end anyway.
+    is_ending: bool,
     log: Option<File>,
     screen: Screen,
     failures: u64,
@@ -102,13 +129,17 @@ impl Trackers {
     /// does the run in MLflow if the directory has one.
     pub fn open(dir: &Path, resume: Option<Resume>, config: &Config, terminal: Terminal) -> Self {
         let metrics_bytes = resume.map_or(0, |resume| resume.metrics_bytes);
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
         let mut trackers = Self {
             dir: dir.into(),
             metrics: MetricsFile::new(dir.join("metrics.jsonl"), metrics_bytes),
             events: config.tensorboard.then(|| EventFile::new(dir)),
             mlflow: None,
+            sampler: None,
+            has_hparams: resume.is_some(),
+            is_ending: false,
             log: None,
-            screen: Screen::new(terminal),
+            screen: Screen::new(terminal, &name),
             failures: 0,
             first: None,
         };
@@ -132,8 +163,18 @@ impl Trackers {
         }
         trackers.open_events(resume);
         if let Some(config) = &config.mlflow {
-            let started = mlflow::Writer::start(dir, config.clone(), resume);
+            let started = match &config.place {
+                Place::Directory(store) => {
+                    mlflow::Writer::start(dir, store, config.clone(), resume).map(Store::File)
+                }
+                Place::Server(access) => Follower::start(dir, config, access, resume)
+                    .map(|follower| Store::Server(Box::new(follower))),
+            };
             trackers.mlflow = trackers.count(started, "mlflow-run");
+        }
+        if config.system && (trackers.mlflow.is_some() || trackers.events.is_some()) {
+            let started = Sampler::start();
+            trackers.sampler = trackers.count(started, "");
         }
         trackers
     }
@@ -155,10 +196,57 @@ impl Trackers {
         self.screen.step(m);
     }
 
+    /// Tells TensorBoard what a run is, once, when it begins: its parameters, its spec, its network.
+    pub fn describe(&mut self, params: &BTreeMap<String, String>, spec: &str, graph: &[GraphNode]) {
+        self.has_hparams = true;
+        self.event(|events| {
+            let params = params
+                .iter()
+                .map(|(key, value)| (key.as_str(), value.as_str()));
+            events.hparams(params, &["eval/top1", "eval/loss", "train/loss"])?;
+            events.text("spec", 0, &format!("```toml\n{spec}```"))?;
+            events.graph(graph)
+        });
+    }
+
+    /// Shows TensorBoard some images as the network gets them: `side` x `side` RGB of 0 to 255, one after the other.
+    pub fn images(&mut self, step: u64, side: usize, pixels: &[u8]) {
+        self.event(|events| {
+            let images = pixels
+                .chunks_exact(side * side * 3)
+                .map(|rgb| png(side, rgb));
+            let images = images.collect::<io::Result<Vec<_>>>()?;
+            events.images("train/images", step, (side, side), &images)
+        });
+    }
+
+    /// Shows TensorBoard how the values of tensors are spread. Of large ones a sample is looked at.
+    pub fn tensors<'a>(&mut self, step: u64, tensors: impl Iterator<Item = (String, &'a [f32])>) {
+        self.event(|events| {
+            for (name, values) in tensors {
+                events.histogram(&name, step, values)?;
+            }
+            Ok(())
+        });
+    }
+
+    /// Writes to the event file, if there is one.
+    fn event(&mut self, write: impl FnOnce(&mut EventFile) -> io::Result<()>) {
+        let written = self.events.as_mut().map_or(Ok(()), write);
+        self.count(written, EVENTS);
+    }
+
     /// Records an evaluation.
     pub fn eval(&mut self, m: &EvalMetrics) {
         self.write(m, m.step, m.scalars());
-        self.screen.line(&terminal::eval_line(m));
+        self.event(|events| {
+            let text = format!(
+                "| step | epoch | top-1 | top-5 | loss | images |\n|---|---|---|---|---|---|\n| {} | {:.2} | {:.4} | {:.4} | {:.4} | {} |\n",
+                m.step, m.epoch, m.top1, m.top5, m.loss, m.images
+            );
+            events.text("eval/results", m.step, &text)
+        });
+        self.screen.eval(m);
     }
 
     /// Records an event in words: on the terminal and in `log.txt`.
@@ -175,14 +263,16 @@ impl Trackers {
     /// the same step.
     ///
     /// MLflow's database may be locked by another program. It is waited for, but at most 5 s, and not again until it
-    /// has caught up.
+    /// has caught up. A server is not waited for.
     pub fn sync(&mut self) -> u64 {
         let synced = self.metrics.sync();
         self.count(synced, "metrics.jsonl");
         let synced = self.events.as_mut().map_or(Ok(()), EventFile::sync);
         self.count(synced, EVENTS);
-        if let Some(mlflow) = &mut self.mlflow {
-            mlflow.sync();
+        match &mut self.mlflow {
+            Some(Store::File(writer)) => writer.sync(),
+            Some(Store::Server(follower)) => follower.sync(),
+            None => {}
         }
         self.hear();
         self.metrics.length()
@@ -191,17 +281,20 @@ impl Trackers {
     /// Ends the run: writes `summary.json` whole or not at all, waits for MLflow (35 s at most, if it is locked), and
     /// tells how much could not be written. In MLflow a run that is dropped without this has failed.
     pub fn finish(&mut self, s: &Summary) {
+        self.is_ending = true;
+        self.sampler = None;
         // The numbers first: a summary that says `done` must not outlive the lines before it.
         let synced = self.metrics.sync();
         self.count(synced, "metrics.jsonl");
         let written = summary::write(&self.dir, s);
         self.count(written, summary::NAME);
+        if self.has_hparams {
+            self.event(|events| events.hparams_end(s.status == "done"));
+        }
         let synced = self.events.as_mut().map_or(Ok(()), EventFile::sync);
         self.count(synced, EVENTS);
-        if let Some(mlflow) = &mut self.mlflow {
-            mlflow.end(mlflow::status(s), Some(self.dir.join(summary::NAME)));
-        }
-        self.hear();
+        let told = self.dir.join(summary::NAME);
+        self.end(mlflow::status(s), Some(&told));
         self.mlflow = None; // it is over
         self.screen.finish();
         if let Some(first) = &self.first {
@@ -218,25 +311,76 @@ impl Trackers {
         self.failures
     }
 
-    fn write(&mut self, line: &impl Serialize, step: u64, scalars: Vec<Scalar>) {
-        let written = self.metrics.write(line);
-        self.count(written, "metrics.jsonl");
-        let written = match &mut self.events {
-            Some(events) => events.write(step, &scalars),
-            None => Ok(()),
-        };
-        self.count(written, EVENTS);
-        if let Some(mlflow) = &mut self.mlflow {
-            mlflow.write(step, scalars);
+    /// Makes a checkpoint a model of MLflow under `name`, and a version of the registered model of that name, once the
+    /// server answers. To be said before [`Trackers::finish`].
+    pub fn model(&mut self, file: &Path, name: &str, step: u64) {
+        match &mut self.mlflow {
+            Some(Store::Server(follower)) => follower.model(&self.dir, file, name, step),
+            Some(Store::File(_)) => self.note(&format!(
+                "the model {name} is not registered: MLflow without a server has no registry here\n\
+                 hint: start `mlflow server` and name it with track.mlflow or MLFLOW_TRACKING_URI"
+            )),
+            None => {}
         }
         self.hear();
     }
 
-    /// Counts what failed in MLflow's thread since the last time.
+    fn write(&mut self, line: &impl Serialize, step: u64, scalars: Vec<Scalar>) {
+        let written = self.metrics.write(line);
+        self.count(written, "metrics.jsonl");
+        self.point(Point {
+            step,
+            milliseconds: milliseconds(),
+            scalars,
+        });
+        let samples: Vec<_> = self.sampler.iter().flat_map(Sampler::samples).collect();
+        for (milliseconds, scalars) in samples {
+            self.screen.machine(&scalars);
+            self.point(Point {
+                step,
+                milliseconds,
+                scalars,
+            });
+        }
+        self.hear();
+    }
+
+    /// Tells TensorBoard and MLflow.
+    fn point(&mut self, point: Point) {
+        let written = match &mut self.events {
+            Some(events) => events.write(&point),
+            None => Ok(()),
+        };
+        self.count(written, EVENTS);
+        match &mut self.mlflow {
+            Some(Store::File(writer)) => writer.write(point),
+            Some(Store::Server(follower)) => follower.write(point),
+            None => {}
+        }
+    }
+
+    /// Ends the run in MLflow.
+    fn end(&mut self, status: &'static str, artifact: Option<&Path>) {
+        match &mut self.mlflow {
+            Some(Store::File(writer)) => writer.end(status, artifact.map(Path::to_path_buf)),
+            Some(Store::Server(follower)) => follower.end(status, artifact),
+            None => {}
+        }
+        self.hear();
+    }
+
+    /// Says and counts what MLflow's thread has said since the last time.
     fn hear(&mut self) {
-        let failures: Vec<_> = self.mlflow.iter().flat_map(|m| m.failures()).collect();
-        for failure in failures {
-            self.fail(failure);
+        let said: Vec<Said> = match &self.mlflow {
+            Some(Store::File(writer)) => writer.failures().map(Said::Failure).collect(),
+            Some(Store::Server(follower)) => follower.said().collect(),
+            None => vec![],
+        };
+        for said in said {
+            match said {
+                Said::Note(text) => self.note(&text),
+                Said::Failure(text) => self.fail(text),
+            }
         }
     }
 
@@ -255,9 +399,11 @@ impl Trackers {
     fn fail(&mut self, failure: String) {
         self.failures += 1;
         if self.first.is_none() {
-            self.screen.line(&format!(
-                "tracking fails, the run goes on without it: {failure}"
-            ));
+            if !self.is_ending {
+                self.screen.line(&format!(
+                    "tracking fails, the run goes on without it: {failure}"
+                ));
+            }
             self.first = Some(failure);
         }
     }
@@ -266,11 +412,21 @@ impl Trackers {
 /// A run that has not been finished has failed.
 impl Drop for Trackers {
     fn drop(&mut self) {
-        if let Some(mlflow) = &self.mlflow {
-            mlflow.end("FAILED", None);
-        }
-        self.hear();
+        self.end("FAILED", None);
     }
+}
+
+/// An image as a PNG file.
+fn png(side: usize, rgb: &[u8]) -> io::Result<Vec<u8>> {
+    let mut file = vec![];
+    let mut encoder = png::Encoder::new(&mut file, side as u32, side as u32);
+    encoder.set_color(png::ColorType::Rgb);
+    encoder.set_depth(png::BitDepth::Eight);
+    let written = encoder
+        .write_header()
+        .and_then(|mut writer| writer.write_image_data(rgb));
+    written.map_err(io::Error::other)?;
+    Ok(file)
 }
 
 /// How failures name the event files.

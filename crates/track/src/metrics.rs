@@ -1,5 +1,6 @@
 //! `metrics.jsonl`: one JSON object per line.
 
+use std::borrow::Cow;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
@@ -38,11 +39,11 @@ impl StepMetrics {
     /// What MLflow and TensorBoard get: every number with a room in its name.
     pub(crate) fn scalars(&self) -> Vec<Scalar> {
         vec![
-            ("train/loss", self.loss),
-            ("train/top1", self.top1),
-            ("train/lr", self.lr),
-            ("train/images_per_s", self.images_per_s),
-            ("train/input_wait_fraction", self.input_wait_fraction),
+            ("train/loss".into(), self.loss),
+            ("train/top1".into(), self.top1),
+            ("train/lr".into(), self.lr),
+            ("train/images_per_s".into(), self.images_per_s),
+            ("train/input_wait_fraction".into(), self.input_wait_fraction),
         ]
     }
 }
@@ -76,16 +77,16 @@ impl EvalMetrics {
     /// What MLflow and TensorBoard get: every number with a room in its name.
     pub(crate) fn scalars(&self) -> Vec<Scalar> {
         vec![
-            ("eval/loss", self.loss),
-            ("eval/top1", self.top1),
-            ("eval/top5", self.top5),
-            ("eval/images", self.images as f64),
+            ("eval/loss".into(), self.loss),
+            ("eval/top1".into(), self.top1),
+            ("eval/top5".into(), self.top5),
+            ("eval/images".into(), self.images as f64),
         ]
     }
 }
 
 /// A metric's name and its value.
-pub(crate) type Scalar = (&'static str, f64);
+pub(crate) type Scalar = (Cow<'static, str>, f64);
 
 /// Numbers that JSON does not know, as the strings that most languages read.
 pub(crate) mod number {
@@ -237,12 +238,12 @@ mod tests {
         let line = serde_json::to_value(metrics).unwrap();
         let line = line.as_object().unwrap();
         let named = line.iter().filter(|(name, _)| name.contains('/'));
-        let mut expected: Vec<_> = named
-            .map(|(name, value)| (name.as_str(), value.as_f64().unwrap()))
+        let mut expected: Vec<Scalar> = named
+            .map(|(name, value)| (name.clone().into(), value.as_f64().unwrap()))
             .collect();
         let mut found: Vec<_> = scalars.to_vec();
-        expected.sort_by(|a, b| a.0.cmp(b.0));
-        found.sort_by(|a, b| a.0.cmp(b.0));
+        expected.sort_by(|a, b| a.0.cmp(&b.0));
+        found.sort_by(|a, b| a.0.cmp(&b.0));
         assert_eq!(found, expected);
     }
 

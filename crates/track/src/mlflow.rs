@@ -1,4 +1,4 @@
-//! MLflow without a server: `mlflow.db`, an SQLite file that `mlflow ui` opens, and `mlruns/` for artifacts.
+//! MLflow: a server ([`follower`]), or without one: `mlflow.db`, an SQLite file that `mlflow ui` opens, and `mlruns/` for artifacts.
 //!
 //! The file has the tables of an early revision of MLflow's schema; MLflow migrates it when it opens it, and the
 //! statements here work before and after, also while a server has it open. A thread of its own writes, so the loop
@@ -6,6 +6,11 @@
 //! be written, because the file is locked or the disk full, is kept, within limits, and tried again.
 //!
 //! SQLite's write-ahead log needs a local disk: on a network file system two machines would spoil the file.
+
+mod access;
+mod follower;
+mod journal;
+mod rest;
 
 use std::collections::BTreeMap;
 use std::env;
@@ -23,13 +28,27 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
-use crate::{Resume, Scalar, Summary, milliseconds, replace};
+pub use access::{Access, Credentials};
+pub(crate) use follower::{Follower, Said};
+pub use follower::{Synced, sync};
+pub use rest::Dataset;
+
+use crate::{Point, Resume, Summary, milliseconds, replace};
+
+/// Where MLflow's store is.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Place {
+    /// `mlflow.db` and `mlruns/` in a directory, which is made if it is missing. It must be on a local disk.
+    Directory(PathBuf),
+    /// A server.
+    Server(Box<Access>),
+}
 
 /// An MLflow store, and what it says about the run.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Mlflow {
-    /// Directory of `mlflow.db` and `mlruns/`, made if it is missing. It must be on a local disk.
-    pub dir: PathBuf,
+    /// The store.
+    pub place: Place,
     /// Name of the experiment, made if it is missing. A run that resumes stays in the one that it began in.
     pub experiment: String,
     /// Name of the run.
@@ -39,6 +58,12 @@ pub struct Mlflow {
     /// The run's parameters: keys and values of the spec. Those of the last start stay. MLflow's limit is 6000
     /// characters a value; what is longer is cut.
     pub params: BTreeMap<String, String>,
+    /// Tags beside those of git, of the user and of the source.
+    pub tags: BTreeMap<String, String>,
+    /// What the run reads. Only a server is told: the file's tables, until MLflow migrates them, have no place for it.
+    pub datasets: Vec<Dataset>,
+    /// The run that this one is part of, by what its directory's `mlflow-run` holds.
+    pub parent: Option<String>,
     /// Files that are copied to the run's artifacts at the start. `summary.json` follows at the end.
     pub artifacts: Vec<PathBuf>,
 }
@@ -62,14 +87,8 @@ const END: Duration = Duration::from_secs(35);
 const PARAM_LENGTH: usize = 6000;
 const TAG_LENGTH: usize = 5000;
 
-type Tag = (&'static str, String);
-
-/// The numbers of one step or evaluation.
-struct Point {
-    step: u64,
-    milliseconds: i64,
-    scalars: Vec<Scalar>,
-}
+/// A name of MLflow's and a value.
+pub(crate) type Tag = (&'static str, String);
 
 enum Message {
     Point(Point),
@@ -102,17 +121,19 @@ impl Writer {
     /// Starts the thread, which opens the store and begins or continues the run.
     pub(crate) fn start(
         run_dir: &Path,
-        mut config: Mlflow,
+        dir: &Path,
+        config: Mlflow,
         resume: Option<Resume>,
     ) -> io::Result<Self> {
-        config.dir = path::absolute(config.dir)?;
+        let dir = path::absolute(dir)?;
         let (inbox, messages) = mpsc::sync_channel(ROOM);
         let (failed, failures) = mpsc::channel();
-        let path = config.dir.join("mlflow.db");
+        let path = dir.join("mlflow.db");
         let db = path.display().to_string();
         let run_file = run_dir.join(RUN);
         let mut worker = Worker {
             path,
+            dir,
             config,
             run: String::new(),
             tags: vec![],
@@ -125,7 +146,13 @@ impl Writer {
         thread::Builder::new()
             .name("mlflow".into())
             .spawn(move || {
-                worker.run = worker.run_id(&run_file);
+                worker.run = match identifier(&run_file) {
+                    Ok(run) => run,
+                    Err(error) => {
+                        worker.fail(format!("{error}; a resume will be another run"));
+                        draw()
+                    }
+                };
                 worker.tags = git_tags(Path::new("."));
                 worker.work(&messages);
             })?;
@@ -139,12 +166,8 @@ impl Writer {
     }
 
     /// Hands the numbers of a step over, or drops them if the thread is far behind.
-    pub(crate) fn write(&self, step: u64, scalars: Vec<Scalar>) {
-        let point = Point {
-            step,
-            milliseconds: milliseconds(),
-            scalars,
-        };
+    pub(crate) fn write(&self, point: Point) {
+        let step = point.step;
         match self.inbox.try_send(Message::Point(point)) {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => self.fail(&dropped(step)),
@@ -217,6 +240,8 @@ fn dropped(step: u64) -> String {
 /// The thread's end.
 struct Worker {
     path: PathBuf,
+    /// Where it is.
+    dir: PathBuf,
     config: Mlflow,
     run: String,
     /// Of git.
@@ -325,25 +350,6 @@ impl Worker {
         }
     }
 
-    /// The identifier that the run directory keeps, or a new one.
-    fn run_id(&self, file: &Path) -> String {
-        let kept = fs::read_to_string(file).unwrap_or_default();
-        let kept = kept.trim_end();
-        if kept.len() == 32 && kept.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return kept.into();
-        }
-        // Keys that the operating system drew; the rest is so that nothing hangs on them alone.
-        let half = || RandomState::new().hash_one((std::process::id(), milliseconds()));
-        let id = format!("{:016x}{:016x}", half(), half());
-        if let Err(error) = replace(file, &format!("{id}\n")) {
-            self.fail(format!(
-                "{}: {error}; a resume will be another run",
-                file.display()
-            ));
-        }
-        id
-    }
-
     fn fail(&self, what: impl ToString) {
         // After the end nobody listens.
         let _ = self
@@ -352,17 +358,44 @@ impl Worker {
     }
 }
 
+/// The run's identifier that the run directory keeps, or a new one, which is kept.
+fn identifier(file: &Path) -> io::Result<String> {
+    let kept = fs::read_to_string(file).unwrap_or_default();
+    let kept = kept.trim_end();
+    if kept.len() == 32 && kept.bytes().all(|b| b.is_ascii_hexdigit()) {
+        return Ok(kept.into());
+    }
+    let id = draw();
+    replace(file, &format!("{id}\n"))
+        .map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", file.display())))?;
+    Ok(id)
+}
+
+/// A new identifier: 32 hexadecimal digits.
+fn draw() -> String {
+    // Keys that the operating system drew; the rest is so that nothing hangs on them alone.
+    let half = || RandomState::new().hash_one((std::process::id(), milliseconds()));
+    format!("{:016x}{:016x}", half(), half())
+}
+
+/// Who runs this.
+fn user() -> String {
+    let names = ["LOGNAME", "USER"];
+    let user = names.iter().find_map(|name| env::var(name).ok());
+    user.unwrap_or_else(|| "unknown".into())
+}
+
 impl Store {
     /// Opens or makes the database and begins the run, or continues it as the checkpoint left it.
     fn begin(worker: &Worker) -> Result<Self, Box<dyn Error>> {
         let (config, run) = (&worker.config, worker.run.as_str());
-        fs::create_dir_all(&config.dir)?;
+        fs::create_dir_all(&worker.dir)?;
         let mut db = Connection::open(&worker.path)?;
         db.busy_timeout(BUSY)?;
         // Readers and the writer do not lock each other out. Where that cannot be, SQLite keeps its rollback journal.
         db.query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
         let transaction = db.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        let root = config.dir.join("mlruns");
+        let root = worker.dir.join("mlruns");
         make_tables(&transaction, &root)?;
         let begun = transaction
             .query_row(
@@ -386,7 +419,7 @@ impl Store {
             params![run, artifacts.display().to_string()],
         )?;
         cut(&transaction, run, worker.resume)?;
-        describe(&transaction, run, &config.params, &worker.tags)?;
+        describe(&transaction, run, config, &worker.tags)?;
         transaction.commit()?;
         Ok(Self { db, artifacts })
     }
@@ -406,8 +439,8 @@ impl Store {
             )?;
             for point in points {
                 let step = point.step as i64;
-                for &(key, value) in &point.scalars {
-                    let (value, is_nan) = stored(value);
+                for (key, value) in &point.scalars {
+                    let (value, is_nan) = stored(*value);
                     insert.execute(params![key, value, point.milliseconds, step, is_nan, run])?;
                     latest.insert(key, (value, point.milliseconds, step, is_nan));
                 }
@@ -501,10 +534,7 @@ fn insert_run(
     run: &str,
     experiment: i64,
 ) -> rusqlite::Result<()> {
-    let user = ["LOGNAME", "USER"]
-        .iter()
-        .find_map(|name| env::var(name).ok());
-    let user = user.as_deref().unwrap_or("unknown");
+    let user = user();
     db.execute(
         "INSERT INTO runs (run_uuid, name, source_type, source_name, entry_point_name, user_id, status, start_time,
                            source_version, lifecycle_stage, experiment_id)
@@ -520,7 +550,7 @@ fn insert_run(
     )?;
     let tags = [
         ("mlflow.runName", config.run.as_str()),
-        ("mlflow.user", user),
+        ("mlflow.user", &user),
         ("mlflow.source.name", config.source.as_str()),
         ("mlflow.source.type", "LOCAL"),
     ];
@@ -560,15 +590,21 @@ fn cut(db: &Transaction<'_>, run: &str, resume: Option<Resume>) -> rusqlite::Res
 fn describe(
     db: &Transaction<'_>,
     run: &str,
-    params: &BTreeMap<String, String>,
+    config: &Mlflow,
     tags: &[Tag],
 ) -> rusqlite::Result<()> {
     db.execute("DELETE FROM params WHERE run_uuid = ?1", [run])?;
-    for (key, value) in params {
+    for (key, value) in &config.params {
         db.execute(
             "INSERT INTO params (\"key\", value, run_uuid) VALUES (?1, ?2, ?3)",
             [key.as_str(), first(value, PARAM_LENGTH), run],
         )?;
+    }
+    for (key, value) in &config.tags {
+        insert_tag(db, run, key, value)?;
+    }
+    if let Some(parent) = &config.parent {
+        insert_tag(db, run, "mlflow.parentRunId", parent)?;
     }
     tags.iter()
         .try_for_each(|(key, value)| insert_tag(db, run, key, value))

@@ -2,13 +2,15 @@
 //! `tensorflow/core/framework/summary.proto`), encoded by hand.
 //!
 //! Of an event we write wall_time (1), step (2), file_version (3) and summary (5); of a summary its values (1); of a
-//! value tag (1) and simple_value (2), an f32, which is all that TensorBoard shows of a number.
+//! value tag (1) and simple_value (2), an f32, which is all that TensorBoard shows of a number. All else is a tensor (8)
+//! with metadata (9) that names the plugin which shows it; the graph is a `GraphDef` in the event (4).
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufReader, Read, Write};
 use std::path::{Path, PathBuf};
 
-use crate::{Resume, Scalar, milliseconds};
+use crate::metrics::Scalar;
+use crate::{Point, Resume, milliseconds};
 
 /// TensorBoard reads any file with `tfevents` in its name, those of a directory in the order of their names.
 const PREFIX: &str = "events.out.tfevents.";
@@ -62,9 +64,123 @@ impl EventFile {
     }
 
     /// Appends one event with all numbers of a step.
-    pub(crate) fn write(&mut self, step: u64, scalars: &[Scalar]) -> io::Result<()> {
-        let event = scalar_event(milliseconds() as f64 / 1000.0, step, scalars);
-        self.append(&event)
+    pub(crate) fn write(&mut self, point: &Point) -> io::Result<()> {
+        let seconds = point.milliseconds as f64 / 1000.0;
+        self.append(&scalar_event(seconds, point.step, &point.scalars))
+    }
+
+    /// Appends a text, in Markdown.
+    pub(crate) fn text(&mut self, tag: &str, step: u64, text: &str) -> io::Result<()> {
+        self.append(&tensor_event(
+            tag,
+            step,
+            &strings(&[text.as_bytes()]),
+            "text",
+            &[],
+        ))
+    }
+
+    /// Appends encoded images of one size.
+    pub(crate) fn images(
+        &mut self,
+        tag: &str,
+        step: u64,
+        (width, height): (usize, usize),
+        encoded: &[Vec<u8>],
+    ) -> io::Result<()> {
+        let (width, height) = (width.to_string(), height.to_string());
+        let mut values = vec![width.as_bytes(), height.as_bytes()];
+        values.extend(encoded.iter().map(Vec::as_slice));
+        self.append(&tensor_event(tag, step, &strings(&values), "images", &[]))
+    }
+
+    /// Appends how the values of a tensor are spread.
+    pub(crate) fn histogram(&mut self, tag: &str, step: u64, values: &[f32]) -> io::Result<()> {
+        let buckets = buckets(values);
+        let raw: Vec<u8> = buckets
+            .iter()
+            .flatten()
+            .flat_map(|x| x.to_le_bytes())
+            .collect();
+        // TensorProto: dtype (1) 2 is double, shape (2), content (4).
+        let tensor = Message::default()
+            .uint(1, 2)
+            .bytes(2, &shape(&[buckets.len() as u64, 3]).0)
+            .bytes(4, &raw);
+        self.append(&tensor_event(tag, step, &tensor, "histograms", &[]))
+    }
+
+    /// Appends the network: `NodeDef`s of name (1), op (2), inputs (3) and the shape that comes out, an attribute (5).
+    pub(crate) fn graph(&mut self, nodes: &[GraphNode]) -> io::Result<()> {
+        let graph = nodes.iter().fold(Message::default(), |graph, node| {
+            // Dots separate names of ours, slashes those of TensorFlow, by which it folds the graph.
+            let name = |text: &str| text.replace('.', "/");
+            let def = Message::default()
+                .bytes(1, name(&node.name).as_bytes())
+                .bytes(2, node.op.as_bytes());
+            let inputs = node.inputs.iter();
+            let def = inputs.fold(def, |def, input| def.bytes(3, name(input).as_bytes()));
+            // AttrValue: list (1) of shapes (7).
+            let shapes = Message::default().bytes(7, &shape(&node.shape).0);
+            let value = Message::default().bytes(1, &shapes.0);
+            let entry = Message::default()
+                .bytes(1, b"_output_shapes")
+                .bytes(2, &value.0);
+            graph.bytes(1, &def.bytes(5, &entry.0).0)
+        });
+        // VersionDef (4): producer (1).
+        let graph = graph.bytes(4, &Message::default().uint(1, 22).0);
+        self.append(&now().bytes(4, &graph.0))
+    }
+
+    /// Appends what the hparams table shows: parameters, and which metrics to show beside them.
+    pub(crate) fn hparams<'a>(
+        &mut self,
+        params: impl Iterator<Item = (&'a str, &'a str)>,
+        metrics: &[&str],
+    ) -> io::Result<()> {
+        let (mut experiment, mut session) = (Message::default(), Message::default());
+        for (name, text) in params {
+            // DataType: 1 string, 2 bool, 3 number. google.protobuf.Value: 2 number, 3 string, 4 bool.
+            let number = text.parse::<f64>().ok().filter(|x| x.is_finite());
+            let value = Message::default();
+            let (kind, value) = match (number, text) {
+                (Some(number), _) => (3, value.double(2, number)),
+                (None, "true" | "false") => (2, value.uint(4, u64::from(text == "true"))),
+                (None, text) => (1, value.bytes(3, text.as_bytes())),
+            };
+            let info = Message::default().bytes(1, name.as_bytes()).uint(4, kind);
+            experiment = experiment.bytes(4, &info.0);
+            let entry = Message::default()
+                .bytes(1, name.as_bytes())
+                .bytes(2, &value.0);
+            session = session.bytes(1, &entry.0);
+        }
+        for tag in metrics {
+            let name = Message::default().bytes(2, tag.as_bytes());
+            experiment = experiment.bytes(5, &Message::default().bytes(1, &name.0).0);
+        }
+        self.hparam("experiment", Message::default().bytes(2, &experiment.0))?;
+        let session = session.double(5, milliseconds() as f64 / 1000.0);
+        self.hparam(
+            "session_start_info",
+            Message::default().bytes(3, &session.0),
+        )
+    }
+
+    /// Appends that the run has ended, well or not.
+    pub(crate) fn hparams_end(&mut self, is_done: bool) -> io::Result<()> {
+        let end = Message::default()
+            .uint(1, if is_done { 1 } else { 2 })
+            .double(2, milliseconds() as f64 / 1000.0);
+        self.hparam("session_end_info", Message::default().bytes(4, &end.0))
+    }
+
+    fn hparam(&mut self, name: &str, data: Message) -> io::Result<()> {
+        // What counts travels in the metadata; the tensor stands for nothing.
+        let nothing = Message::default().uint(1, 1).bytes(2, b"").float(5, 0.0);
+        let tag = format!("_hparams_/{name}");
+        self.append(&tensor_event(&tag, 0, &nothing, "hparams", &data.0))
     }
 
     /// Forces the events to the disk. A file that was lost since the last time is followed by a new one.
@@ -158,12 +274,100 @@ fn next(file: &mut impl Read, remaining: u64) -> io::Result<Option<Vec<u8>>> {
     Ok((masked_crc(&payload) == u32::from_le_bytes(crc)).then_some(payload))
 }
 
+/// A node of a network, for TensorBoard's graph.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct GraphNode {
+    /// Dotted, and no other's.
+    pub name: String,
+    /// What it does, such as `Conv2D`.
+    pub op: String,
+    /// The names of what it reads.
+    pub inputs: Vec<String>,
+    /// Sizes of what it produces.
+    pub shape: Vec<u64>,
+}
+
+/// Buckets of a histogram.
+const BUCKETS: usize = 30;
+/// Values of a tensor that are looked at; of more, every so-manyth.
+const SAMPLE: usize = 1 << 16;
+
+/// Equal buckets from the least to the greatest value: left, right, count. Of many values a sample is counted; what is
+/// not finite is left out.
+fn buckets(values: &[f32]) -> Vec<[f64; 3]> {
+    let step = values.len().div_ceil(SAMPLE).max(1);
+    let finite = || values.iter().step_by(step).filter(|v| v.is_finite());
+    let (low, high) = finite().fold((f32::INFINITY, f32::NEG_INFINITY), |(low, high), &v| {
+        (low.min(v), high.max(v))
+    });
+    let (low, high) = (f64::from(low), f64::from(high));
+    if low > high {
+        return vec![]; // there are none
+    }
+    if low == high {
+        return vec![[low, high, finite().count() as f64]];
+    }
+    let width = (high - low) / BUCKETS as f64;
+    let mut counts = [0u64; BUCKETS];
+    for &value in finite() {
+        let at = ((f64::from(value) - low) / width) as usize;
+        counts[at.min(BUCKETS - 1)] += 1;
+    }
+    let edge = |i: usize| {
+        if i == BUCKETS {
+            high
+        } else {
+            low + width * i as f64
+        }
+    };
+    let bucket = |(i, &count): (usize, &u64)| [edge(i), edge(i + 1), count as f64];
+    counts.iter().enumerate().map(bucket).collect()
+}
+
+/// An event of this moment.
+fn now() -> Message {
+    Message::default().double(1, milliseconds() as f64 / 1000.0)
+}
+
+/// TensorShapeProto: a dim (2) of a size (1) for each.
+fn shape(sizes: &[u64]) -> Message {
+    sizes.iter().fold(Message::default(), |shape, &size| {
+        shape.bytes(2, &Message::default().uint(1, size).0)
+    })
+}
+
+/// TensorProto of strings: dtype (1) 7, shape (2), values (8).
+fn strings(values: &[&[u8]]) -> Message {
+    let head = Message::default()
+        .uint(1, 7)
+        .bytes(2, &shape(&[values.len() as u64]).0);
+    values
+        .iter()
+        .fold(head, |tensor, value| tensor.bytes(8, value))
+}
+
+/// An event of one tensor. SummaryMetadata: plugin_data (1) of plugin_name (1) and content (2).
+fn tensor_event(tag: &str, step: u64, tensor: &Message, plugin: &str, content: &[u8]) -> Message {
+    let plugin = Message::default().bytes(1, plugin.as_bytes());
+    let plugin = match content {
+        [] => plugin,
+        content => plugin.bytes(2, content),
+    };
+    let metadata = Message::default().bytes(1, &plugin.0);
+    let value = Message::default()
+        .bytes(1, tag.as_bytes())
+        .bytes(8, &tensor.0)
+        .bytes(9, &metadata.0);
+    let summary = Message::default().bytes(1, &value.0);
+    now().uint(2, step).bytes(5, &summary.0)
+}
+
 fn scalar_event(seconds: f64, step: u64, scalars: &[Scalar]) -> Message {
     let summary = scalars.iter().fold(Message::default(), |summary, scalar| {
-        let (tag, value) = *scalar;
+        let (tag, value) = scalar;
         let value = Message::default()
             .bytes(1, tag.as_bytes())
-            .float(2, value as f32);
+            .float(2, *value as f32);
         summary.bytes(1, &value.0)
     });
     Message::default()
@@ -315,7 +519,7 @@ mod tests {
     };
 
     fn event(step: u64, tag: &'static str) -> Vec<u8> {
-        record(&scalar_event(1.5, step, &[(tag, 0.5)]).0)
+        record(&scalar_event(1.5, step, &[(tag.into(), 0.5)]).0)
     }
 
     fn version() -> Vec<u8> {
@@ -351,7 +555,10 @@ mod tests {
     #[test]
     fn events_are_those_of_tensorboard() {
         let hex = |bytes: Vec<u8>| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-        let scalars = [("train/loss", 0.5), ("train/lr", f64::INFINITY)];
+        let scalars = [
+            ("train/loss".into(), 0.5),
+            ("train/lr".into(), f64::INFINITY),
+        ];
         assert_eq!(
             hex(record(&scalar_event(1.5, 300, &scalars).0)),
             "3200000000000000241956ec09000000000000f83f10ac022a240a110a0a747261696e2f6c6f7373150000003f0a0f0a08747261\
@@ -361,6 +568,19 @@ mod tests {
             hex(version()),
             "1800000000000000a37f4b2209000000000000f83f1a0d627261696e2e4576656e743a322a28646c"
         );
+    }
+
+    #[test]
+    fn values_are_counted_in_buckets() {
+        let values: Vec<f32> = (0..=300u16).map(f32::from).chain([f32::NAN]).collect();
+        let found = buckets(&values);
+        assert_eq!(found.len(), 30);
+        assert_eq!(found[0], [0.0, 10.0, 10.0]);
+        assert_eq!(found[29], [290.0, 300.0, 11.0]);
+        assert_eq!(buckets(&[2.0, 2.0]), [[2.0, 2.0, 2.0]]);
+        assert_eq!(buckets(&[f32::NAN]), Vec::<[f64; 3]>::new());
+        let many = vec![1.0; 1 << 20];
+        assert_eq!(buckets(&many), [[1.0, 1.0, 65_536.0]]);
     }
 
     #[test]

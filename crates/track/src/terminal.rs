@@ -5,13 +5,16 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::metrics::{EvalMetrics, StepMetrics};
+use crate::metrics::{EvalMetrics, Scalar, StepMetrics};
+use crate::tui::Tui;
 
 /// What the terminal is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Terminal {
     /// A bar if stderr is a terminal, else lines.
     Auto,
+    /// A dashboard if stderr is a terminal, else lines.
+    Tui,
     /// Nothing.
     Quiet,
 }
@@ -33,6 +36,7 @@ enum Kind {
     Lines(Pace),
     /// The bar, from the first step on.
     Bar(Option<Bar>),
+    Tui(Box<Tui>),
 }
 
 struct Bar {
@@ -42,11 +46,17 @@ struct Bar {
 }
 
 impl Screen {
-    pub(crate) fn new(terminal: Terminal) -> Self {
+    /// The screen of the run of that name.
+    pub(crate) fn new(terminal: Terminal, name: &str) -> Self {
+        let is_terminal = io::stderr().is_terminal();
         let kind = match terminal {
             Terminal::Quiet => Kind::Quiet,
-            Terminal::Auto if io::stderr().is_terminal() => Kind::Bar(None),
-            Terminal::Auto => Kind::Lines(Pace::default()),
+            _ if !is_terminal => Kind::Lines(Pace::default()),
+            Terminal::Auto => Kind::Bar(None),
+            // A terminal that cannot be taken can still show a bar.
+            Terminal::Tui => {
+                Tui::open(name).map_or(Kind::Bar(None), |tui| Kind::Tui(Box::new(tui)))
+            }
         };
         Self {
             kind,
@@ -65,6 +75,10 @@ impl Screen {
                     print(&step_line(m, images_per_s, input_wait_fraction));
                 }
             }
+            Kind::Tui(tui) => {
+                tui.view.step(m, images_per_s, input_wait_fraction);
+                tui.draw(false);
+            }
             Kind::Bar(bar) => {
                 let Bar { bar, first } = bar.get_or_insert_with(|| new_bar(m));
                 let steps = m.step.saturating_sub(first.0);
@@ -77,17 +91,39 @@ impl Screen {
         }
     }
 
+    pub(crate) fn eval(&mut self, m: &EvalMetrics) {
+        if let Kind::Tui(tui) = &mut self.kind {
+            tui.view.eval(m);
+        }
+        self.line(&eval_line(m));
+    }
+
+    /// A sample of the machine.
+    pub(crate) fn machine(&mut self, scalars: &[Scalar]) {
+        if let Kind::Tui(tui) = &mut self.kind {
+            tui.view.machine(scalars);
+        }
+    }
+
     /// Prints a line, above the bar if there is one.
-    pub(crate) fn line(&self, text: &str) {
-        match &self.kind {
+    pub(crate) fn line(&mut self, text: &str) {
+        match &mut self.kind {
             Kind::Quiet => {}
+            Kind::Tui(tui) => {
+                tui.view.event(text);
+                tui.draw(true);
+            }
             Kind::Bar(Some(Bar { bar, .. })) => bar.println(text),
             Kind::Lines(_) | Kind::Bar(None) => print(text),
         }
     }
 
-    /// Leaves the bar as it is and prints below it from now on.
+    /// Leaves the bar as it is, or the dashboard, and prints below it from now on.
     pub(crate) fn finish(&mut self) {
+        if let Kind::Tui(_) = self.kind {
+            // It gives the terminal back, and what follows is printed there.
+            self.kind = Kind::Lines(Pace::default());
+        }
         if let Kind::Bar(bar) = &mut self.kind
             && let Some(Bar { bar, .. }) = bar.take()
         {
@@ -162,7 +198,7 @@ fn rates_text(images_per_s: f64, input_wait_fraction: f64) -> String {
 }
 
 /// An evaluation in one line.
-pub(crate) fn eval_line(m: &EvalMetrics) -> String {
+fn eval_line(m: &EvalMetrics) -> String {
     format!(
         "eval at step {}  top1 {:.4}  top5 {:.4}  loss {:.4}  {} images in {:.1} s",
         m.step, m.top1, m.top5, m.loss, m.images, m.seconds

@@ -138,6 +138,20 @@ impl Checkpoints {
             .map(|&step| self.dir.join(file_name(step))))
     }
 
+    /// The checkpoint of the best evaluation of a run that has come to `at`, and its step; the latest where there was
+    /// no evaluation.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn best(&self, at: &Progress) -> Result<(PathBuf, u64), Error> {
+        let step = at.best.as_ref().map_or(at.step, |best| best.step);
+        let path = self.dir.join(file_name(step));
+        match path.is_file() {
+            true => Ok((path, step)),
+            false => Err(Error::NoCheckpoint { path }),
+        }
+    }
+
     /// Writes a checkpoint, points `latest` to it and removes the oldest beyond `keep`; the best stays.
     ///
     /// # Errors

@@ -18,6 +18,10 @@ pub struct Input {
     pub train_examples: u64,
     /// Stands for the training shards.
     pub fingerprint: String,
+    /// Examples of an evaluation.
+    pub eval_examples: u64,
+    /// Stands for the evaluation shards.
+    pub eval_fingerprint: String,
 }
 
 impl Input {
@@ -31,6 +35,8 @@ impl Input {
             eval: None,
             train_examples: 0,
             fingerprint: "made up".into(),
+            eval_examples: 0,
+            eval_fingerprint: "made up".into(),
         };
         if run.mode != Mode::Eval {
             let glob = Glob {
@@ -46,7 +52,12 @@ impl Input {
             input.train = Some(config);
         }
         if run.mode != Mode::Train {
-            input.eval = Some(eval_config(run)?);
+            let (config, examples) = eval_input(run)?;
+            if let data::Source::TfRecord { shards, .. } = &config.source {
+                input.eval_fingerprint = data::fingerprint(shards)?;
+            }
+            input.eval_examples = examples;
+            input.eval = Some(config);
         }
         Ok(input)
     }
@@ -71,14 +82,19 @@ impl Input {
 /// # Errors
 /// As [`Input::open`].
 pub fn eval_config(run: &Run) -> Result<data::Config, Error> {
+    eval_input(run).map(|(config, _)| config)
+}
+
+/// The evaluation set, and how many examples it has.
+fn eval_input(run: &Run) -> Result<(data::Config, u64), Error> {
     let glob = Glob {
         key: "data.eval",
         pattern: run.data.eval.as_deref(),
     };
     let expected = run.data.eval_examples();
     let config = config(run, &glob, run.train.bn_batch(), expected)?;
-    examples("data.eval_examples", &glob, &config, expected)?;
-    Ok(config)
+    let examples = examples("data.eval_examples", &glob, &config, expected)?;
+    Ok((config, examples))
 }
 
 /// Where shards are named.

@@ -37,6 +37,8 @@ pub struct Job<'a> {
     pub keep: usize,
     /// What they say about the run.
     pub meta: Meta,
+    /// The step to stop at: the plan's last, or one before it.
+    pub until: u64,
     /// Set from outside to stop after the current step.
     pub stop: &'a AtomicBool,
 }
@@ -46,11 +48,11 @@ pub struct Job<'a> {
 pub enum Ended {
     /// The plan is done.
     Done,
-    /// It was told to stop; what was done is saved.
+    /// It was told to stop, or has come to [`Job::until`]; what was done is saved.
     Interrupted,
 }
 
-/// Trains from `at` to the end of the plan, or until it is told to stop; `at` moves along.
+/// Trains from `at` to the end of the plan or to `until`, or until it is told to stop; `at` moves along.
 ///
 /// Each step: update, log, checkpoint, evaluate. The checkpoint is written before the evaluation of its step, and an
 /// evaluation that is due and not in the checkpoint is made up for at the start. So a run that is killed at any
@@ -72,11 +74,11 @@ pub fn train(
         .expect("a run that trains has training data");
     let mut batches = data::train(config, at.cursor.clone())?;
     job.checkpoints.point_to(at)?;
-    at.is_eval_due |= job.plan.is_eval_due(at.step);
+    at.is_eval_due |= job.is_eval_due(at.step);
     if at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
         return Ok(Ended::Interrupted);
     }
-    while at.step < job.plan.steps {
+    while at.step < job.until {
         let batch = match pace.wait_for(&mut batches) {
             Ok(batch) => batch,
             Err(error) => {
@@ -87,25 +89,45 @@ pub fn train(
             }
         };
         batch.bad_records.iter().for_each(|bad| trackers.note(bad));
+        if at.step == 0 {
+            trackers.images(
+                0,
+                config.resolution,
+                &first_images(&batch, config.resolution),
+            );
+        }
         let hyper = job.plan.hyper(at.step);
         let metrics = engine.train_step(&view(&batch), &hyper)?;
         at.step += 1;
         at.cursor = batch.cursor;
-        at.is_eval_due = job.plan.is_eval_due(at.step);
+        at.is_eval_due = job.is_eval_due(at.step);
         trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics));
         if !metrics.loss().is_finite() {
             return Err(Error::Diverged { step: at.step });
         }
 
         let is_stopping = job.stop.load(Ordering::Relaxed);
-        if is_stopping || job.plan.is_checkpoint_due(at.step) {
+        if is_stopping || at.step == job.until || job.plan.is_checkpoint_due(at.step) {
             save(&mut job, at, engine, trackers)?;
         }
         if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
             return Ok(Ended::Interrupted);
         }
     }
+    if at.step < job.plan.steps {
+        // With the evaluation, so that the next start need not make up for it.
+        write(&mut job, at, &engine.state(), trackers)?;
+        return Ok(Ended::Interrupted);
+    }
     Ok(Ended::Done)
+}
+
+impl Job<'_> {
+    /// Whether an evaluation follows a step: where the plan has one, and where the run stops.
+    fn is_eval_due(&self, step: u64) -> bool {
+        let is_last = step == self.until && self.plan.eval_every.is_some();
+        is_last || self.plan.is_eval_due(step)
+    }
 }
 
 /// Writes a checkpoint of what has been done so far.
@@ -115,9 +137,43 @@ fn save(
     engine: &dyn Engine,
     trackers: &mut Trackers,
 ) -> Result<(), Error> {
+    let state = engine.state();
+    trackers.tensors(
+        at.step,
+        state
+            .iter()
+            .map(|(name, t)| (histogram(name), &t.values[..])),
+    );
+    write(job, at, &state, trackers)
+}
+
+fn write(
+    job: &mut Job<'_>,
+    at: &mut Progress,
+    state: &engine::State,
+    trackers: &mut Trackers,
+) -> Result<(), Error> {
     at.metrics_bytes = trackers.sync();
     job.meta.progress = at.clone();
-    job.checkpoints.save(&job.meta, &engine.state(), job.keep)
+    job.checkpoints.save(&job.meta, state, job.keep)
+}
+
+/// How TensorBoard calls a tensor of the state. The momentum is the running sum of the gradients, all of them that
+/// engines give.
+fn histogram(name: &str) -> String {
+    match name.strip_prefix(engine::MOMENTUM_PREFIX) {
+        Some(name) => format!("gradients (momentum)/{}", name.trim_start_matches('.')),
+        None => format!("weights/{name}"),
+    }
+}
+
+/// The first eight images of a batch, as whole numbers.
+fn first_images(batch: &data::Batch, side: usize) -> Vec<u8> {
+    let count = batch.labels.len().min(8) * side * side * 3;
+    match &batch.pixels {
+        data::Pixels::U8(pixels) => pixels[..count].to_vec(),
+        data::Pixels::F32(pixels) => pixels[..count].iter().map(|p| p.round() as u8).collect(),
+    }
 }
 
 /// Evaluates, unless this step has been evaluated or the run only trains; false if it was told to stop before the

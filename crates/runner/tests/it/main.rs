@@ -9,6 +9,9 @@
 mod bench;
 mod messages;
 mod resume;
+#[path = "../../../track/tests/it/served.rs"]
+mod served;
+mod sweep;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

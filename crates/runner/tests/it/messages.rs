@@ -437,7 +437,7 @@ fn what_is_not_supported_yet() {
         "train.device=cuda:0",
         "optimizer.kind=lars",
         "schedule.kind=polynomial",
-        "track.mlflow=http://localhost:5000",
+        "track.mlflow=databricks",
     ];
     assert_snapshot!(Here::new().say(&sets));
 }

@@ -107,9 +107,11 @@ fn defaults() {
     assert_eq!(run.checkpoint.every, length("1 epoch"));
     assert_eq!(run.checkpoint.keep, 3);
 
-    assert_eq!(run.track.mlflow, Mlflow::Sqlite);
+    assert_eq!(run.track.mlflow, Mlflow::Auto);
     assert_eq!(run.track.experiment, "runner");
     assert!(run.track.tensorboard);
+    assert!(run.track.system_metrics);
+    assert_eq!(run.track.register_model, None);
 }
 
 #[test]
@@ -862,13 +864,38 @@ fn what_is_not_supported_yet() {
         "schedule.kind=polynomial",
         "\"polynomial\" is not supported yet\nhint: supported: \"step\", \"cosine\", \"constant\"",
     );
-    for url in ["http://localhost:5000", "https://mlflow.example"] {
+    check_set("optimizer.kind=adam", "expected \"sgd\", not \"adam\"");
+}
+
+#[test]
+fn mlflow_is_a_server_or_a_word() {
+    for text in [
+        "auto",
+        "sqlite",
+        "off",
+        "http://localhost:5000",
+        "https://mlflow.example",
+    ] {
+        let run = fake(&[&format!("track.mlflow={text}")]);
+        let again = spec::parse(&run.to_toml(), "x.toml", &[]).unwrap();
+        assert_eq!(again.track.mlflow, run.track.mlflow);
+        let is_server = matches!(&run.track.mlflow, Mlflow::Server(url) if url == text);
+        assert_eq!(is_server, text.contains("://"), "{text}");
+    }
+    let names = "\"auto\", \"sqlite\", \"off\", \"http://host:port\", \"https://host\"";
+    for text in ["databricks", "file:///tmp/mlruns", "localhost:5000"] {
         check_set(
-            &format!("track.mlflow={url}"),
-            &format!("\"{url}\" is not supported yet\nhint: supported: \"sqlite\", \"off\""),
+            &format!("track.mlflow={text}"),
+            &format!("expected one of {names}, not \"{text}\""),
         );
     }
-    check_set("optimizer.kind=adam", "expected \"sgd\", not \"adam\"");
+    check_set(
+        "track.mlflow=sqlit",
+        &format!("expected one of {names}, not \"sqlit\"\nhint: did you mean \"sqlite\"?"),
+    );
+    assert!(schema::refusal_of_set("track.mlflow=localhost:5000").is_some());
+    assert!(schema::refusal_of_set("track.mlflow=http://localhost:5000").is_none());
+    check_range("track.register_model=", "expected a name, not \"\"");
 }
 
 #[test]
@@ -882,7 +909,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 49] = [
+const KEYS: [(&str, &str, bool); 51] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -932,6 +959,8 @@ const KEYS: [(&str, &str, bool); 49] = [
     ("track.mlflow", "off", false),
     ("track.experiment", "e", false),
     ("track.tensorboard", "false", false),
+    ("track.system_metrics", "false", false),
+    ("track.register_model", "m", false),
 ];
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use std::{env, fs};
 
 use serde_json::{Value, json};
-use track::{Resume, StepMetrics};
+use track::{Config, GraphNode, Resume, StepMetrics, Terminal, Trackers};
 
 use crate::mlflow::Home;
 use crate::{eval, step, summary};
@@ -250,4 +250,119 @@ fn mlflow_and_tensorboard_read_everything_back() {
     assert_eq!(found["mlflow"]["experiment"]["name"], "later");
     assert_eq!(found["mlflow"]["runs"], json!([home.id()]));
     assert_eq!(found["mlflow"]["run"]["status"], "FINISHED");
+}
+
+/// TensorBoard's own server, asked as its page asks it.
+fn tensorboard(root: &Path) -> Option<Value> {
+    let python = python()?;
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/boards.py");
+    let output = Command::new(python).arg(script).arg(root).output().unwrap();
+    let told = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{told}");
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+#[test]
+fn tensorboard_lists_what_a_run_tells_it() {
+    let root = tempfile::tempdir().unwrap();
+    let config = Config {
+        tensorboard: true,
+        ..Config::default()
+    };
+    let mut trackers = Trackers::open(&root.path().join("x"), None, &config, Terminal::Quiet);
+    let params = [
+        ("schedule.base_lr", "0.1"),
+        ("model.recipe", "tpu2018"),
+        ("data.flip", "true"),
+    ];
+    let params = params.map(|(k, v)| (k.to_string(), v.to_string())).into();
+    let node = |name: &str, op: &str, inputs: &[&str]| GraphNode {
+        name: name.into(),
+        op: op.into(),
+        inputs: inputs.iter().map(|input| input.to_string()).collect(),
+        shape: vec![32, 32, 3],
+    };
+    let graph = [
+        node("input", "Placeholder", &[]),
+        node("layer1.0.conv1", "Conv2D", &["input"]),
+        node("layer1.0.add", "Add", &["layer1.0.conv1", "input"]),
+    ];
+    trackers.describe(&params, "name = \"x\"\n", &graph);
+    let pixels: Vec<u8> = (0..2 * 32 * 32 * 3u32).map(|i| i as u8).collect();
+    trackers.images(0, 32, &pixels);
+    let values: Vec<f32> = (0..1000u16).map(f32::from).collect();
+    for number in 1..=3 {
+        trackers.step(&step(number));
+        trackers.tensors(
+            number,
+            [("weights/conv1.weight".to_string(), &values[..])].into_iter(),
+        );
+    }
+    trackers.eval(&eval(3));
+    trackers.finish(&summary());
+    assert_eq!(trackers.failures(), 0);
+    // A file that was torn by a kill loads all the same.
+    let torn = root.path().join("torn");
+    fs::create_dir(&torn).unwrap();
+    let file = fs::read_dir(root.path().join("x")).unwrap().flatten();
+    let file = file
+        .map(|entry| entry.path())
+        .find(|path| path.display().to_string().contains("tfevents"))
+        .unwrap();
+    let bytes = fs::read(&file).unwrap();
+    fs::write(
+        torn.join(file.file_name().unwrap()),
+        &bytes[..bytes.len() - 300],
+    )
+    .unwrap();
+
+    let Some(found) = tensorboard(root.path()) else {
+        return;
+    };
+    assert_eq!(found["runs"], json!(["torn", "x"]));
+    let scalars: Vec<&str> = found["scalars"]["x"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|tag| tag.as_str().unwrap())
+        .collect();
+    assert!(
+        scalars.contains(&"train/loss") && scalars.contains(&"eval/top1"),
+        "{scalars:?}"
+    );
+    assert_eq!(found["histograms"]["x"], json!(["weights/conv1.weight"]));
+    let buckets = found["buckets"]["weights/conv1.weight"].as_array().unwrap();
+    assert_eq!(buckets.len(), 3, "one for each step");
+    let counts = buckets[0][2].as_array().unwrap().iter();
+    let count: f64 = counts.map(|bucket| bucket[2].as_f64().unwrap()).sum();
+    assert_eq!(count, 1000.0);
+    assert_eq!(found["images"]["x"], json!(["train/images"]));
+    let png = b"\x89PNG\r\n\x1a\n".map(u64::from);
+    assert!(
+        found["image"]
+            .as_array()
+            .unwrap()
+            .contains(&json!([32, 32, png])),
+        "{}",
+        found["image"]
+    );
+    assert_eq!(found["text"]["x"], json!(["eval/results", "spec"]));
+    let words = found["words"]["x"].to_string();
+    assert!(words.contains("name = "), "{words}");
+    let graph = found["graph"]["x"].as_str().unwrap();
+    assert!(
+        graph.contains("layer1/0/conv1") && graph.contains("Conv2D"),
+        "{graph}"
+    );
+    let groups = found["hparams"].as_array().unwrap();
+    let params = groups
+        .iter()
+        .find(|group| group["sessions"][0]["name"] == "x")
+        .unwrap();
+    assert_eq!(params["hparams"]["schedule.base_lr"], 0.1);
+    assert_eq!(params["hparams"]["model.recipe"], "tpu2018");
+    assert_eq!(params["hparams"]["data.flip"], true);
+    assert_eq!(params["sessions"][0]["status"], "STATUS_SUCCESS");
+    let torn = found["scalars"]["torn"].as_array().unwrap();
+    assert!(torn.contains(&json!("train/loss")));
 }

@@ -8,6 +8,8 @@
 
 mod clients;
 mod mlflow;
+mod rest;
+mod served;
 #[cfg(feature = "mlflow_rs")]
 mod server;
 mod sinks;

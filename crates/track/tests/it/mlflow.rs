@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use rusqlite::{Connection, Params};
-use track::{Config, Mlflow, Resume, StepMetrics, Summary, Terminal, Trackers};
+use track::{Config, Mlflow, Place, Resume, StepMetrics, Summary, Terminal, Trackers};
 
 use crate::{eval, log, metrics, step, summary};
 
@@ -23,16 +23,20 @@ impl Home {
         fs::write(run.join("spec.toml"), "name = \"x\"\n").unwrap();
         let params = [("train.batch_size", "64"), ("data.train", "[\"a\", \"ä\"]")];
         let mlflow = Mlflow {
-            dir: root.path().join("store"),
+            place: Place::Directory(root.path().join("store")),
             experiment: "digits".into(),
             run: "x".into(),
             source: "configs/x.toml".into(),
             params: params.map(|(k, v)| (k.into(), v.into())).into(),
+            tags: BTreeMap::new(),
+            datasets: vec![],
+            parent: None,
             artifacts: vec![run.join("spec.toml")],
         };
         let config = Config {
             mlflow: Some(mlflow),
             tensorboard: true,
+            system: false,
         };
         Self { root, config }
     }
@@ -335,7 +339,7 @@ fn runs_share_a_store_and_an_experiment() {
         .iter()
         .map(|home| {
             let mut config = home.config.clone();
-            config.mlflow.as_mut().unwrap().dir = shared.clone();
+            config.mlflow.as_mut().unwrap().place = Place::Directory(shared.clone());
             Trackers::open(&home.run(), None, &config, Terminal::Quiet)
         })
         .collect();
@@ -444,7 +448,7 @@ fn a_store_that_cannot_be_made_stops_nothing() {
     let mut home = Home::new();
     let file = home.root.path().join("file");
     fs::write(&file, "").unwrap();
-    home.mlflow().dir = file.join("store");
+    home.mlflow().place = Place::Directory(file.join("store"));
     let mut trackers = home.open(None);
     trackers.step(&step(1));
     trackers.sync();

@@ -1,13 +1,8 @@
 //! A real `mlflow server` serves a copy of the store, and the crate mlflow_rs, which knows nothing of ours, reads the
 //! run from it. The crate reads no metrics, so those are asked for in plain HTTP.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::fs;
+use std::process::Command;
 
 use mlflow_rs::experiment::Experiment;
 use mlflow_rs::run::Run;
@@ -15,99 +10,23 @@ use serde_json::{Value, json};
 
 use crate::clients::{milliseconds, python};
 use crate::mlflow::Home;
+use crate::served::Server;
 use crate::{eval, step, summary};
 
-/// The server of one file, until dropped.
-struct Server {
-    /// A shell that leads a process group; the server and its workers are in it too.
-    shell: Child,
-    port: u16,
-    log: PathBuf,
-}
-
-impl Server {
-    /// Starts one and waits until it answers.
-    fn start(python: &str, db: &Path) -> Self {
-        let dir = db.parent().unwrap();
-        let log = dir.join("server.log");
-        let output = File::create(&log).unwrap();
-        let free = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let port = free.local_addr().unwrap().port();
-        drop(free);
-        // The shell ends its whole group when its standard input ends: when we drop it, and when we are killed.
-        let mut command = Command::new("sh");
-        command.args(["-c", r#""$@" & read -r line; kill -s KILL 0"#, "sh", python]);
-        command.args(["-m", "mlflow", "server", "--workers", "1"]);
-        command.args(["--host", "127.0.0.1", "--port", &port.to_string()]);
-        let uri = format!("sqlite:///{}", db.display());
-        command.args(["--backend-store-uri", &uri]);
-        command
-            .current_dir(dir)
-            .env("MLFLOW_DISABLE_TELEMETRY", "true")
-            .env("DO_NOT_TRACK", "true")
-            .env("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
-            .process_group(0)
-            .stdin(Stdio::piped())
-            .stdout(output.try_clone().unwrap())
-            .stderr(output);
-        let shell = command.spawn().unwrap();
-        let server = Self { shell, port, log };
-        let begin = Instant::now();
-        while server
-            .get("/health")
-            .is_none_or(|(status, _)| status != 200)
-        {
-            if begin.elapsed() > Duration::from_secs(180) {
-                let said = fs::read_to_string(&server.log).unwrap();
-                panic!("the server does not answer; it said\n{said}");
-            }
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        server
-    }
-
-    fn root(&self) -> String {
-        format!("http://127.0.0.1:{}", self.port)
-    }
-
-    /// Status and body; none if nobody answers.
-    fn get(&self, path: &str) -> Option<(u16, String)> {
-        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
-        let host = self.port;
-        write!(
-            stream,
-            "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{host}\r\nConnection: close\r\n\r\n"
-        )
-        .ok()?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).ok()?;
-        let (head, body) = answer.split_once("\r\n\r\n")?;
-        let status = head.split(' ').nth(1)?.parse().ok()?;
-        Some((status, body.to_owned()))
-    }
-
-    /// Steps and values of a metric, in the order in which the server gives them.
-    fn history(&self, run: &str, metric: &str) -> Vec<(u64, f64)> {
-        let path = format!("/api/2.0/mlflow/metrics/get-history?run_id={run}&metric_key={metric}");
-        let (status, body) = self.get(&path).unwrap();
-        assert_eq!(status, 200, "{body}");
-        let found: Value = serde_json::from_str(&body).unwrap();
-        let points = found["metrics"].as_array().unwrap().iter();
-        points
-            .map(|point| {
-                assert_eq!(point["key"], metric);
-                let step = point["step"].as_u64().unwrap();
-                (step, point["value"].as_f64().unwrap())
-            })
-            .collect()
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        drop(self.shell.stdin.take());
-        let _ = self.shell.wait();
-    }
+/// Steps and values of a metric, in the order in which the server gives them.
+fn history(server: &Server, run: &str, metric: &str) -> Vec<(u64, f64)> {
+    let path = format!("/api/2.0/mlflow/metrics/get-history?run_id={run}&metric_key={metric}");
+    let (status, body) = server.get(&path).unwrap();
+    assert_eq!(status, 200, "{body}");
+    let found: Value = serde_json::from_str(&body).unwrap();
+    let points = found["metrics"].as_array().unwrap().iter();
+    points
+        .map(|point| {
+            assert_eq!(point["key"], metric);
+            let step = point["step"].as_u64().unwrap();
+            (step, point["value"].as_f64().unwrap())
+        })
+        .collect()
 }
 
 #[test]
@@ -130,8 +49,8 @@ fn mlflow_rs_reads_a_run_from_a_server() {
     let into = copy.to_str().unwrap();
     home.db().execute("VACUUM INTO ?1", [into]).unwrap();
     let before = fs::read(home.path()).unwrap();
-    let server = Server::start(&python, &copy);
-    let (root, id) = (server.root(), home.id());
+    let server = Server::start(&python, &copy, &[]);
+    let (root, id) = (server.url(), home.id());
 
     let experiment = Experiment::search_with_name(&root, "digits").unwrap();
     assert_eq!(experiment.get_experiment_id(), "1");
@@ -193,7 +112,7 @@ fn mlflow_rs_reads_a_run_from_a_server() {
         ("eval/images", &[3], 359.0),
     ] {
         let expected: Vec<_> = steps.iter().map(|&step| (step, value)).collect();
-        assert_eq!(server.history(&id, metric), expected, "{metric}");
+        assert_eq!(history(&server, &id, metric), expected, "{metric}");
     }
     drop(server);
     assert_eq!(

@@ -42,7 +42,25 @@ fn in_mlflow(home: &Home) -> Points {
     points
 }
 
-/// Reads what this crate writes and no more: events of a time, a step below 128, and values of a tag and a float.
+fn take<'a>(bytes: &mut &'a [u8], length: u64) -> &'a [u8] {
+    let (taken, rest) = bytes.split_at(length as usize);
+    *bytes = rest;
+    taken
+}
+
+fn varint(bytes: &mut &[u8]) -> u64 {
+    let mut value = 0;
+    for shift in (0..).step_by(7) {
+        let byte = take(bytes, 1)[0];
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte < 0x80 {
+            break;
+        }
+    }
+    value
+}
+
+/// The numbers in event files, which hold events of a time, a step and values that begin with a tag.
 fn in_events(dir: &Path) -> Points {
     let mut points = Points::new();
     for path in event_files(dir) {
@@ -58,18 +76,23 @@ fn in_events(dir: &Path) -> Points {
                 is_first = false;
                 continue;
             }
-            assert_eq!((event[9], event[11]), (0x10, 0x2a));
-            let step = u64::from(event[10]);
-            let skipped = if event[12] < 128 { 13 } else { 14 };
-            let mut values = &event[skipped..];
+            let mut event = &event[9..]; // behind the time
+            assert_eq!(take(&mut event, 1), [0x10]);
+            let step = varint(&mut event);
+            assert_eq!(take(&mut event, 1), [0x2a]);
+            let length = varint(&mut event);
+            let mut values = take(&mut event, length);
             while !values.is_empty() {
-                let (length, tag) = (values[1] as usize + 2, values[3] as usize);
-                add(
-                    &mut points,
-                    str::from_utf8(&values[4..4 + tag]).unwrap(),
-                    step,
-                );
-                values = &values[length..];
+                assert_eq!(take(&mut values, 1), [0x0a]);
+                let length = varint(&mut values);
+                let mut value = take(&mut values, length);
+                assert_eq!(take(&mut value, 1), [0x0a]);
+                let length = varint(&mut value);
+                let tag = str::from_utf8(take(&mut value, length)).unwrap();
+                // A number; texts and the like are TensorBoard's own affair, see `clients`.
+                if value[0] == 0x15 {
+                    add(&mut points, tag, step);
+                }
             }
         }
     }
@@ -224,6 +247,7 @@ fn without_a_wish_there_is_no_tracker() {
 fn an_event_file_that_vanishes_is_a_failure_and_is_followed_by_another() {
     let home = Home::new();
     let config = Config {
+        system: false,
         mlflow: None,
         tensorboard: true,
     };

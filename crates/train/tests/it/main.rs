@@ -66,6 +66,7 @@ fn run(dir: &Path, steps: u64, wrap: &dyn Fn(Cpu) -> Box<dyn Engine>) -> Ended {
         checkpoints: &checkpoints,
         keep: 2,
         meta,
+        until: plan.steps,
         stop: &stop,
     };
     train::train(
