@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use engine::Engine;
 use spec::{Mode, Run};
 use store::Lease;
 use track::{Resume, Summary, Terminal, Trackers, read_summary};
@@ -23,6 +22,7 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
     if run.mode == Mode::Eval {
         return evaluate::latest(&run, fresh);
     }
+    network::check(&run)?;
     let labels = network::labels(&run)?;
     let input = Input::open(&run)?;
     let plan = Plan::new(&run, input.train_examples)
@@ -89,7 +89,7 @@ pub(crate) fn run(args: &Spec, fresh: bool) -> Result<ExitCode, Failure> {
         meta,
         stop: &stop,
     };
-    let ended = train::train(job, &mut at, &mut engine, &mut trackers, &mut pace);
+    let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
     let (status, reason) = match &ended {
         Ok(Ended::Done) => ("done", None),
         Ok(Ended::Interrupted) => ("interrupted", Some("a signal".into())),
