@@ -1,6 +1,6 @@
 """Training steps of torchvision's ResNet-50 on made-up images that lie on the card: images/s by variant, a line of JSON each.
 
-usage: pytorch.py VARIANT...   VARIANT is {eager,graph,compile}-{bf16,fp16}; batch 256, 224 px, channels_last, AMP
+usage: torch_resnet.py VARIANT...   VARIANT is {eager,graph,compile}-{bf16,fp16}; batch 256, 224 px, channels_last, AMP
 """
 
 import json
@@ -24,9 +24,7 @@ def step_of(kind, precision):
     y = torch.randint(1000, (BATCH,), device="cuda")
     # A fixed scale costs less than a dynamic one: the variant that is hardest to beat.
     scale = 1024.0 if precision == "fp16" else 1.0
-    forward = torch.compile(model, mode="max-autotune-no-cudagraphs") if kind == "compile-max" else model
-    if kind == "compile":
-        forward = torch.compile(model)
+    forward = torch.compile(model) if kind == "compile" else model
 
     def step():
         optimizer.zero_grad(set_to_none=True)
@@ -73,5 +71,5 @@ for variant in sys.argv[1:]:
     except Exception as error:  # one variant must not lose the others
         report, made = {"error": repr(error)[:300]}, time.time() - begun
     print(json.dumps({"program": "pytorch " + torch.__version__, "variant": variant, "batch": BATCH, **report, "seconds_before": round(made, 1)}), flush=True)
-    del step
+    step = None
     torch.cuda.empty_cache()
