@@ -566,9 +566,8 @@ impl Cuda {
         });
         let bound = bound.collect::<Result<Vec<_>, _>>()?;
         let captured = self.gpu.capture(|| {
-            let both = calls.iter().zip(&bound);
-            both.into_iter()
-                .try_for_each(|(call, bound)| self.do_call(call, bound.as_ref()))
+            let mut both = calls.iter().zip(&bound);
+            both.try_for_each(|(call, bound)| self.do_call(call, bound.as_ref()))
         })?;
         Ok(Step {
             calls,

@@ -146,7 +146,7 @@ fn check(precision: Precision, loss: f64, gradient: f64) {
         a.remove(engine::LOSS_SCALE);
         let mut errors: Vec<(f64, &String)> = b.keys().map(|n| (error(&a, &b, n), n)).collect();
         errors.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let nine = errors[errors.len() * 9 / 10].clone();
+        let nine = errors[errors.len() * 9 / 10];
         println!(
             "{precision}, {plane:?}: loss {gap:.1e}, worst {:.1e} ({}), nine in ten {:.1e}, middle {:.1e}",
             worst(&a, &b).0,
