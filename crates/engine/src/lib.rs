@@ -1,10 +1,11 @@
-//! Executes networks. One trait, [`Engine`]; [`cpu`] is fast, [`oracle`] is slow and obviously right.
+//! Executes networks. One trait, [`Engine`]; [`cpu`] and [`cuda`] are fast, [`oracle`] is slow and obviously right.
 //!
 //! From the first step an engine owns the f32 master parameters, the momentum and the batch-norm statistics; it
 //! gives them back by name as a [`State`], which is the same on every engine. An engine knows nothing of files,
-//! schedules or epochs. `cpu` is the only place in the workspace where `unsafe` is allowed.
+//! schedules or epochs. `cpu` and `cuda` are the only places in the workspace where `unsafe` is allowed.
 
 pub mod cpu;
+pub mod cuda;
 mod init;
 mod labels;
 pub mod oracle;
@@ -13,7 +14,7 @@ mod state;
 use std::fmt;
 
 pub use init::initial_state;
-pub use state::{MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
+pub use state::{LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
 
 /// Mean of each channel over ImageNet, 0..255 scale: 255 * (0.485, 0.456, 0.406).
 pub const MEAN: [f32; 3] = [123.675, 116.28, 103.53];
@@ -195,6 +196,22 @@ pub enum Error {
         /// How much was asked for.
         bytes: usize,
     },
+    /// A card, its driver or one of its libraries is missing, too old or fails.
+    Device {
+        /// What, and what it says.
+        what: String,
+        /// What to do about it.
+        hint: String,
+    },
+}
+
+impl Error {
+    pub(crate) fn device(what: impl Into<String>, hint: impl Into<String>) -> Self {
+        Self::Device {
+            what: what.into(),
+            hint: hint.into(),
+        }
+    }
 }
 
 impl fmt::Display for Error {
@@ -221,11 +238,44 @@ impl fmt::Display for Error {
                     bytes >> 20
                 )
             }
+            Error::Device { what, hint } => write!(f, "{what}\nhint: {hint}"),
         }
     }
 }
 
 impl std::error::Error for Error {}
+
+/// Things that take time to make and can be made again, by name: compiled kernels, the fastest plans. A cache may
+/// forget.
+pub trait Cache: Send {
+    /// What was put there.
+    fn get(&self, name: &str) -> Option<Vec<u8>>;
+
+    /// Keeps it, if it can.
+    fn put(&self, name: &str, bytes: &[u8]);
+}
+
+/// Keeps nothing.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct NoCache;
+
+impl Cache for NoCache {
+    fn get(&self, _: &str) -> Option<Vec<u8>> {
+        None
+    }
+
+    fn put(&self, _: &str, _: &[u8]) {}
+}
+
+/// A step that was started.
+#[derive(Debug)]
+#[must_use = "a step has to be finished"]
+pub enum Started {
+    /// It is done already.
+    Done(Metrics),
+    /// It runs on a device of its own; the number is the engine's.
+    Running(u64),
+}
 
 /// A device that executes one network.
 pub trait Engine {
@@ -247,6 +297,27 @@ pub trait Engine {
     /// # Errors
     /// If memory runs out.
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error>;
+
+    /// Starts a step as [`Engine::train_step`] does it. The batch may go as soon as this returns; another step may be
+    /// started before this one is finished, and steps are finished in their order. Before anything else is asked of
+    /// the engine, every step is finished.
+    ///
+    /// # Errors
+    /// If memory runs out, or the device fails.
+    fn start_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Started, Error> {
+        Ok(Started::Done(self.train_step(batch, hyper)?))
+    }
+
+    /// Waits for a step.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn finish_step(&mut self, step: Started) -> Result<Metrics, Error> {
+        match step {
+            Started::Done(metrics) => Ok(metrics),
+            Started::Running(_) => unreachable!("this engine runs nothing by itself"),
+        }
+    }
 
     /// Scores a batch of any size with the running statistics; the loss is without label smoothing.
     ///

@@ -13,6 +13,9 @@ pub const RUNNING_MEAN: &str = ".running_mean";
 /// Suffix of a normalisation's running (unbiased) variance.
 pub const RUNNING_VAR: &str = ".running_var";
 
+/// Loss scale of f16 and the steps since it changed, if the state comes from a run in f16; others pass over it.
+pub const LOSS_SCALE: &str = "optimizer.loss_scale";
+
 /// f32 values and their shape, row-major.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Tensor {
@@ -41,6 +44,7 @@ pub(crate) fn check(graph: &Graph, state: &State) -> Result<(), Error> {
             known.insert(format!("{}{suffix}", n.name), (vec![n.channels], true));
         }
     }
+    known.insert(LOSS_SCALE.into(), (vec![2], false));
     for (name, (shape, required)) in &known {
         match state.get(name) {
             Some(tensor) if tensor.shape != *shape => {

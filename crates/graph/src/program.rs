@@ -18,6 +18,15 @@ pub trait Caps {
     /// Bytes of a stored value of an activation or its gradient. Small tensors (statistics, pooled features, logits)
     /// are f32.
     fn element(&self) -> usize;
+    /// Whether convolutions and their gradients normalise what they read. If not, kernels of their own store what they
+    /// would read, [`Kernel::Sum`] and [`Kernel::NormBackward`].
+    fn normalises_operands(&self) -> bool {
+        true
+    }
+    /// Channels of the stored image, at least those that it has; the rest is zero. Of more than an image has, as many.
+    fn image_channels(&self, channels: usize) -> usize {
+        channels
+    }
     /// For y = x * w.
     fn forward(&self, geometry: &Geometry, batch: usize) -> Needs;
     /// For the gradient of x.
@@ -341,6 +350,16 @@ pub enum Kernel {
         close: Close,
         partials: BufferId,
     },
+    /// dz = a g + b (z - mean) + c, the gradient of what a normalisation reads. `relu`: g counts as zero where
+    /// z * scale + shift is not positive, whether or not the kernel that closed it has made it so.
+    NormBackward {
+        plane: Plane,
+        g: BufferId,
+        z: BufferId,
+        state: BufferId,
+        relu: bool,
+        dz: BufferId,
+    },
     /// Gradient of a convolution's x. `weights` are those turned round, packed first.
     ConvBackwardInput {
         geometry: Geometry,
@@ -438,6 +457,9 @@ impl Kernel {
                 out.extend([argmax, d, dx, partials]);
                 out
             }
+            Kernel::NormBackward {
+                g, z, state, dz, ..
+            } => vec![g, z, state, dz],
             Kernel::ConvBackwardInput {
                 weights,
                 shared,
@@ -754,7 +776,10 @@ impl<'a> Planner<'a> {
             };
             let reader = self.only_reader(end).map(|r| self.op(r));
             let is_side = sum.is_some() && !is_main;
-            let read_lazily = matches!(reader, Some(Op::Conv { .. } | Op::MaxPool { .. }));
+            let read_lazily = match reader {
+                Some(Op::Conv { .. }) => self.caps.normalises_operands(),
+                reader => matches!(reader, Some(Op::MaxPool { .. })),
+            };
             self.chains[z.0] = Some(Chain {
                 norm,
                 z,
@@ -811,7 +836,11 @@ impl<'a> Planner<'a> {
         // What has lost its plane is small and keeps full precision.
         let small = matches!(self.op(id.0), Op::AvgPool | Op::Linear { .. });
         let element = if small { F32 } else { self.caps.element() };
-        plane.elements() * self.batch * element
+        let channels = match self.op(id.0) {
+            Op::Input => self.caps.image_channels(plane.c),
+            _ => plane.c,
+        };
+        plane.pixels() * channels * self.batch * element
     }
 
     fn value(&mut self, id: ValueId) -> BufferId {
@@ -1047,7 +1076,8 @@ impl<'a> Planner<'a> {
 
     /// Room for a weight in the order of the parameters, whatever an engine fills up panels with.
     fn weight_bytes(&self, g: &Geometry) -> usize {
-        g.depth() * g.output.c.next_multiple_of(32) * F32
+        let depth = g.kernel * g.kernel * self.caps.image_channels(g.input.c);
+        depth * g.output.c.next_multiple_of(32) * F32
     }
 
     fn sum(&mut self, chain: Chain, side: Option<Operand>) {
@@ -1077,8 +1107,9 @@ impl<'a> Planner<'a> {
             return (dx, Close::Open { add });
         }
         let close = match chain {
-            Some(chain) if chain.lazy => {
-                assert!(add.is_none(), "a lazy value has one reader");
+            // A normalisation that is stored for one reader: its mask follows from what it reads, too.
+            Some(chain) if chain.lazy || self.is_stored_for_a_convolution(&chain) => {
+                assert!(add.is_none(), "the value has one reader");
                 Close::Lazy {
                     normed: self.normed(chain),
                     relu: chain.relu,
@@ -1110,6 +1141,14 @@ impl<'a> Planner<'a> {
         };
         self.grads[x.0] = Some(dx);
         (dx, close)
+    }
+
+    /// A normalisation that would be lazy if convolutions normalised what they read.
+    fn is_stored_for_a_convolution(&self, chain: &Chain) -> bool {
+        let reader = self.only_reader(chain.end).map(|r| self.op(r));
+        !self.caps.normalises_operands()
+            && chain.sum.is_none()
+            && matches!(reader, Some(Op::Conv { .. }))
     }
 
     fn normed(&mut self, chain: Chain) -> Normed {
@@ -1216,11 +1255,24 @@ impl<'a> Planner<'a> {
 
     fn conv_backward(&mut self, geometry: Geometry, weight: ParamId, x: ValueId, z: ValueId) {
         let d = match self.chains[z.0] {
-            Some(chain) => Operand::Gradient {
-                g: self.grad(chain.end),
-                z: self.value(z),
-                state: self.state(chain.norm),
-            },
+            Some(chain) => {
+                let (g, zb) = (self.grad(chain.end), self.value(z));
+                let state = self.state(chain.norm);
+                if self.caps.normalises_operands() {
+                    Operand::Gradient { g, z: zb, state }
+                } else {
+                    let dz = self.buffer(self.bytes(z));
+                    self.kernels.push(Kernel::NormBackward {
+                        plane: geometry.output,
+                        g,
+                        z: zb,
+                        state,
+                        relu: chain.relu && chain.sum.is_none(),
+                        dz,
+                    });
+                    Operand::Stored(dz)
+                }
+            }
             None => Operand::Stored(self.grad(z)),
         };
         let operand = self.operand(x);

@@ -15,13 +15,13 @@ use crate::plan::mib;
 use crate::{doctor, output};
 
 /// Classes of ImageNet.
-const CLASSES: usize = 1000;
+pub(crate) const CLASSES: usize = 1000;
 /// Steps are not timed until clocks and caches have settled.
 const WARM_UP: Duration = Duration::from_millis(300);
 /// Steps are timed at least this long.
 const TIMED: Duration = Duration::from_secs(3);
 /// SGD as configs/ have it; the rate is small enough for any network to stay finite on noise.
-const HYPER: Hyper = Hyper {
+pub(crate) const HYPER: Hyper = Hyper {
     lr: 1e-3,
     momentum: 0.9,
     nesterov: false,
@@ -66,14 +66,14 @@ fn options(args: &BenchEngineArgs) -> Result<Options, Failure> {
 }
 
 /// Made-up images and their classes.
-struct Images {
-    pixels: Vec<u8>,
-    labels: Vec<u32>,
+pub(crate) struct Images {
+    pub(crate) pixels: Vec<u8>,
+    pub(crate) labels: Vec<u32>,
 }
 
 impl Images {
     /// From the multiples of the golden ratio modulo 1, which fill every range evenly and look like noise.
-    fn new(images: usize, resolution: usize) -> Self {
+    pub(crate) fn new(images: usize, resolution: usize) -> Self {
         let golden = |i: usize| (i as u32).wrapping_mul(0x9e37_79b9);
         let label = |i: usize| ((u64::from(golden(i)) * CLASSES as u64) >> 32) as u32;
         Self {

@@ -7,6 +7,7 @@ use std::str::FromStr;
 use clap::builder::{PossibleValue, PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::cpu::{Level, Precision};
+use engine::cuda;
 use serde::Serialize;
 use spec::{Length, LengthError};
 
@@ -247,6 +248,8 @@ pub(crate) struct TrackSyncArgs {
 pub(crate) enum BenchArgs {
     /// Time the engine on a ResNet and made-up images: images/s, fraction of the peak, memory
     Engine(BenchEngineArgs),
+    /// Time a card on a ResNet and made-up images: images/s, and a time line by kernel
+    Cuda(BenchCudaArgs),
 }
 
 /// What a step of the engine is to do.
@@ -295,6 +298,49 @@ pub(crate) struct BenchEngineArgs {
 
     /// Steps to time at least; steps are added until 3 s are full
     #[arg(long, value_name = "N", default_value = "5", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) steps: usize,
+
+    /// Also say where the time goes: a line for each kind and shape of kernel
+    #[arg(long)]
+    pub(crate) by_kernel: bool,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchCudaArgs {
+    /// Layers of the ResNet (torchvision's recipe, 1000 classes)
+    #[arg(long, value_name = "D", default_value = "50", value_parser = one_of(&nn::DEPTHS))]
+    pub(crate) depth: usize,
+
+    /// Pixels of a side of the images: a multiple of 32, at most 448
+    #[arg(long, value_name = "R", default_value = "224", value_parser = one_of(nn::RESOLUTIONS), hide_possible_values = true)]
+    pub(crate) resolution: usize,
+
+    /// Images of a step
+    #[arg(long, value_name = "B", default_value = "256", value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) batch: usize,
+
+    /// Number format
+    #[arg(long, value_name = "P", default_value = "bf16", value_parser = one_of(&cuda::Precision::ALL))]
+    pub(crate) precision: cuda::Precision,
+
+    /// What a step does
+    #[arg(long, default_value = "train")]
+    pub(crate) mode: BenchMode,
+
+    /// The card, as in cuda:N
+    #[arg(long, value_name = "N", default_value = "0", value_parser = RangedU64ValueParser::<usize>::new().range(..=999))]
+    pub(crate) card: usize,
+
+    /// Also take convolutions that need not give the same bits each time
+    #[arg(long)]
+    pub(crate) any_bits: bool,
+
+    /// Steps to time at least; steps are added until 3 s are full
+    #[arg(long, value_name = "N", default_value = "20", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) steps: usize,
 
     /// Also say where the time goes: a line for each kind and shape of kernel

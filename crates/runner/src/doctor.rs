@@ -22,6 +22,13 @@ struct Report {
     memory_bytes: Option<u64>,
     memory_available_bytes: Option<u64>,
     nvidia_driver: Option<String>,
+    /// The newest CUDA that the driver knows.
+    cuda: Option<String>,
+    nvrtc: Option<String>,
+    cudnn: Option<String>,
+    cards: Vec<String>,
+    /// Why the CUDA engine cannot be used, and what to do.
+    cuda_lacks: Option<String>,
     git: Option<String>,
     mlflow: Option<String>,
     tensorboard: Option<String>,
@@ -108,6 +115,11 @@ fn vector_instructions() -> Vec<&'static str> {
 impl Report {
     fn new() -> Self {
         let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+        let libraries = engine::cuda::libraries();
+        let cards = match libraries.driver {
+            Some(_) => engine::cuda::cards().unwrap_or_default(),
+            None => vec![],
+        };
         let (os, arch) = (std::env::consts::OS, std::env::consts::ARCH);
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -119,6 +131,17 @@ impl Report {
             memory_bytes: proc_bytes("/proc/meminfo", "MemTotal"),
             memory_available_bytes: memory_available(),
             nvidia_driver: proc_value("/proc/driver/nvidia/version", "NVRM version"),
+            cuda: libraries
+                .driver
+                .map(|v| format!("{}.{}", v / 1000, v % 1000 / 10)),
+            nvrtc: libraries
+                .nvrtc
+                .map(|(major, minor)| format!("{major}.{minor}")),
+            cudnn: libraries
+                .cudnn
+                .map(|v| format!("{}.{}.{}", v / 10_000, v / 100 % 100, v % 100)),
+            cuda_lacks: engine::cuda::probe(0).err().map(|e| e.to_string()),
+            cards: cards.iter().map(ToString::to_string).collect(),
             git: first_line("git", &["--version"]),
             mlflow: first_line("mlflow", &["--version"]),
             tensorboard: first_line("tensorboard", &["--version"]),
@@ -137,10 +160,23 @@ impl Report {
             [] => "none that the engine knows".into(),
             names => names.join(" "),
         };
-        let driver = match &self.nvidia_driver {
-            Some(version) => format!("{version}; not used: the CUDA engine is not built yet"),
-            None => "no driver; not needed: the CUDA engine is not built yet".into(),
+        let driver = match (&self.cuda, &self.nvidia_driver) {
+            (Some(cuda), Some(driver)) => format!("CUDA {cuda} by {driver}"),
+            (Some(cuda), None) => format!("CUDA {cuda}"),
+            (None, _) => "no driver (libcuda.so.1): runs use the CPU".into(),
         };
+        let mut gpu = vec![format!("gpu          {driver}")];
+        if self.cuda.is_some() {
+            gpu.extend(self.cards.iter().map(|card| format!("card         {card}")));
+            let without = "missing: without it runs use the CPU";
+            gpu.push(format!("nvrtc        {}", or(&self.nvrtc, without)));
+            gpu.push(format!("cudnn        {}", or(&self.cudnn, without)));
+            gpu.extend(
+                self.cuda_lacks
+                    .iter()
+                    .map(|lacks| format!("cuda engine  cannot be used: {lacks}")),
+            );
+        }
         [
             format!("runner       {}", self.version),
             format!("system       {}", self.system),
@@ -148,7 +184,7 @@ impl Report {
             format!("vector       {vector}"),
             format!("engine       cpu at level {}", self.level),
             format!("memory       {}, {} available", gib(self.memory_bytes), gib(self.memory_available_bytes)),
-            format!("gpu          {driver}"),
+            gpu.join("\n"),
             format!("git          {}", or(&self.git, "missing: runs are tracked without the commit")),
             format!("mlflow       {}", or(&self.mlflow, "not on the path: needed only to look at mlflow.db (`pip install mlflow`)")),
             format!("tensorboard  {}", or(&self.tensorboard, "not on the path: needed only to look at event files (`pip install tensorboard`)")),

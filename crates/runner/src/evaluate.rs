@@ -59,7 +59,7 @@ fn score(
         .collect();
     let mut engine = network::engine(run, &network::network(run), Some(state))?;
     let started = Instant::now();
-    let m = train::score(&config, &mut engine, &AtomicBool::new(false), |bad| {
+    let m = train::score(&config, &mut *engine, &AtomicBool::new(false), |bad| {
         eprintln!("{bad}");
     })?;
     let m = m.expect("nobody stops it");

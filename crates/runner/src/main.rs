@@ -1,6 +1,7 @@
 //! The front door: arguments in, exit code out.
 
 mod bench;
+mod bench_cuda;
 mod cli;
 mod config;
 mod doctor;
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
+        (Some(Command::Bench(BenchArgs::Cuda(args))), _) => bench_cuda::cuda(&args),
         (Some(Command::Runs(args)), _) => report::runs(&args),
         (Some(Command::Report(args)), _) => report::report(&args),
         (Some(Command::Sweep(args)), _) => sweep::sweep(&args),

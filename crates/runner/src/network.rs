@@ -1,9 +1,12 @@
 //! Where a spec meets its network and its engine.
 
-use engine::State;
+use std::path::PathBuf;
+
 use engine::cpu::{Cpu, Level, Memory, Options, Precision};
+use engine::cuda::{self, Card, Cuda};
+use engine::{Cache, Engine, State};
 use graph::{Graph, Op};
-use spec::Run;
+use spec::{Device, Run};
 
 use crate::doctor;
 use crate::failure::Failure;
@@ -31,9 +34,121 @@ pub(crate) fn threads(run: &Run) -> usize {
     }
 }
 
+/// What a run computes on.
+enum Target {
+    /// The CPU.
+    Cpu,
+    /// A card.
+    Cuda(Card),
+}
+
+/// What the spec's device is on this machine. `auto` is the first card if it and its libraries can be used; where
+/// there is a driver and yet they cannot, the text says why.
+fn target(run: &Run) -> Result<(Target, Option<String>), Failure> {
+    match run.train.device {
+        Device::Cpu => Ok((Target::Cpu, None)),
+        Device::Cuda(ordinal) => match cuda::probe(ordinal) {
+            Ok(card) => Ok((Target::Cuda(card), None)),
+            Err(e) => Err(Failure::Run(format!("train.device: {e}"))),
+        },
+        Device::Auto if cuda::libraries().driver.is_none() => Ok((Target::Cpu, None)),
+        Device::Auto => match cuda::probe(0) {
+            Ok(card) => Ok((Target::Cuda(card), None)),
+            Err(e) => {
+                let why = format!("train.device = \"auto\" takes the CPU: {e}");
+                Ok((Target::Cpu, Some(why)))
+            }
+        },
+    }
+}
+
+/// Whether the device that the spec names is there, and knows its number format.
+pub(crate) fn check(run: &Run) -> Result<(), Failure> {
+    match target(run)? {
+        (Target::Cpu, _) => check_precision(run),
+        (Target::Cuda(_), _) => Ok(()),
+    }
+}
+
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
-pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<Cpu, Failure> {
+pub(crate) fn engine(
+    run: &Run,
+    graph: &Graph,
+    state: Option<State>,
+) -> Result<Box<dyn Engine>, Failure> {
     let state = state.unwrap_or_else(|| engine::initial_state(graph, run.seed));
+    let (target, why) = target(run)?;
+    if let Some(why) = why {
+        eprintln!("{why}");
+    }
+    match target {
+        Target::Cpu => Ok(Box::new(cpu(run, graph, &state)?)),
+        Target::Cuda(card) => {
+            let options = cuda_options(run, &card);
+            Ok(Box::new(Cuda::new(graph, &options, &state, cache())?))
+        }
+    }
+}
+
+/// The card that a run would use, and whether it is there; one that is named and not there counts as an H100.
+pub(crate) fn card(run: &Run) -> Option<(Card, bool)> {
+    match (run.train.device, target(run)) {
+        (_, Ok((Target::Cuda(card), _))) => Some((card, true)),
+        (Device::Cuda(ordinal), Err(_)) => {
+            let card = Card {
+                ordinal,
+                name: "not on this machine".into(),
+                memory: 80 << 30,
+                capability: (9, 0),
+                multiprocessors: 132,
+            };
+            Some((card, false))
+        }
+        _ => None,
+    }
+}
+
+pub(crate) fn cuda_options(run: &Run, card: &Card) -> cuda::Options {
+    let precision = match run.train.precision {
+        spec::Precision::F32 => cuda::Precision::F32,
+        spec::Precision::Tf32 => cuda::Precision::Tf32,
+        spec::Precision::Bf16 => cuda::Precision::Bf16,
+        spec::Precision::F16 => cuda::Precision::F16,
+    };
+    cuda::Options::new(card.ordinal, run.train.bn_batch(), precision)
+}
+
+/// Files in the user's cache, each beside the program's version of it in the name that the engine gives; nothing is
+/// kept where there is no home, or it cannot be written.
+struct Files(PathBuf);
+
+impl Cache for Files {
+    fn get(&self, name: &str) -> Option<Vec<u8>> {
+        std::fs::read(self.0.join(name)).ok()
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) {
+        // What is not kept is made again.
+        let _ = std::fs::create_dir_all(&self.0)
+            .map_err(|_| ())
+            .and_then(|()| store::write_atomic(&self.0.join(name), &[bytes]).map_err(|_| ()));
+    }
+}
+
+/// `$XDG_CACHE_HOME/runner`, or `~/.cache/runner`.
+pub(crate) fn cache() -> Box<dyn Cache> {
+    let variable = |name| std::env::var_os(name).filter(|v| !v.is_empty());
+    let base = variable("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(variable("HOME")?).join(".cache")));
+    match base {
+        Some(base) => Box::new(Files(base.join("runner"))),
+        None => Box::new(engine::NoCache),
+    }
+}
+
+fn cpu(run: &Run, graph: &Graph, state: &State) -> Result<Cpu, Failure> {
+    check_precision(run)?;
     let options = options(run);
     if !options.level.is_available() {
         let (level, best) = (options.level, Level::detect());
@@ -42,7 +157,20 @@ pub(crate) fn engine(run: &Run, graph: &Graph, state: Option<State>) -> Result<C
         )));
     }
     check_memory(run, graph, Memory::plan(graph, &options).total())?;
-    Ok(Cpu::new(graph, &options, &state)?)
+    Ok(Cpu::new(graph, &options, state)?)
+}
+
+/// The CPU engine does not know every number format.
+fn check_precision(run: &Run) -> Result<(), Failure> {
+    let name = match run.train.precision {
+        spec::Precision::F32 | spec::Precision::Bf16 => return Ok(()),
+        spec::Precision::F16 => "f16",
+        spec::Precision::Tf32 => "tf32",
+    };
+    Err(Failure::Spec(format!(
+        "train.precision = {name:?} needs a card, and this run computes on the CPU\n\
+         hint: \"f32\" and \"bf16\" run on both; runner doctor says what a card lacks"
+    )))
 }
 
 /// Says before anything is allocated that memory will not do, and what would.
@@ -89,6 +217,9 @@ pub(crate) fn options(run: &Run) -> Options {
         precision: match run.train.precision {
             spec::Precision::F32 => Precision::F32,
             spec::Precision::Bf16 => Precision::Bf16,
+            // Refused before an engine is made; what `plan` costs is that of the nearest.
+            spec::Precision::F16 => Precision::Bf16,
+            spec::Precision::Tf32 => Precision::F32,
         },
         level: match run.train.instructions {
             spec::Instructions::Auto => Level::detect(),

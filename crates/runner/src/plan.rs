@@ -36,6 +36,8 @@ struct Report {
     /// None for a run that only evaluates.
     steps: Option<Steps>,
     memory: MemoryReport,
+    /// Null for a run on the CPU.
+    card: Option<CardReport>,
     time: Time,
     data: Data,
     checkpoint: Checkpoint,
@@ -109,6 +111,73 @@ struct Checkpoint {
     bytes: usize,
 }
 
+/// Bytes of a card's memory; `memory` is then what the CPU engine would take instead.
+#[derive(Serialize)]
+struct CardReport {
+    device: String,
+    parameters: usize,
+    gradients: usize,
+    optimizer: usize,
+    arena: usize,
+    folded: usize,
+    workspace: usize,
+    /// Two batches of input.
+    input: usize,
+    peak_bytes: usize,
+    /// All that the card has; null if it is not on this machine.
+    memory_bytes: Option<usize>,
+    fits: Option<bool>,
+}
+
+impl CardReport {
+    fn new(run: &Run, graph: &Graph) -> Option<Self> {
+        let (card, is_here) = network::card(run)?;
+        let options = network::cuda_options(run, &card);
+        let memory = engine::cuda::Memory::plan(graph, &options, &card, run.train.batch_size);
+        let memory_bytes = is_here.then_some(card.memory);
+        Some(Self {
+            device: match is_here {
+                true => card.to_string(),
+                false => format!("cuda:{}, not on this machine", card.ordinal),
+            },
+            parameters: memory.parameters,
+            gradients: memory.gradients,
+            optimizer: memory.optimizer,
+            arena: memory.arena,
+            folded: memory.folded,
+            workspace: memory.workspace,
+            input: memory.input,
+            peak_bytes: memory.total(),
+            memory_bytes,
+            fits: memory_bytes.map(|bytes| memory.total() <= bytes),
+        })
+    }
+
+    fn text(&self) -> String {
+        let parts = [
+            ("parameters", self.parameters),
+            ("gradients", self.gradients),
+            ("momentum", self.optimizer),
+            ("activations", self.arena),
+            ("folded weights", self.folded),
+            ("workspace", self.workspace),
+            ("batches", self.input),
+        ];
+        let parts = parts.map(|(name, bytes)| format!("{name} {}", mib(bytes)));
+        let fits = match self.fits {
+            Some(true) => "fits; ",
+            Some(false) => "does not fit; ",
+            None => "",
+        };
+        format!(
+            "card        {}: {fits}{}: {}",
+            self.device,
+            mib(self.peak_bytes),
+            parts.join(", ")
+        )
+    }
+}
+
 /// Two batches wait, one is decoded, one is in use.
 const BATCHES_IN_FLIGHT: usize = 4;
 /// Mean size of ImageNet's records.
@@ -151,6 +220,7 @@ impl Report {
             },
             steps,
             memory: MemoryReport::new(run, graph, checkpoint, train_examples),
+            card: CardReport::new(run, graph),
             time,
             data: Data {
                 train_examples,
@@ -219,6 +289,14 @@ impl Report {
             line(format!(
                 "time        {duration} at {rate:.1} images/s ({source}), without evaluations"
             ));
+        }
+        if let Some(card) = &self.card {
+            line(card.text());
+            line(format!(
+                "host        {} for batches, records and checkpoints",
+                mib(self.memory.besides())
+            ));
+            return out;
         }
         line(self.memory.text());
         if let Some(fit) = self.memory.fit_text() {
@@ -325,6 +403,11 @@ impl MemoryReport {
             fits: fits(peak_bytes),
             largest_bn_batch,
         }
+    }
+
+    /// What the host holds besides an engine.
+    fn besides(&self) -> usize {
+        self.batches + self.records + self.checkpoint
     }
 
     fn fit_text(&self) -> Option<String> {

@@ -5,7 +5,6 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use engine::Engine;
 use spec::{Length, Mode};
 use store::Lease;
 use track::{Resume, Summary, Terminal, Trackers, read_summary};
@@ -33,6 +32,7 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     if run.mode == Mode::Eval {
         return evaluate::latest(&run, how.fresh);
     }
+    network::check(&run)?;
     let labels = network::labels(&run)?;
     let input = Input::open(&run)?;
     let plan = Plan::new(&run, input.train_examples)
@@ -115,7 +115,7 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
         until,
         stop: &stop,
     };
-    let ended = train::train(job, &mut at, &mut engine, &mut trackers, &mut pace);
+    let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
     let (status, reason) = match &ended {
         Ok(Ended::Done) => ("done", None),
         Ok(Ended::Interrupted) if stop.load(Ordering::Relaxed) => {

@@ -8,13 +8,11 @@ use crate::check::whole;
 use crate::load::Rank;
 use crate::run::Run;
 
-/// Values with a name but no meaning yet, and who does not support them.
-const LATER: [(&str, &str, &str); 5] = [
-    ("data.source", "bigtable", ""),
-    ("train.precision", "f16", " by the cpu engine"),
-    ("train.device", "cuda", ""),
-    ("optimizer.kind", "lars", ""),
-    ("schedule.kind", "polynomial", ""),
+/// Values with a name but no meaning yet.
+const LATER: [(&str, &str); 3] = [
+    ("data.source", "bigtable"),
+    ("optimizer.kind", "lars"),
+    ("schedule.kind", "polynomial"),
 ];
 
 /// What is wrong with a value in itself, and how to fix it; none if it is right.
@@ -82,12 +80,11 @@ fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<Stri
         );
         return (what, None);
     };
-    let later = LATER.iter().find(|(key, name, _)| {
-        // cuda:1 is cuda as well.
-        *key == path && text.split(':').next() == Some(*name)
-    });
-    if let Some((_, _, whom)) = later {
-        let what = format!("{text:?} is not supported yet{whom}");
+    let later = LATER
+        .iter()
+        .find(|(key, name)| *key == path && text == *name);
+    if later.is_some() {
+        let what = format!("{text:?} is not supported yet");
         return (what, Some(format!("supported: {quoted}")));
     }
     let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();

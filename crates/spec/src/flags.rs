@@ -28,7 +28,7 @@ const LAYOUT: &str = "an engine chooses its own layout";
 #[rustfmt::skip] // A table reads better with one row a line.
 const FLAGS: &[Flag] = &[
     // The reference version of 2018-09.
-    ("use_tpu", Keys(&["train.device"]), "`\"cpu\"`; GPUs are not supported yet"),
+    ("use_tpu", Keys(&["train.device"]), "`\"auto\"`, `\"cpu\"`, `\"cuda\"` or `\"cuda:N\"`; TPUs are not supported"),
     ("tpu", NotNeeded, SUBMIT),
     ("gcp_project", NotYet, SUBMIT),
     ("tpu_zone", NotYet, SUBMIT),
@@ -58,7 +58,7 @@ const FLAGS: &[Flag] = &[
     ("data_format", NotNeeded, LAYOUT),
     ("transpose_input", NotNeeded, LAYOUT),
     ("export_dir", NotYet, EXPORT),
-    ("precision", Keys(&["train.precision"]), "`\"f32\"` or `\"bf16\"`"),
+    ("precision", Keys(&["train.precision"]), "`\"f32\"` or `\"bf16\"`; on CUDA also `\"f16\"` and `\"tf32\"`"),
     ("base_learning_rate", Keys(&["schedule.base_lr"]), "per 256 images, as there"),
     ("momentum", Keys(&["optimizer.momentum"]), ""),
     ("weight_decay", Keys(&["optimizer.weight_decay"]), ""),

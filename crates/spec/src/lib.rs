@@ -8,6 +8,7 @@
 //! on request ([`Length::steps`]).
 
 mod check;
+mod device;
 mod explain;
 mod flags;
 mod length;
@@ -18,13 +19,13 @@ mod schema;
 mod sweep;
 mod value;
 
+pub use device::Device;
 pub use length::{Length, LengthError, Unit};
 pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};
 pub use run::{
-    Checkpoint, Crop, Data, Decay, Device, Eval, Instructions, Loss, Mlflow, Mode, Model,
-    Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source,
-    Track, Train,
+    Checkpoint, Crop, Data, Decay, Eval, Instructions, Loss, Mlflow, Mode, Model, Optimizer,
+    OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source, Track, Train,
 };
 pub use schema::schema;
 pub use sweep::{Cell, Halving, Sweep, sweep};

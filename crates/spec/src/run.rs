@@ -9,6 +9,7 @@ use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
 
+use crate::device::Device;
 use crate::length::{Length, Unit};
 
 /// The depths a network can have.
@@ -206,7 +207,7 @@ pub struct Train {
     pub length: Length,
     /// Number format of activations.
     pub precision: Precision,
-    /// Where to compute.
+    /// Where to compute: "auto" takes the first card that can be used, or the CPU; "cuda:1" is the second card.
     pub device: Device,
     /// CPU threads, at most 1024; 0 means all cores.
     #[schemars(range(max = 1024))]
@@ -242,16 +243,10 @@ pub enum Precision {
     F32,
     /// 16 bits with f32's range, in half the memory. Parameters, statistics and sums stay f32.
     Bf16,
-}
-
-/// Where to compute.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "snake_case")]
-pub enum Device {
-    /// The best there is.
-    Auto,
-    /// The CPU.
-    Cpu,
+    /// 16 bits with more mantissa and a smaller range; the loss is scaled so that gradients stay in it. CUDA only.
+    F16,
+    /// 32 bits whose products keep 10 bits of mantissa, on tensor cores. CUDA only.
+    Tf32,
 }
 
 /// `[optimizer]`: from gradients to parameters.

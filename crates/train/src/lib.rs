@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use engine::{Engine, Metrics, Pixels};
+use engine::{Engine, Metrics, Pixels, Started};
 use track::{Best, EvalMetrics, EvalSummary, Trackers};
 
 pub use checkpoint::{Checkpoints, Meta, Progress, find, load};
@@ -78,35 +78,50 @@ pub fn train(
     if at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
         return Ok(Ended::Interrupted);
     }
+    // A device of its own computes while the next batch is made: `under_way` is the step that it does.
+    let mut under_way: Option<(Started, data::Cursor)> = None;
     while at.step < job.until {
-        let batch = match pace.wait_for(&mut batches) {
-            Ok(batch) => batch,
+        let first = match under_way.take() {
+            Some(step) => Ok(step),
+            None => start(&job, at.step, &mut batches, engine, trackers, pace),
+        };
+        let (step, cursor) = match first {
+            Ok(step) => step,
             Err(error) => {
-                if at.step > 0 {
+                // An engine that fails has nothing to save.
+                if at.step > 0 && !matches!(error, Error::Engine(_)) {
                     save(&mut job, at, engine, trackers)?;
                 }
                 return Err(error);
             }
         };
-        batch.bad_records.iter().for_each(|bad| trackers.note(bad));
-        if at.step == 0 {
-            trackers.images(
-                0,
-                config.resolution,
-                &first_images(&batch, config.resolution),
-            );
+        // Where nothing is to be saved or scored after this step, the next one need not wait for its end.
+        let mut failed = None;
+        if matches!(step, Started::Running(_)) && !job.pauses_after(at.step + 1) {
+            match start(&job, at.step + 1, &mut batches, engine, trackers, pace) {
+                Ok(next) => under_way = Some(next),
+                Err(error) => failed = Some(error),
+            }
         }
         let hyper = job.plan.hyper(at.step);
-        let metrics = engine.train_step(&view(&batch), &hyper)?;
+        let metrics = engine.finish_step(step)?;
         at.step += 1;
-        at.cursor = batch.cursor;
+        at.cursor = cursor;
         at.is_eval_due = job.is_eval_due(at.step);
-        trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics));
+        let goes_on = under_way.is_some();
+        trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics, goes_on));
         if !metrics.loss().is_finite() {
             return Err(Error::Diverged { step: at.step });
         }
+        if let Some(error) = failed {
+            if !matches!(error, Error::Engine(_)) {
+                save(&mut job, at, engine, trackers)?;
+            }
+            return Err(error);
+        }
 
-        let is_stopping = job.stop.load(Ordering::Relaxed);
+        // A step that is under way is finished first: it has changed what would be saved.
+        let is_stopping = under_way.is_none() && job.stop.load(Ordering::Relaxed);
         if is_stopping || at.step == job.until || job.plan.is_checkpoint_due(at.step) {
             save(&mut job, at, engine, trackers)?;
         }
@@ -128,6 +143,33 @@ impl Job<'_> {
         let is_last = step == self.until && self.plan.eval_every.is_some();
         is_last || self.plan.is_eval_due(step)
     }
+
+    /// Whether something happens after a step that needs the state as it is then.
+    fn pauses_after(&self, step: u64) -> bool {
+        step >= self.until
+            || self.stop.load(Ordering::Relaxed)
+            || self.plan.is_checkpoint_due(step)
+            || self.is_eval_due(step)
+    }
+}
+
+/// Starts the step after `done` with the next batch; where the data go on after it.
+fn start(
+    job: &Job<'_>,
+    done: u64,
+    batches: &mut data::Loader,
+    engine: &mut dyn Engine,
+    trackers: &mut Trackers,
+    pace: &mut Pace,
+) -> Result<(Started, data::Cursor), Error> {
+    let batch = pace.wait_for(batches)?;
+    batch.bad_records.iter().for_each(|bad| trackers.note(bad));
+    if let (0, Some(config)) = (done, &job.input.train) {
+        let side = config.resolution;
+        trackers.images(0, side, &first_images(&batch, side));
+    }
+    let step = engine.start_step(&view(&batch), &job.plan.hyper(done))?;
+    Ok((step, batch.cursor))
 }
 
 /// Writes a checkpoint of what has been done so far.

@@ -12,8 +12,8 @@ pub struct Pace {
     images: u64,
     stepping: Duration,
     waiting: Duration,
-    /// Of the step that runs: when it began to wait, and how long it did.
-    began: Instant,
+    /// Of the step that runs: when the one before ended, or it began to wait, and how long it waited.
+    began: Option<Instant>,
     waited: Duration,
 }
 
@@ -24,33 +24,38 @@ impl Default for Pace {
             images: 0,
             stepping: zero,
             waiting: zero,
-            began: Instant::now(),
+            began: None,
             waited: zero,
         }
     }
 }
 
 impl Pace {
-    /// A step begins: it waits for its batch.
+    /// Waits for a batch. A step begins, unless the one before is still under way: then it begins when that ends.
     pub(crate) fn wait_for(&mut self, batches: &mut data::Loader) -> Result<data::Batch, Error> {
-        self.began = Instant::now();
+        let now = Instant::now();
+        self.began.get_or_insert(now);
         let batch = batches.next().expect("training data has no end")?;
-        self.waited = self.began.elapsed();
+        self.waited += now.elapsed();
         Ok(batch)
     }
 
-    /// The step ends.
+    /// The step ends; `goes_on` says whether another one is under way.
     pub(crate) fn step(
         &mut self,
         plan: &Plan,
         step: u64,
         lr: f64,
         metrics: &Metrics,
+        goes_on: bool,
     ) -> StepMetrics {
-        let taken = self.began.elapsed();
+        let now = Instant::now();
+        let began = self.began.take().unwrap_or(now);
+        self.began = goes_on.then_some(now);
+        let (taken, waited) = (now - began, std::mem::take(&mut self.waited));
         self.images += metrics.images as u64;
         self.stepping += taken;
-        self.waiting += self.waited;
+        self.waiting += waited;
         StepMetrics {
             step,
             total: plan.steps,
@@ -59,7 +64,7 @@ impl Pace {
             top1: metrics.top1(),
             lr,
             images_per_s: metrics.images as f64 / taken.as_secs_f64(),
-            input_wait_fraction: self.waited.as_secs_f64() / taken.as_secs_f64(),
+            input_wait_fraction: waited.as_secs_f64() / taken.as_secs_f64(),
         }
     }
 

@@ -448,6 +448,7 @@ impl Cpu {
         // it, but for `close`, which sets a, b and c when the kernel's last region is over.
         match *kernel {
             Kernel::Fold { .. } => unreachable!("setup is not among the kernels"),
+            Kernel::NormBackward { .. } => unreachable!("convolutions normalise what they read"),
             Kernel::Input { y, .. } => {
                 pixels::input::<T>(pool, batch.pixels, n, buffers.get(y));
             }
@@ -891,6 +892,7 @@ fn name(kernel: &Kernel) -> String {
     };
     match kernel {
         Kernel::Fold { .. } => "fold".into(),
+        Kernel::NormBackward { .. } => "gradient of a normalisation".into(),
         Kernel::Input { .. } => "input".into(),
         Kernel::Conv { geometry, .. } => conv(geometry, "forward"),
         Kernel::ConvBackwardInput { geometry, .. } => conv(geometry, "gradient of input"),

@@ -430,11 +430,23 @@ fn a_batch_that_does_not_divide() {
 }
 
 #[test]
+fn a_number_format_that_needs_a_card() {
+    assert_snapshot!(Here::new().say(&["train.device=cpu", "train.precision=f16"]));
+}
+
+#[test]
+fn a_card_that_is_not_there() {
+    if engine::cuda::libraries().driver.is_some() {
+        eprintln!("skipped: there is a CUDA driver");
+        return;
+    }
+    assert_snapshot!(Here::new().say(&["train.device=cuda:1"]));
+}
+
+#[test]
 fn what_is_not_supported_yet() {
     let sets = [
         "data.source=bigtable",
-        "train.precision=f16",
-        "train.device=cuda:0",
         "optimizer.kind=lars",
         "schedule.kind=polynomial",
         "track.mlflow=databricks",

@@ -228,7 +228,7 @@ fn every_layer_is_told_apart() {
         "base.toml:1:1: seed: expected a whole number from 0 to 18446744073709551615, not \"one\"\n\
          base.toml:4:2: modle: unknown section\nhint: did you mean [model]?\n\
          x.toml:4:1: train.batchsize: unknown key\nhint: did you mean train.batch_size?\n\
-         x.toml:5:1: train.precision: expected one of \"f32\", \"bf16\", not \"f64\"\n\
+         x.toml:5:1: train.precision: expected one of \"f32\", \"bf16\", \"f16\", \"tf32\", not \"f64\"\n\
          x.toml:7:7: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 20\n\
          environment variable RUNNER__DATA__LANES: data.lanes: expected a whole number from 1 to 65536, not 0\n\
          environment variable RUNNER__DATA__LANES__X: data.lanes.x: unknown key\nhint: did you mean data.lanes?\n\
@@ -405,7 +405,7 @@ fn an_old_flag() {
          hint: the 2018 reference's train_steps is train.length here: with a unit, \"112590 steps\" or \"90 epochs\", \
          from the start of the run\n\
          environment variable RUNNER__USE_TPU: use_tpu: unknown key\n\
-         hint: the 2018 reference's use_tpu is train.device here: \"cpu\"; GPUs are not supported yet\n\
+         hint: the 2018 reference's use_tpu is train.device here: \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"; TPUs are not supported\n\
          --set iterations_per_loop=100: iterations_per_loop: unknown key\n\
          hint: the 2018 reference's iterations_per_loop is not needed here: checkpoint.every and eval.every say when \
          something happens between steps\n\

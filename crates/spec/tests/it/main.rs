@@ -841,21 +841,42 @@ fn buckets_are_not_supported_yet() {
 }
 
 #[test]
+fn devices() {
+    for (text, device) in [
+        ("auto", Device::Auto),
+        ("cpu", Device::Cpu),
+        ("cuda", Device::Cuda(0)),
+        ("cuda:0", Device::Cuda(0)),
+        ("cuda:12", Device::Cuda(12)),
+    ] {
+        let run = parse(FAKE, "x.toml", &sets(&[&format!("train.device={text}")])).unwrap();
+        assert_eq!(run.train.device, device);
+        let again = parse(&run.to_toml(), "x.toml", &[]).unwrap();
+        assert_eq!(again, run);
+    }
+    for text in [
+        "gpu",
+        "cuda:",
+        "cuda:x",
+        "cuda:-1",
+        "cuda:+1",
+        "cuda:1234",
+        "CUDA",
+        "tpu",
+    ] {
+        check_range(
+            &format!("train.device={text}"),
+            &format!("expected \"auto\", \"cpu\", \"cuda\" or \"cuda:N\", not {text:?}"),
+        );
+    }
+}
+
+#[test]
 fn what_is_not_supported_yet() {
     check_set(
         "data.source=bigtable",
         "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"fake\", \"zeros\"",
     );
-    check_set(
-        "train.precision=f16",
-        "\"f16\" is not supported yet by the cpu engine\nhint: supported: \"f32\", \"bf16\"",
-    );
-    for device in ["cuda", "cuda:1"] {
-        check_set(
-            &format!("train.device={device}"),
-            &format!("\"{device}\" is not supported yet\nhint: supported: \"auto\", \"cpu\""),
-        );
-    }
     check_set(
         "optimizer.kind=lars",
         "\"lars\" is not supported yet\nhint: supported: \"sgd\"",

@@ -1,0 +1,996 @@
+//! From a program to calls: launches of kernels and convolutions, with every address in place.
+
+use graph::{
+    After, BufferId, Caps, Close, Geometry, Graph, Kernel, Mode, NORM_EPSILON, Needs, NormId,
+    Normed, Op, Operand, ParamId, Plane, Program, STATE_ROWS, Window,
+};
+
+use super::cudnn::{Conv, Product, Tensors};
+use super::driver::{Address, Arg, THREADS};
+use super::{ALIGNMENT, Options};
+use crate::{MEAN, STD};
+
+/// Channels of the stored image: three and a zero, so that a pixel is 8 or 16 bytes.
+pub(crate) const IMAGE_CHANNELS: usize = 4;
+/// Most channels that a row may have.
+const MOST_CHANNELS: usize = 2048;
+/// Parameters lie in chunks of so many.
+pub(crate) const CHUNK: usize = 1024;
+
+/// What the engine asks of a program.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct CudaCaps {
+    element: usize,
+    multiprocessors: usize,
+}
+
+impl CudaCaps {
+    pub(crate) fn new(options: &Options, multiprocessors: usize) -> Self {
+        Self {
+            element: options.precision.bytes(),
+            multiprocessors,
+        }
+    }
+
+    /// Blocks of a kernel that goes over rows: enough to fill the card, each with several rows to do.
+    fn blocks(&self, rows: usize, channels: usize) -> usize {
+        let lanes = THREADS as usize / (channels / 8);
+        (rows.div_ceil(lanes * 8)).clamp(1, self.multiprocessors * 4)
+    }
+
+    fn partials(&self, rows: usize, channels: usize, sums: usize) -> usize {
+        self.blocks(rows, channels) * sums * channels * size_of::<f32>()
+    }
+}
+
+impl Caps for CudaCaps {
+    fn alignment(&self) -> usize {
+        ALIGNMENT
+    }
+
+    fn element(&self) -> usize {
+        self.element
+    }
+
+    fn normalises_operands(&self) -> bool {
+        false
+    }
+
+    fn image_channels(&self, channels: usize) -> usize {
+        channels.max(IMAGE_CHANNELS)
+    }
+
+    fn forward(&self, g: &Geometry, batch: usize) -> Needs {
+        Needs {
+            partials: self.partials(batch * g.output.pixels(), g.output.c, 2),
+            ..Needs::default()
+        }
+    }
+
+    fn backward_input(&self, g: &Geometry, batch: usize) -> Needs {
+        Needs {
+            partials: self.partials(batch * g.input.pixels(), g.input.c, 3),
+            // The product, where its sum with what others handed in replaces that.
+            shared: batch * g.input.elements() * self.element,
+            ..Needs::default()
+        }
+    }
+
+    fn backward_weight(&self, _: &Geometry, _: usize) -> Needs {
+        Needs::default()
+    }
+
+    fn visit(&self, plane: Plane, batch: usize) -> Needs {
+        Needs {
+            partials: self.partials(batch * plane.pixels(), plane.c, 3),
+            ..Needs::default()
+        }
+    }
+}
+
+/// Where each parameter lies in the flat arrays: convolutions O x K x K x C, C filled up for the image.
+pub(crate) struct Layout {
+    pub(crate) slots: Vec<Slot>,
+    /// Values of each array, whole chunks.
+    pub(crate) len: usize,
+    /// Of each chunk, whether it is a convolution's.
+    pub(crate) convs: Vec<u8>,
+    /// First channel of each normalisation among those of all.
+    norms: Vec<usize>,
+    /// Channels of all normalisations.
+    pub(crate) channels: usize,
+}
+
+pub(crate) struct Slot {
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+    /// Of a convolution: outputs, inputs, stored inputs, taps.
+    conv: Option<[usize; 4]>,
+}
+
+impl Slot {
+    /// Places of the stored values in the order of the state's; the places between stay zero.
+    fn places(&self) -> Box<dyn Iterator<Item = usize> + '_> {
+        match self.conv {
+            None => Box::new(0..self.len),
+            Some([outputs, inputs, stored, taps]) => Box::new((0..outputs).flat_map(move |o| {
+                (0..inputs)
+                    .flat_map(move |i| (0..taps).map(move |tap| (o * taps + tap) * stored + i))
+            })),
+        }
+    }
+
+    /// From the state's order to ours; `to` is the whole array.
+    pub(crate) fn scatter(&self, values: &[f32], to: &mut [f32]) {
+        let to = &mut to[self.offset..self.offset + self.len];
+        to.fill(0.0);
+        for (place, value) in self.places().zip(values) {
+            to[place] = *value;
+        }
+    }
+
+    /// From ours to the state's.
+    pub(crate) fn gather(&self, from: &[f32]) -> Vec<f32> {
+        let from = &from[self.offset..self.offset + self.len];
+        self.places().map(|place| from[place]).collect()
+    }
+}
+
+impl Layout {
+    pub(crate) fn new(graph: &Graph) -> Self {
+        let reads_image = |param: ParamId| {
+            graph.nodes().iter().any(|node| {
+                matches!(node.op, Op::Conv { weight, .. } if weight == param)
+                    && node.inputs[0] == graph.input()
+            })
+        };
+        let mut len = 0;
+        let slot = |(i, p): (usize, &graph::Param)| {
+            let conv = match p.shape[..] {
+                [outputs, inputs, h, w] => {
+                    let stored = match reads_image(ParamId(i)) {
+                        true => inputs.max(IMAGE_CHANNELS),
+                        false => inputs,
+                    };
+                    Some([outputs, inputs, stored, h * w])
+                }
+                _ => None,
+            };
+            let values = conv.map_or(p.elements(), |[o, _, stored, taps]| o * stored * taps);
+            let offset = len;
+            len += values.next_multiple_of(CHUNK);
+            Slot {
+                offset,
+                len: values,
+                conv,
+            }
+        };
+        let slots: Vec<Slot> = graph.params().iter().enumerate().map(slot).collect();
+        let mut convs = vec![0; len / CHUNK];
+        for slot in slots.iter().filter(|slot| slot.conv.is_some()) {
+            convs[slot.offset / CHUNK..][..slot.len.div_ceil(CHUNK)].fill(1);
+        }
+        let mut channels = 0;
+        let norms = graph
+            .norms()
+            .iter()
+            .map(|n| {
+                channels += n.channels;
+                channels - n.channels
+            })
+            .collect();
+        Self {
+            slots,
+            len,
+            convs,
+            norms,
+            channels,
+        }
+    }
+
+    /// Where the running mean of a normalisation lies among all; the variance lies `channels` further on.
+    pub(crate) fn running(&self, norm: NormId) -> usize {
+        self.norms[norm.0]
+    }
+}
+
+/// Memory that calls name.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Places {
+    pub(crate) arena: Address,
+    pub(crate) constants: Address,
+    /// f32 parameters.
+    pub(crate) masters: Address,
+    /// Parameters as convolutions read them; the masters themselves in f32.
+    pub(crate) cast: Address,
+    /// Gradients of this micro-batch, f32.
+    pub(crate) fresh: Address,
+    /// Those of convolutions as cuDNN stores them; `fresh` itself in f32.
+    pub(crate) raw: Address,
+    /// A byte for each chunk: whether its gradient lies in `raw`.
+    pub(crate) is_raw: Address,
+    /// Running means, then variances.
+    pub(crate) running: Address,
+    /// Their sums over micro-batches, f64.
+    pub(crate) sums: Address,
+    /// Labels of this micro-batch.
+    pub(crate) labels: Address,
+    /// The kernels' Hyper.
+    pub(crate) hyper: Address,
+    /// The kernels' Scale.
+    pub(crate) scale: Address,
+    /// Loss and hits of each image.
+    pub(crate) scored: Address,
+    /// The kernels' Totals.
+    pub(crate) totals: Address,
+}
+
+/// One thing that the card does.
+#[derive(Clone, Debug)]
+pub(crate) enum Call {
+    /// Starts a kernel.
+    Launch {
+        name: &'static str,
+        grid: (u32, u32),
+        args: Vec<Arg>,
+        /// What it reads and writes at least.
+        bytes: usize,
+    },
+    /// A convolution.
+    Conv { conv: Conv, at: Tensors },
+}
+
+/// A program as calls.
+pub(crate) struct Calls {
+    /// Fill the constants.
+    pub(crate) setup: Vec<Call>,
+    /// Everything after the first kernel, which reads the pixels.
+    pub(crate) body: Vec<Call>,
+    /// Where that one stores the image.
+    pub(crate) image: Address,
+    /// Where the logits are.
+    pub(crate) logits: Address,
+}
+
+/// The first kernel: pixels of a micro-batch to the image at `to`.
+pub(crate) fn input(pixels: Address, is_u8: bool, count: usize, to: Address) -> Call {
+    let name = if is_u8 { "input_u8" } else { "input_f32" };
+    let inverse = STD.map(|s| (1.0 / f64::from(s)) as f32);
+    let normal = [
+        MEAN[0], MEAN[1], MEAN[2], inverse[0], inverse[1], inverse[2],
+    ];
+    let args = vec![
+        Arg::address(pixels),
+        Arg::address(to),
+        Arg::int(count),
+        Arg::floats(&normal),
+    ];
+    let element = if is_u8 { 1 } else { size_of::<f32>() };
+    let bytes = count * (3 * element + IMAGE_CHANNELS * 2);
+    launch(name, count.div_ceil(4 * THREADS as usize), args, bytes)
+}
+
+fn launch(name: &'static str, blocks: usize, args: Vec<Arg>, bytes: usize) -> Call {
+    Call::Launch {
+        name,
+        grid: (blocks as u32, 1),
+        args,
+        bytes,
+    }
+}
+
+impl Call {
+    /// Bytes of what it reads and writes, each once.
+    pub(crate) fn bytes(&self, element: usize) -> usize {
+        match self {
+            Call::Launch { bytes, .. } => *bytes,
+            Call::Conv { conv, .. } => {
+                let g = &conv.geometry;
+                let weights = g.depth() * g.output.c;
+                let values = conv.batch * (g.input.elements() + g.output.elements());
+                (values + weights) * element
+            }
+        }
+    }
+
+    /// Multiply-adds on tensor cores.
+    pub(crate) fn macs(&self) -> usize {
+        match self {
+            Call::Launch { .. } => 0,
+            Call::Conv { conv, .. } => conv.batch * conv.geometry.macs(),
+        }
+    }
+
+    /// What it computes, on which shapes.
+    pub(crate) fn name(&self) -> String {
+        match self {
+            Call::Launch { name, .. } => (*name).to_owned(),
+            Call::Conv { conv, .. } => conv.name(),
+        }
+    }
+}
+
+/// Every parameter's chunk as one block.
+pub(crate) fn over_chunks(name: &'static str, layout: &Layout, args: Vec<Arg>) -> Call {
+    launch(name, layout.len / CHUNK, args, 0)
+}
+
+/// The running statistics move.
+pub(crate) fn running_update(layout: &Layout, places: &Places, micro_batches: usize) -> Call {
+    let count = 2 * layout.channels;
+    let args = vec![
+        Arg::address(places.running),
+        Arg::address(places.sums),
+        Arg::int(count),
+        Arg::double(f64::from(graph::NORM_UPDATE)),
+        Arg::double(micro_batches as f64),
+    ];
+    launch("running_update", count.div_ceil(THREADS as usize), args, 0)
+}
+
+/// Totals of the first `images` of a micro-batch, added to what is there if `add`.
+pub(crate) fn loss_finish(places: &Places, images: usize, add: bool) -> Call {
+    let args = vec![
+        Arg::address(places.scored),
+        Arg::address(places.totals),
+        Arg::int(images),
+        Arg::int(usize::from(add)),
+    ];
+    launch("loss_finish", 1, args, 0)
+}
+
+/// Makes calls of one program.
+struct Writer<'a> {
+    graph: &'a Graph,
+    program: &'a Program,
+    caps: &'a CudaCaps,
+    layout: &'a Layout,
+    places: &'a Places,
+    /// Add to the sums of earlier micro-batches.
+    add: bool,
+    calls: Vec<Call>,
+}
+
+/// What a program does, `add`ing to the sums of earlier micro-batches or not.
+pub(crate) fn calls(
+    graph: &Graph,
+    program: &Program,
+    caps: &CudaCaps,
+    layout: &Layout,
+    places: &Places,
+    add: bool,
+) -> Calls {
+    let mut writer = Writer {
+        graph,
+        program,
+        caps,
+        layout,
+        places,
+        add,
+        calls: vec![],
+    };
+    program.setup.iter().for_each(|k| writer.fold(k));
+    let setup = std::mem::take(&mut writer.calls);
+    let (first, rest) = program
+        .kernels
+        .split_first()
+        .expect("a program reads pixels");
+    let Kernel::Input { y, .. } = first else {
+        unreachable!("the first kernel reads pixels")
+    };
+    rest.iter().for_each(|k| writer.kernel(k));
+    if program.mode == Mode::Train && places.raw != places.fresh {
+        let args = vec![
+            Arg::address(places.raw),
+            Arg::address(places.fresh),
+            Arg::address(places.is_raw),
+        ];
+        writer
+            .calls
+            .push(over_chunks("widen_gradients", layout, args));
+    }
+    Calls {
+        body: std::mem::take(&mut writer.calls),
+        setup,
+        image: writer.at(*y),
+        logits: writer.at(program.logits),
+    }
+}
+
+/// Rows of a normalisation's state, as in the kernels.
+const MEAN_ROW: usize = 0;
+const SCALE_ROW: usize = 2;
+const SHIFT_ROW: usize = 3;
+
+impl Writer<'_> {
+    fn at(&self, id: BufferId) -> Address {
+        let buffer = &self.program.buffers[id.0];
+        let base = match buffer.constant {
+            true => self.places.constants,
+            false => self.places.arena,
+        };
+        base + buffer.offset as Address
+    }
+
+    fn buffer(&self, id: BufferId) -> Arg {
+        Arg::address(self.at(id))
+    }
+
+    /// Row `row` of a state with so many channels.
+    fn row(&self, state: BufferId, row: usize, channels: usize) -> Arg {
+        debug_assert!(row < STATE_ROWS);
+        Arg::address(self.at(state) + (row * channels * size_of::<f32>()) as Address)
+    }
+
+    fn param(&self, base: Address, id: ParamId, element: usize) -> Address {
+        base + (self.layout.slots[id.0].offset * element) as Address
+    }
+
+    fn master(&self, id: ParamId) -> Arg {
+        Arg::address(self.param(self.places.masters, id, size_of::<f32>()))
+    }
+
+    fn fresh(&self, id: ParamId) -> Address {
+        self.param(self.places.fresh, id, size_of::<f32>())
+    }
+
+    fn cast(&self, id: ParamId) -> Address {
+        self.param(self.places.cast, id, self.caps.element)
+    }
+
+    fn launch(&mut self, name: &'static str, blocks: usize, args: Vec<Arg>) {
+        self.calls.push(launch(name, blocks, args, 0));
+    }
+
+    /// A kernel that goes over the rows of a plane, whose sizes are its last arguments, and reads or writes so many
+    /// tensors of that size.
+    fn over_rows(&mut self, name: &'static str, plane: Plane, tensors: usize, mut args: Vec<Arg>) {
+        let (rows, channels) = (self.rows(plane), plane.c);
+        args.extend([Arg::int(rows), Arg::int(channels)]);
+        let bytes = tensors * rows * channels * self.caps.element;
+        let call = launch(name, self.caps.blocks(rows, channels), args, bytes);
+        self.calls.push(call);
+    }
+
+    fn rows(&self, plane: Plane) -> usize {
+        assert!(
+            plane.c.is_multiple_of(8) && plane.c <= MOST_CHANNELS,
+            "{plane:?}: channels come in eights"
+        );
+        self.program.batch * plane.pixels()
+    }
+
+    fn fold(&mut self, kernel: &Kernel) {
+        let Kernel::Fold {
+            geometry,
+            weight,
+            norm,
+            weights,
+            shift,
+            ..
+        } = *kernel
+        else {
+            unreachable!("setup only folds")
+        };
+        let running = self.layout.running(norm);
+        let at = |i: usize| Arg::address(self.places.running + (i * size_of::<f32>()) as Address);
+        let spec = &self.graph.norms()[norm.0];
+        let outputs = geometry.output.c;
+        let args = vec![
+            self.master(weight),
+            self.master(spec.weight),
+            self.master(spec.bias),
+            at(running),
+            at(self.layout.channels + running),
+            Arg::float(NORM_EPSILON),
+            self.buffer(weights),
+            self.buffer(shift),
+            Arg::int(self.layout.slots[weight.0].len / outputs),
+        ];
+        self.launch("fold", outputs, args);
+    }
+
+    fn stored(&self, operand: Operand) -> BufferId {
+        match operand {
+            Operand::Stored(x) => x,
+            _ => unreachable!("convolutions read what is stored"),
+        }
+    }
+
+    /// The image has more channels in memory.
+    fn geometry(&self, mut g: Geometry) -> Geometry {
+        g.input.c = self.caps.image_channels(g.input.c);
+        g
+    }
+
+    fn conv(&mut self, product: Product, geometry: Geometry, at: Tensors) {
+        let conv = Conv {
+            product,
+            geometry: self.geometry(geometry),
+            batch: self.program.batch,
+        };
+        self.calls.push(Call::Conv { conv, at });
+    }
+
+    fn kernel(&mut self, kernel: &Kernel) {
+        match *kernel {
+            Kernel::Fold { .. } | Kernel::Input { .. } => unreachable!("done apart"),
+            Kernel::Conv {
+                geometry,
+                weight,
+                weights,
+                x,
+                y,
+                after,
+                ..
+            } => {
+                let x = self.at(self.stored(x));
+                let w = weights.map_or_else(|| self.cast(weight), |w| self.at(w));
+                let tensors = Tensors {
+                    x,
+                    w,
+                    y: self.at(y),
+                };
+                self.conv(Product::Forward, geometry, tensors);
+                self.after(geometry.output, y, after);
+            }
+            Kernel::Sum {
+                plane,
+                state,
+                z,
+                side,
+                relu,
+                y,
+            } => {
+                let c = plane.c;
+                let mut args = vec![
+                    self.buffer(z),
+                    self.row(state, SCALE_ROW, c),
+                    self.row(state, SHIFT_ROW, c),
+                ];
+                let name = match side {
+                    None => "apply",
+                    Some(Operand::Stored(side)) => {
+                        args.push(self.buffer(side));
+                        "apply_add"
+                    }
+                    Some(Operand::Normed {
+                        z,
+                        state,
+                        relu: side_relu,
+                    }) => {
+                        args.extend([
+                            self.buffer(z),
+                            self.row(state, SCALE_ROW, c),
+                            self.row(state, SHIFT_ROW, c),
+                            Arg::int(usize::from(side_relu)),
+                        ]);
+                        "apply_add_normed"
+                    }
+                    Some(Operand::Gradient { .. }) => unreachable!("a summand is a value"),
+                };
+                args.extend([Arg::int(usize::from(relu)), self.buffer(y)]);
+                self.over_rows(name, plane, 2 + usize::from(side.is_some()), args);
+            }
+            Kernel::MaxPool {
+                window,
+                x,
+                y,
+                argmax,
+            } => {
+                let none = Arg::address(0);
+                let (x, scale, shift, relu) = match x {
+                    Operand::Stored(x) => (x, none, none, false),
+                    Operand::Normed { z, state, relu } => {
+                        let c = window.input.c;
+                        let scale = self.row(state, SCALE_ROW, c);
+                        (z, scale, self.row(state, SHIFT_ROW, c), relu)
+                    }
+                    Operand::Gradient { .. } => unreachable!("a pool reads a value"),
+                };
+                let args = vec![
+                    self.buffer(x),
+                    scale,
+                    shift,
+                    Arg::int(usize::from(relu)),
+                    sizes(&window),
+                    self.buffer(y),
+                    argmax.map_or(none, |a| self.buffer(a)),
+                ];
+                self.over_rows("max_pool", window.output, 6, args);
+            }
+            Kernel::AvgPool { plane, x, y } => {
+                let threads = self.program.batch * plane.c / 8;
+                let args = vec![
+                    self.buffer(x),
+                    self.buffer(y),
+                    Arg::int(self.program.batch),
+                    Arg::int(plane.pixels()),
+                    Arg::int(plane.c),
+                ];
+                self.launch("avg_pool", threads.div_ceil(THREADS as usize), args);
+            }
+            Kernel::Linear {
+                inputs,
+                outputs,
+                weight,
+                bias,
+                x,
+                y,
+            } => {
+                let (x, w) = (self.buffer(x), self.master(weight));
+                let y = self.buffer(y);
+                let bias = self.master(bias);
+                let n = self.program.batch;
+                self.matmul((x, inputs, 1), (w, 1, inputs), bias, y, n, outputs, inputs);
+            }
+            Kernel::Loss { classes, logits, d } => {
+                let places = self.places;
+                let args = vec![
+                    self.buffer(logits),
+                    Arg::address(places.labels),
+                    Arg::address(places.hyper),
+                    Arg::address(places.scale),
+                    d.map_or(Arg::address(0), |d| self.buffer(d)),
+                    Arg::address(places.scored),
+                    Arg::int(classes),
+                ];
+                let images = self.program.batch;
+                self.launch("loss", images, args);
+            }
+            Kernel::LinearBackward {
+                inputs,
+                outputs,
+                weight,
+                bias,
+                x,
+                d,
+                dx,
+            } => {
+                let n = self.program.batch;
+                let none = Arg::address(0);
+                let (x, d, dx) = (self.buffer(x), self.buffer(d), self.buffer(dx));
+                let dw = Arg::address(self.fresh(weight));
+                let w = self.master(weight);
+                self.matmul(
+                    (d, 1, outputs),
+                    (x, inputs, 1),
+                    none,
+                    dw,
+                    outputs,
+                    inputs,
+                    n,
+                );
+                self.matmul(
+                    (d, outputs, 1),
+                    (w, inputs, 1),
+                    none,
+                    dx,
+                    n,
+                    inputs,
+                    outputs,
+                );
+                let args = vec![
+                    d,
+                    Arg::address(self.fresh(bias)),
+                    Arg::int(n),
+                    Arg::int(outputs),
+                ];
+                self.launch("column_sums", outputs.div_ceil(THREADS as usize), args);
+            }
+            Kernel::AvgPoolBackward {
+                plane,
+                d,
+                dx,
+                close,
+                partials,
+            } => {
+                let pixels = plane.pixels();
+                let source = vec![
+                    self.buffer(d),
+                    Arg::int(pixels),
+                    Arg::float(1.0 / pixels as f32),
+                ];
+                let Close::Stored { add: None, .. } = close else {
+                    unreachable!("the mean reads the last value, and nothing else does")
+                };
+                self.close(plane, Source::Spread(source), dx, close, partials);
+            }
+            Kernel::MaxPoolBackward {
+                window,
+                argmax,
+                d,
+                dx,
+                close,
+                partials,
+            } => {
+                let plane = window.input;
+                let Close::Lazy { normed, relu } = close else {
+                    unreachable!("a max-pool reads a normalisation that nothing else reads")
+                };
+                let args = vec![
+                    self.buffer(d),
+                    self.buffer(argmax),
+                    sizes(&window),
+                    self.buffer(normed.z),
+                    self.buffer(normed.state),
+                    Arg::int(usize::from(relu)),
+                    self.buffer(dx),
+                    self.buffer(partials),
+                ];
+                self.over_rows("close_lazy_pool", plane, 2, args);
+                self.finish(plane, normed, partials, 1, 2);
+            }
+            Kernel::NormBackward {
+                plane,
+                g,
+                z,
+                state,
+                relu,
+                dz,
+            } => {
+                let args = vec![
+                    self.buffer(g),
+                    self.buffer(z),
+                    self.buffer(state),
+                    Arg::int(usize::from(relu)),
+                    self.buffer(dz),
+                ];
+                self.over_rows("norm_backward", plane, 3, args);
+            }
+            Kernel::ConvBackwardInput {
+                geometry,
+                weight,
+                shared,
+                d,
+                dx,
+                close,
+                partials,
+                ..
+            } => {
+                let adds = match close {
+                    Close::Open { add } | Close::Stored { add, .. } => add.is_some(),
+                    Close::Lazy { .. } => false,
+                };
+                let raw = if adds { shared } else { dx };
+                let tensors = Tensors {
+                    x: self.at(raw),
+                    w: self.cast(weight),
+                    y: self.at(self.stored(d)),
+                };
+                self.conv(Product::Input, geometry, tensors);
+                let source = Source::Stored(vec![self.buffer(raw)]);
+                self.close(geometry.input, source, dx, close, partials);
+            }
+            Kernel::ConvBackwardWeight {
+                geometry,
+                weight,
+                x,
+                d,
+                ..
+            } => {
+                let tensors = Tensors {
+                    x: self.at(self.stored(x)),
+                    w: self.param(self.places.raw, weight, self.caps.element),
+                    y: self.at(self.stored(d)),
+                };
+                self.conv(Product::Weight, geometry, tensors);
+            }
+        }
+    }
+
+    /// What follows a convolution forward.
+    fn after(&mut self, plane: Plane, y: BufferId, after: After) {
+        match after {
+            After::Nothing => {}
+            After::Statistics {
+                norm,
+                state,
+                partials,
+            } => {
+                let (rows, channels) = (self.rows(plane), plane.c);
+                let args = vec![self.buffer(y), self.buffer(partials)];
+                self.over_rows("stats", plane, 1, args);
+                let spec = &self.graph.norms()[norm.0];
+                let sums = self.layout.running(norm) * size_of::<f64>();
+                let args = vec![
+                    self.buffer(partials),
+                    Arg::int(self.caps.blocks(rows, channels)),
+                    self.buffer(y),
+                    Arg::int(rows),
+                    Arg::int(channels),
+                    self.master(spec.weight),
+                    self.master(spec.bias),
+                    self.buffer(state),
+                    Arg::address(self.places.sums + sums as Address),
+                    Arg::int(self.layout.channels),
+                    Arg::float(NORM_EPSILON),
+                    Arg::int(usize::from(self.add)),
+                ];
+                self.launch("stats_finish", channels.div_ceil(8), args);
+            }
+            After::Folded {
+                shift,
+                residual,
+                relu,
+            } => {
+                let mut args = vec![self.buffer(y), Arg::address(0), self.buffer(shift)];
+                args.extend(residual.map(|r| self.buffer(r)));
+                args.extend([Arg::int(usize::from(relu)), self.buffer(y)]);
+                let name = match residual {
+                    Some(_) => "apply_add",
+                    None => "apply",
+                };
+                self.over_rows(name, plane, 2 + usize::from(residual.is_some()), args);
+            }
+        }
+    }
+
+    /// The gradient from `source` becomes that of the value.
+    fn close(
+        &mut self,
+        plane: Plane,
+        source: Source,
+        dx: BufferId,
+        close: Close,
+        partials: BufferId,
+    ) {
+        match close {
+            Close::Open { add: None } => {}
+            Close::Lazy { normed, relu } => {
+                let Source::Stored(mut args) = source else {
+                    unreachable!("only convolutions and max-pools read lazily")
+                };
+                args.extend([
+                    self.buffer(normed.z),
+                    self.buffer(normed.state),
+                    Arg::int(usize::from(relu)),
+                    self.buffer(partials),
+                ]);
+                self.over_rows("close_lazy", plane, 2, args);
+                self.finish(plane, normed, partials, 1, 2);
+            }
+            Close::Open { add } => self.closes(plane, source, add, None, [None; 2], dx, partials),
+            Close::Stored {
+                add: None,
+                y: None,
+                normed: [None, None],
+            } if matches!(source, Source::Stored(_)) => {} // what the convolution has stored is the gradient
+            Close::Stored { add, y, normed } => {
+                self.closes(plane, source, add, y, normed, dx, partials);
+                let count = normed.iter().flatten().count();
+                for (i, normed) in normed.into_iter().flatten().enumerate() {
+                    self.finish(plane, normed, partials, 1 + i, 1 + count);
+                }
+            }
+        }
+    }
+
+    fn closes(
+        &mut self,
+        plane: Plane,
+        source: Source,
+        add: Option<BufferId>,
+        y: Option<BufferId>,
+        normed: [Option<Normed>; 2],
+        dx: BufferId,
+        partials: BufferId,
+    ) {
+        let none = Arg::address(0);
+        let norms: Vec<Normed> = normed.into_iter().flatten().collect();
+        let (mut args, names) = match source {
+            Source::Stored(mut args) => {
+                args.push(add.map_or(none, |a| self.buffer(a)));
+                (args, ["close_0", "close_1", "close_2"])
+            }
+            Source::Spread(args) => {
+                let names = ["close_0_spread", "close_1_spread", "close_2_spread"];
+                (args, names)
+            }
+        };
+        args.push(y.map_or(none, |y| self.buffer(y)));
+        for i in 0..2 {
+            match norms.get(i) {
+                Some(n) => {
+                    let mean = self.row(n.state, MEAN_ROW, plane.c);
+                    args.extend([self.buffer(n.z), mean]);
+                }
+                None => args.extend([none, none]),
+            }
+        }
+        args.extend([self.buffer(dx), self.buffer(partials)]);
+        let given = usize::from(names[0] == "close_0") + usize::from(add.is_some());
+        let tensors = 1 + given + usize::from(y.is_some()) + norms.len();
+        self.over_rows(names[norms.len()], plane, tensors, args);
+    }
+
+    /// From the sums of a close to the constants of a normalisation's gradient.
+    fn finish(
+        &mut self,
+        plane: Plane,
+        normed: Normed,
+        partials: BufferId,
+        which: usize,
+        count: usize,
+    ) {
+        let (rows, channels) = (self.rows(plane), plane.c);
+        let spec = &self.graph.norms()[normed.norm.0];
+        let args = vec![
+            self.buffer(partials),
+            Arg::int(self.caps.blocks(rows, channels)),
+            Arg::int(which),
+            Arg::int(count),
+            Arg::int(rows),
+            Arg::int(channels),
+            self.buffer(normed.state),
+            Arg::address(self.fresh(spec.weight)),
+            Arg::address(self.fresh(spec.bias)),
+        ];
+        self.launch("close_finish", channels.div_ceil(8), args);
+    }
+
+    /// c = a b + bias: a is m x k and b k x n, with (row, column) strides.
+    fn matmul(
+        &mut self,
+        (a, a_m, a_k): (Arg, usize, usize),
+        (b, b_k, b_n): (Arg, usize, usize),
+        bias: Arg,
+        c: Arg,
+        m: usize,
+        n: usize,
+        k: usize,
+    ) {
+        let args = vec![
+            a,
+            Arg::int(a_m),
+            Arg::int(a_k),
+            b,
+            Arg::int(b_k),
+            Arg::int(b_n),
+            bias,
+            c,
+            Arg::int(m),
+            Arg::int(n),
+            Arg::int(k),
+        ];
+        self.calls.push(Call::Launch {
+            name: "matmul",
+            grid: (n.div_ceil(64) as u32, m.div_ceil(64) as u32),
+            args,
+            bytes: (m * k + k * n + m * n) * size_of::<f32>(),
+        });
+    }
+}
+
+/// Where a gradient comes from, and its arguments.
+enum Source {
+    Stored(Vec<Arg>),
+    Spread(Vec<Arg>),
+}
+
+/// The kernels' Window.
+fn sizes(w: &Window) -> Arg {
+    assert_eq!((w.kernel, w.stride), (3, 2), "the window of every ResNet");
+    Arg::ints(&[w.input.h, w.input.w, w.output.h, w.output.w, w.pad_before])
+}
+
+/// Whether sizes fit the kernels' integers.
+pub(crate) fn fits(graph: &Graph, batch: usize) -> bool {
+    let most = graph.nodes().iter().map(|n| n.plane.pixels()).max();
+    most.unwrap_or(0)
+        .checked_mul(batch)
+        .is_some_and(|rows| rows < 1 << 30)
+}
+
+/// Convolutions of a program's calls, each once.
+pub(crate) fn convs(calls: &Calls) -> Vec<(Conv, Tensors)> {
+    let mut found: Vec<(Conv, Tensors)> = vec![];
+    for call in &calls.body {
+        if let Call::Conv { conv, at } = call
+            && !found.iter().any(|(c, _)| c == conv)
+        {
+            found.push((*conv, *at));
+        }
+    }
+    found
+}

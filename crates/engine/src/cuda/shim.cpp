@@ -1,0 +1,49 @@
+// Compiled with -DELEMENT=0, 1 or 2: the kernels behind one function with C's calling convention.
+#include "shim.h"
+
+#include "kernels.cu"
+
+// The roundings of the 16-bit formats, 1 bf16 and 2 f16.
+extern "C" float shim_wide_value(int element, uint16_t bits) { return shim_wide(element, bits); }
+extern "C" uint16_t shim_narrow_value(int element, float v) { return shim_narrow(element, v); }
+
+// Runs a kernel as cuLaunchKernel would; 0 if there is one of that name.
+extern "C" int shim_launch(const char* name, unsigned x, unsigned y, void** args) {
+#define ONE(kernel)                                                                                                   \
+    if (!strcmp(name, #kernel)) {                                                                                     \
+        shim_run(kernel, x, y, THREADS, args);                                                                        \
+        return 0;                                                                                                     \
+    }
+    ONE(input_u8)
+    ONE(input_f32)
+    ONE(stats)
+    ONE(stats_finish)
+    ONE(running_update)
+    ONE(apply)
+    ONE(apply_add)
+    ONE(apply_add_normed)
+    ONE(close_lazy)
+    ONE(close_lazy_pool)
+    ONE(close_0)
+    ONE(close_1)
+    ONE(close_2)
+    ONE(close_0_spread)
+    ONE(close_1_spread)
+    ONE(close_2_spread)
+    ONE(close_finish)
+    ONE(norm_backward)
+    ONE(max_pool)
+    ONE(avg_pool)
+    ONE(matmul)
+    ONE(column_sums)
+    ONE(loss)
+    ONE(loss_finish)
+    ONE(accumulate)
+    ONE(check)
+    ONE(rescale)
+    ONE(update)
+    ONE(cast)
+    ONE(widen_gradients)
+    ONE(fold)
+    return 1;
+}

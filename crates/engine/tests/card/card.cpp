@@ -1,0 +1,436 @@
+// A card that is made up: as much of the CUDA driver, NVRTC and cuDNN as the engine calls, on the host. One library under
+// three names; kernels are those of src/cuda/shim.cpp, in a library for each number format beside this one.
+//
+// It is as late as a card may be: nothing on a stream happens before somebody waits for it. So a batch that is
+// overwritten too early, or totals that are read too early, give wrong numbers here too.
+
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <dlfcn.h>
+#include <functional>
+#include <map>
+#include <string>
+#include <vector>
+
+typedef std::function<void()> Op;
+typedef unsigned long long Address;
+
+// ---- driver -------------------------------------------------------------------------------------------------------
+
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, INVALID_CONTEXT = 201 };
+
+struct Stream {
+    std::deque<Op> queue;
+    long queued = 0, done = 0;
+    std::vector<Op>* capture = nullptr;
+
+    void push(Op op) {
+        if (capture) {
+            capture->push_back(op);
+            return;
+        }
+        queue.push_back(op);
+        queued++;
+    }
+    void until(long count) {
+        while (done < count) {
+            Op op = queue.front();
+            queue.pop_front();
+            done++;
+            op();
+        }
+    }
+};
+struct Event {
+    Stream* stream = nullptr;
+    long at = 0;
+    void reach() const {
+        if (stream) stream->until(at);
+    }
+};
+struct Graph {
+    std::vector<Op> ops;
+};
+struct Function {
+    std::string name;
+    int (*launch)(const char*, unsigned, unsigned, void**);
+    // Bytes of each argument are not known here: each is copied as 32, which the engine's are.
+    int args;
+};
+struct Module {
+    int (*launch)(const char*, unsigned, unsigned, void**);
+};
+
+static const size_t MEMORY = (size_t)8 << 30;
+static size_t used = 0;
+static std::map<Address, size_t> blocks;
+static thread_local bool has_context = false;
+
+// Whether memory of this length is the card's.
+static bool holds(Address at, size_t bytes) {
+    auto after = blocks.upper_bound(at);
+    if (after == blocks.begin()) return false;
+    const auto& block = *std::prev(after);
+    return at + bytes <= block.first + block.second;
+}
+static void demand(bool it, const char* what) {
+    if (it) return;
+    fprintf(stderr, "made-up card: %s\n", what);
+    abort();
+}
+
+extern "C" {
+
+int cuInit(unsigned) { return SUCCESS; }
+int cuDriverGetVersion(int* v) { return *v = 13000, SUCCESS; }
+int cuDeviceGetCount(int* n) { return *n = 1, SUCCESS; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? SUCCESS : 101; }
+int cuDeviceGetName(char* name, int len, int) { return snprintf(name, len, "made-up card"), SUCCESS; }
+int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = MEMORY, SUCCESS; }
+int cuDeviceGetAttribute(int* v, int attribute, int) {
+    // Compute capability 9.0, three multiprocessors.
+    *v = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 3 : 1;
+    return SUCCESS;
+}
+int cuDevicePrimaryCtxRetain(void** context, int) { return *context = (void*)1, SUCCESS; }
+int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
+int cuCtxSetCurrent(void* context) { return has_context = context != nullptr, SUCCESS; }
+int cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = MEMORY - used, *total = MEMORY, SUCCESS; }
+int cuGetErrorString(int, const char** text) { return *text = "made-up error", SUCCESS; }
+int cuGetErrorName(int, const char** text) { return *text = "MADE_UP", SUCCESS; }
+
+int cuStreamCreate(Stream** s, unsigned) { return *s = new Stream, has_context ? SUCCESS : INVALID_CONTEXT; }
+int cuStreamSynchronize(Stream* s) { return s->until(s->queued), SUCCESS; }
+int cuStreamDestroy_v2(Stream* s) { return delete s, SUCCESS; }
+int cuStreamWaitEvent(Stream* s, Event* e, unsigned) {
+    const Event at = *e;
+    s->push([at] { at.reach(); });
+    return SUCCESS;
+}
+int cuStreamBeginCapture_v2(Stream* s, int) { return s->capture = new std::vector<Op>, SUCCESS; }
+int cuStreamEndCapture(Stream* s, Graph** g) {
+    *g = new Graph{*s->capture};
+    delete s->capture;
+    s->capture = nullptr;
+    return SUCCESS;
+}
+int cuGraphInstantiateWithFlags(Graph** run, Graph* g, unsigned long long) { return *run = new Graph(*g), SUCCESS; }
+int cuGraphDestroy(Graph* g) { return delete g, SUCCESS; }
+int cuGraphExecDestroy(Graph* g) { return delete g, SUCCESS; }
+int cuGraphLaunch(Graph* g, Stream* s) {
+    for (const Op& op : g->ops) s->push(op);
+    return SUCCESS;
+}
+
+int cuEventCreate(Event** e, unsigned) { return *e = new Event, SUCCESS; }
+int cuEventRecord(Event* e, Stream* s) { return e->stream = s, e->at = s->queued, SUCCESS; }
+int cuEventSynchronize(Event* e) { return e->reach(), SUCCESS; }
+int cuEventElapsedTime(float* ms, Event*, Event*) { return *ms = 1, SUCCESS; }
+int cuEventElapsedTime_v2(float* ms, Event*, Event*) { return *ms = 1, SUCCESS; }
+int cuEventDestroy_v2(Event* e) { return delete e, SUCCESS; }
+
+int cuMemAlloc_v2(Address* at, size_t bytes) {
+    if (!has_context) return INVALID_CONTEXT;
+    if (bytes > MEMORY - used) return OUT_OF_MEMORY;
+    void* p = aligned_alloc(512, (bytes + 511) / 512 * 512);
+    memset(p, 0xff, bytes);
+    *at = (Address)p;
+    blocks[*at] = bytes;
+    used += bytes;
+    return SUCCESS;
+}
+int cuMemFree_v2(Address at) {
+    demand(blocks.count(at), "memory that is not the card's is freed");
+    used -= blocks[at];
+    blocks.erase(at);
+    free((void*)at);
+    return SUCCESS;
+}
+int cuMemsetD8_v2(Address at, unsigned char v, size_t bytes) {
+    demand(holds(at, bytes), "memory beyond a block is set");
+    return memset((void*)at, v, bytes), SUCCESS;
+}
+int cuMemHostAlloc(void** p, size_t bytes, unsigned) { return *p = aligned_alloc(512, (bytes + 511) / 512 * 512), SUCCESS; }
+int cuMemFreeHost(void* p) { return free(p), SUCCESS; }
+
+static void copy(void* to, const void* from, size_t bytes, bool to_card, bool from_card) {
+    demand(!to_card || holds((Address)to, bytes), "a copy goes beyond a block");
+    demand(!from_card || holds((Address)from, bytes), "a copy comes from beyond a block");
+    memcpy(to, from, bytes);
+}
+int cuMemcpyHtoD_v2(Address to, const void* from, size_t n) { return copy((void*)to, from, n, true, false), SUCCESS; }
+int cuMemcpyDtoH_v2(void* to, Address from, size_t n) { return copy(to, (void*)from, n, false, true), SUCCESS; }
+int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t n, Stream* s) {
+    return s->push([=] { copy((void*)to, from, n, true, false); }), SUCCESS;
+}
+int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, Stream* s) {
+    return s->push([=] { copy(to, (void*)from, n, false, true); }), SUCCESS;
+}
+int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, Stream* s) {
+    return s->push([=] { copy((void*)to, (void*)from, n, true, true); }), SUCCESS;
+}
+
+int cuModuleLoadData(Module** m, const void* image) {
+    // The image says which number format it is compiled for.
+    Dl_info here;
+    dladdr((void*)cuModuleLoadData, &here);
+    std::string path = here.dli_fname;
+    path = path.substr(0, path.rfind('/')) + "/shim" + *(const char*)image + ".so";
+    void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+    if (!library) return NOT_FOUND;
+    *m = new Module{(int (*)(const char*, unsigned, unsigned, void**))dlsym(library, "shim_launch")};
+    return SUCCESS;
+}
+int cuModuleUnload(Module* m) { return delete m, SUCCESS; }
+
+// Arguments of each kernel, as kernels.cu declares them.
+static const std::map<std::string, int> ARGS = {
+    {"accumulate", 3}, {"apply", 7}, {"apply_add", 8}, {"apply_add_normed", 11}, {"avg_pool", 5}, {"cast", 2},
+    {"check", 2}, {"close_0", 11}, {"close_0_spread", 12}, {"close_1", 11}, {"close_1_spread", 12}, {"close_2", 11},
+    {"close_2_spread", 12}, {"close_finish", 9}, {"close_lazy", 7}, {"close_lazy_pool", 10}, {"column_sums", 4},
+    {"fold", 9}, {"input_f32", 4}, {"input_u8", 4}, {"loss", 7}, {"loss_finish", 4}, {"matmul", 11}, {"max_pool", 9},
+    {"norm_backward", 7}, {"rescale", 1}, {"running_update", 5}, {"stats", 4}, {"stats_finish", 12}, {"update", 7}, {"widen_gradients", 3}};
+
+int cuModuleGetFunction(Function** f, Module* m, const char* name) {
+    auto found = ARGS.find(name);
+    if (found == ARGS.end()) return NOT_FOUND;
+    return *f = new Function{name, m->launch, found->second}, SUCCESS;
+}
+int cuLaunchKernel(Function* f, unsigned x, unsigned y, unsigned z, unsigned threads, unsigned, unsigned, unsigned shared,
+                   Stream* s, void** args, void**) {
+    if (z != 1 || threads != 256 || shared != 0 || x == 0 || y == 0) return INVALID_VALUE;
+    struct Arg {
+        char bytes[32];
+    };
+    std::vector<Arg> copies(f->args);
+    for (int i = 0; i < f->args; i++) memcpy(copies[i].bytes, args[i], 32);
+    s->push([=]() mutable {
+        std::vector<void*> pointers;
+        for (Arg& a : copies) pointers.push_back(a.bytes);
+        demand(f->launch(f->name.c_str(), x, y, pointers.data()) == 0, "a kernel is missing");
+    });
+    return SUCCESS;
+}
+
+// ---- NVRTC: the "machine code" is the number format ---------------------------------------------------------------
+
+int nvrtcVersion(int* major, int* minor) { return *major = 13, *minor = 0, 0; }
+int nvrtcCreateProgram(char** program, const char*, const char*, int, const char**, const char**) {
+    return *program = (char*)calloc(1, 1), 0;
+}
+int nvrtcCompileProgram(char* program, int count, const char** options) {
+    for (int i = 0; i < count; i++)
+        if (!strncmp(options[i], "-DELEMENT=", 10)) *program = options[i][10];
+    return 0;
+}
+int nvrtcGetProgramLogSize(char*, size_t* len) { return *len = 1, 0; }
+int nvrtcGetProgramLog(char*, char* log) { return *log = 0, 0; }
+int nvrtcGetCUBINSize(char*, size_t* len) { return *len = 2, 0; }
+int nvrtcGetCUBIN(char* program, char* to) { return to[0] = *program, to[1] = 0, 0; }
+int nvrtcDestroyProgram(char** program) { return free(*program), 0; }
+}
+
+// ---- cuDNN: descriptors as bags of attributes, one engine that loops ------------------------------------------------
+
+struct Desc {
+    int kind;
+    std::map<int, std::vector<char>> values;
+    std::map<int, std::vector<Desc>> descs;
+    bool is_final = false;
+
+    template <class V> std::vector<V> get(int attribute) const {
+        const std::vector<char>& raw = values.at(attribute);
+        std::vector<V> out(raw.size() / sizeof(V));
+        memcpy((void*)out.data(), raw.data(), raw.size());
+        return out;
+    }
+    const Desc& at(int attribute) const { return descs.at(attribute).at(0); }
+    bool has(int attribute) const { return descs.count(attribute); }
+};
+struct Handle {
+    Stream* stream = nullptr;
+};
+
+// Numbers of cudnn_graph.h.
+enum Kind { CONVOLUTION = 1, ENGINE = 2, ENGINE_CONFIG = 3, HEURISTIC = 4, PLAN = 5, GRAPH = 15, PACK = 16 };
+enum Type { HANDLE = 0, INT64 = 3, VOID_PTR = 6, DESCRIPTOR = 15, CHAR = 24 };
+
+static size_t size_of(int type) {
+    switch (type) {
+    case INT64: case VOID_PTR: case HANDLE: case DESCRIPTOR: case 5: return 8;
+    case CHAR: case 2: return 1;
+    default: return 4;
+    }
+}
+
+static float (*wide)(int, uint16_t);
+static uint16_t (*narrow)(int, float);
+
+static double read_value(const void* p, int type, size_t i) {
+    if (type == 0) return ((const float*)p)[i];
+    return wide(type == 9 ? 1 : 2, ((const uint16_t*)p)[i]);
+}
+static void write_value(void* p, int type, size_t i, double v) {
+    if (type == 0) ((float*)p)[i] = (float)v;
+    else ((uint16_t*)p)[i] = narrow(type == 9 ? 1 : 2, (float)v);
+}
+
+struct Tensor {
+    std::vector<int64_t> dims, strides;
+    int64_t id;
+    int type;
+    size_t len() const { return (size_t)(dims[0] * dims[1] * dims[2] * dims[3]); }
+};
+// CUDNN_ATTR_TENSOR_*: BYTE_ALIGNMENT 900, DATA_TYPE 901, DIMENSIONS 902, STRIDES 903, UNIQUE_ID 906.
+static Tensor tensor(const Desc& d) {
+    return {d.get<int64_t>(902), d.get<int64_t>(903), d.get<int64_t>(906)[0], d.get<int>(901)[0]};
+}
+
+// Cross-correlation by definition, in doubles; the operation says which of the three is asked for.
+static void convolve(const Desc& op, const std::map<int64_t, void*>& at) {
+    const Desc *x = nullptr, *w = nullptr, *y = nullptr, *c = nullptr;
+    for (const auto& [attribute, list] : op.descs) {
+        const Desc& d = list[0];
+        if (d.kind == CONVOLUTION) {
+            c = &d;
+            continue;
+        }
+        const int64_t id = d.get<int64_t>(906)[0];
+        (id == 1 ? x : id == 2 ? w : y) = &d;
+    }
+    demand(x && w && y && c, "a convolution lacks a tensor");
+    const Tensor tx = tensor(*x), tw = tensor(*w), ty = tensor(*y);
+    // CUDNN_ATTR_CONVOLUTION_*: FILTER_STRIDES 103, POST_PADDINGS 104, PRE_PADDINGS 105.
+    const int64_t stride = c->get<int64_t>(103)[0], pad = c->get<int64_t>(105)[0];
+    const int64_t n = tx.dims[0], ci = tx.dims[1], h = tx.dims[2], wd = tx.dims[3];
+    const int64_t o = ty.dims[1], oh = ty.dims[2], ow = ty.dims[3], k = tw.dims[2];
+    demand(tw.dims[0] == o && tw.dims[1] == ci && ty.dims[0] == n, "shapes of a convolution differ");
+    demand((h + 2 * pad - k) / stride + 1 == oh && (wd + 2 * pad - k) / stride + 1 == ow, "sizes of a convolution differ");
+    const Tensor* all[3] = {&tx, &tw, &ty};
+    void* pointers[3];
+    for (int i = 0; i < 3; i++) {
+        pointers[i] = at.at(all[i]->id);
+        demand(all[i]->strides[1] == 1 && all[i]->strides[3] == all[i]->dims[1], "a tensor is not NHWC");
+        demand((Address)pointers[i] % 16 == 0, "a tensor is not aligned");
+        demand(holds((Address)pointers[i], all[i]->len() * (all[i]->type == 0 ? 4 : 2)), "a tensor goes beyond a block");
+    }
+    std::vector<double> vx(tx.len()), vw(tw.len()), vy(ty.len());
+    std::vector<double>* values[3] = {&vx, &vw, &vy};
+    const int out = op.kind == 12 ? 0 : op.kind == 11 ? 1 : 2;
+    for (int i = 0; i < 3; i++)
+        if (i != out)
+            for (size_t j = 0; j < values[i]->size(); j++) (*values[i])[j] = read_value(pointers[i], all[i]->type, j);
+    for (int64_t b = 0; b < n; b++)
+        for (int64_t yh = 0; yh < oh; yh++)
+            for (int64_t yw = 0; yw < ow; yw++)
+                for (int64_t kh = 0; kh < k; kh++)
+                    for (int64_t kw = 0; kw < k; kw++) {
+                        const int64_t xh = yh * stride + kh - pad, xw = yw * stride + kw - pad;
+                        if (xh < 0 || xh >= h || xw < 0 || xw >= wd) continue;
+                        double* px = &vx[((b * h + xh) * wd + xw) * ci];
+                        double* py = &vy[((b * oh + yh) * ow + yw) * o];
+                        for (int64_t j = 0; j < o; j++) {
+                            double* pw = &vw[((j * k + kh) * k + kw) * ci];
+                            if (out == 2) for (int64_t i = 0; i < ci; i++) py[j] += px[i] * pw[i];
+                            else if (out == 0) for (int64_t i = 0; i < ci; i++) px[i] += py[j] * pw[i];
+                            else for (int64_t i = 0; i < ci; i++) pw[i] += py[j] * px[i];
+                        }
+                    }
+    for (size_t j = 0; j < values[out]->size(); j++) write_value(pointers[out], all[out]->type, j, (*values[out])[j]);
+}
+
+static const Desc* find_graph(const Desc& d) {
+    if (d.kind == GRAPH) return &d;
+    for (const auto& [attribute, list] : d.descs)
+        for (const Desc& inner : list)
+            if (const Desc* found = find_graph(inner)) return found;
+    return nullptr;
+}
+
+extern "C" {
+
+size_t cudnnGetVersion() { return 91900; }
+int cudnnCreate(Handle** h) { return *h = new Handle, 0; }
+int cudnnDestroy(Handle* h) { return delete h, 0; }
+int cudnnSetStream(Handle* h, Stream* s) { return h->stream = s, 0; }
+void cudnnGetLastErrorString(char* text, size_t len) { snprintf(text, len, "made-up cuDNN"); }
+
+int cudnnBackendCreateDescriptor(int kind, Desc** d) { return *d = new Desc{kind}, 0; }
+int cudnnBackendDestroyDescriptor(Desc* d) { return delete d, 0; }
+int cudnnBackendFinalize(Desc* d) {
+    // A plan of another process is text that says nothing here.
+    if (d->kind == PLAN && !find_graph(*d)) return 3000;
+    return d->is_final = true, 0;
+}
+int cudnnBackendSetAttribute(Desc* d, int attribute, int type, int64_t count, const void* values) {
+    if (d->is_final) return 2000;
+    if (type == DESCRIPTOR) {
+        std::vector<Desc>& list = d->descs[attribute];
+        for (int64_t i = 0; i < count; i++) {
+            const Desc* inner = ((Desc* const*)values)[i];
+            if (!inner->is_final) return 2000;
+            list.push_back(*inner);
+        }
+        return 0;
+    }
+    const char* raw = (const char*)values;
+    d->values[attribute].assign(raw, raw + count * size_of(type));
+    return 0;
+}
+int cudnnBackendGetAttribute(Desc* d, int attribute, int type, int64_t room, int64_t* count, void* values) {
+    *count = 0;
+    if (d->kind == HEURISTIC && type == DESCRIPTOR) {
+        // One engine configuration, which remembers the graph.
+        *count = 1;
+        if (values && room > 0) {
+            Desc* config = ((Desc**)values)[0];
+            config->kind = ENGINE_CONFIG;
+            config->descs[0].push_back(*find_graph(*d));
+            config->is_final = true;
+        }
+        return 0;
+    }
+    if (d->kind == ENGINE_CONFIG && type == DESCRIPTOR) {
+        *count = 1;
+        if (values && room > 0) ((Desc**)values)[0]->kind = ENGINE;
+        return 0;
+    }
+    if (d->kind == PLAN && type == INT64) {
+        *count = 1;
+        if (room > 0) *(int64_t*)values = 4096;
+        return 0;
+    }
+    if (type == CHAR) {
+        const char text[] = "{\"made up\": true}";
+        *count = sizeof text - 1;
+        if (values && room > 0) memcpy(values, text, (size_t)room < sizeof text - 1 ? (size_t)room : sizeof text - 1);
+        return 0;
+    }
+    return 0;
+}
+int cudnnBackendExecute(Handle* h, Desc* plan, Desc* pack) {
+    const Desc* graph = find_graph(*plan);
+    if (!graph) return 2000;
+    // CUDNN_ATTR_OPERATIONGRAPH_OPS 801; CUDNN_ATTR_VARIANT_PACK_*: UNIQUE_IDS 1000, DATA_POINTERS 1001.
+    const Desc op = graph->at(801);
+    const std::vector<int64_t> ids = pack->get<int64_t>(1000);
+    const std::vector<void*> pointers = pack->get<void*>(1001);
+    std::map<int64_t, void*> at;
+    for (size_t i = 0; i < ids.size(); i++) at[ids[i]] = pointers[i];
+    if (!wide) {
+        Dl_info here;
+        dladdr((void*)cudnnGetVersion, &here);
+        std::string path = here.dli_fname;
+        path = path.substr(0, path.rfind('/')) + "/shim1.so";
+        void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
+        demand(library, "shim1.so is missing");
+        wide = (float (*)(int, uint16_t))dlsym(library, "shim_wide_value");
+        narrow = (uint16_t (*)(int, float))dlsym(library, "shim_narrow_value");
+    }
+    h->stream->push([op, at] { convolve(op, at); });
+    return 0;
+}
+}

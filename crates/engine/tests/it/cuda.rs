@@ -1,0 +1,299 @@
+//! The CUDA engine on a card, against the oracle and the CPU engine. Without a card each test says that it is skipped;
+//! with REQUIRE_CUDA=1 that is a failure.
+
+use std::path::Path;
+use std::process::Command;
+
+use engine::cpu::{self, Cpu};
+use engine::cuda::{Cuda, Options, Precision, cards};
+use engine::oracle::Oracle;
+use engine::{Engine, Hyper, NoCache, State, initial_state};
+use graph::{Graph, Init, Plane, ValueId};
+
+use crate::{Data, NORMAL, Random, conv_bn, error, hyper, middle, worst};
+
+/// Where there is no card, the same tests on one that is made up (tests/card): driver, NVRTC and cuDNN as libraries that
+/// compute on the host, and nothing before somebody waits for it. So all of the engine runs but the card's own code.
+#[test]
+fn a_card_that_is_made_up() {
+    let is_real = cards().is_ok_and(|cards| !cards.is_empty());
+    if is_real {
+        eprintln!("skipped: there is a card");
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let compile = |source: &str, out: &str, define: &str| {
+        Command::new("c++")
+            .args([
+                "-O2",
+                "-std=c++17",
+                "-shared",
+                "-fPIC",
+                "-ffp-contract=off",
+                define,
+                "-o",
+            ])
+            .arg(folder.path().join(out))
+            .args([root.join(source).as_os_str(), "-ldl".as_ref()])
+            .status()
+    };
+    match compile("tests/card/card.cpp", "libcuda.so", "-DCARD") {
+        Err(_) => {
+            eprintln!("skipped: there is no C++ compiler (c++)");
+            return;
+        }
+        Ok(status) => assert!(status.success(), "the compiler refuses card.cpp"),
+    }
+    for name in ["libnvrtc.so", "libcudnn.so"] {
+        std::os::unix::fs::symlink("libcuda.so", folder.path().join(name)).unwrap();
+    }
+    for element in 0..3 {
+        let define = format!("-DELEMENT={element}");
+        let status = compile("src/cuda/shim.cpp", &format!("shim{element}.so"), &define);
+        assert!(status.unwrap().success(), "the compiler refuses kernels.cu");
+    }
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["cuda::cuda_", "--test-threads", "1", "--nocapture"])
+        .env("LD_LIBRARY_PATH", folder.path())
+        .env("REQUIRE_CUDA", "1")
+        .env("MADE_UP_CARD", "1")
+        .output()
+        .unwrap();
+    let said = format!(
+        "{}{}",
+        String::from_utf8_lossy(&output.stdout),
+        String::from_utf8_lossy(&output.stderr)
+    );
+    assert!(output.status.success(), "{said}");
+    assert!(said.contains("test result: ok. 7 passed"), "{said}");
+}
+
+/// Whether the card is one that computes by plain loops, so that large networks would take too long.
+fn is_made_up() -> bool {
+    std::env::var_os("MADE_UP_CARD").is_some()
+}
+
+/// Whether there is a card.
+fn has_card() -> bool {
+    match cards() {
+        Ok(cards) if !cards.is_empty() => true,
+        found => {
+            assert!(
+                std::env::var_os("REQUIRE_CUDA").is_none(),
+                "REQUIRE_CUDA is set, but there is no card: {found:?}"
+            );
+            eprintln!("skipped: there is no card");
+            false
+        }
+    }
+}
+
+fn engine(graph: &Graph, micro_batch: usize, precision: Precision, state: &State) -> Cuda {
+    let options = Options::new(0, micro_batch, precision);
+    Cuda::new(graph, &options, state, Box::new(NoCache)).unwrap_or_else(|e| panic!("{e}"))
+}
+
+fn bottleneck(g: &mut Graph, name: &str, x: ValueId, out: usize, stride: usize) -> ValueId {
+    let a = conv_bn(g, &format!("{name}.a"), x, 16, 1, 1);
+    let a = g.relu(&format!("{name}.a.relu"), a);
+    let b = conv_bn(g, &format!("{name}.b"), a, 32, 3, stride);
+    let b = g.relu(&format!("{name}.b.relu"), b);
+    let main = conv_bn(g, &format!("{name}.c"), b, out, 1, 1);
+    let side = match stride == 1 && g.plane(x).c == out {
+        true => x,
+        false => conv_bn(g, &format!("{name}.side"), x, out, 1, stride),
+    };
+    let sum = g.add(&format!("{name}.add"), main, side);
+    g.relu(&format!("{name}.relu"), sum)
+}
+
+fn network(plane: Plane, pad: usize, classes: usize) -> Graph {
+    let mut g = Graph::new(plane);
+    let image = g.input();
+    let x = conv_bn(&mut g, "stem", image, 32, 7, 2);
+    let x = g.relu("stem.relu", x);
+    let mut x = g.max_pool("pool", x, pad);
+    x = bottleneck(&mut g, "one", x, 64, 1);
+    x = bottleneck(&mut g, "two", x, 64, 1);
+    x = bottleneck(&mut g, "three", x, 96, 2);
+    let x = g.avg_pool("pooled", x);
+    g.linear("fc", x, classes, NORMAL, Init::Uniform { bound: 0.1 });
+    g
+}
+
+/// A step in two micro-batches and the scores after it against the oracle. `loss` is the most that the loss may be off by,
+/// `gradient` that of the middle one of all gradients; the logits and nine in ten of all tensors, twice that.
+fn check(precision: Precision, loss: f64, gradient: f64) {
+    if !has_card() {
+        return;
+    }
+    for (seed, plane) in [Plane { h: 32, w: 48, c: 3 }, Plane { h: 33, w: 29, c: 3 }]
+        .into_iter()
+        .enumerate()
+    {
+        let r = &mut Random::new(seed as u64 + 1);
+        let graph = network(plane, seed % 2, 10 + seed);
+        let state = initial_state(&graph, seed as u64);
+        let data = Data::new(r, &graph, 16);
+        let mut truth = Oracle::new(&graph, 8, &state).unwrap();
+        let mut ours = engine(&graph, 8, precision, &state);
+        let told = truth.train_step(&data.batch(), &hyper()).unwrap();
+        let seen = ours.train_step(&data.batch(), &hyper()).unwrap();
+        assert_eq!(seen.images, told.images);
+        let gap = (seen.loss() - told.loss()).abs() / told.loss();
+        let (mut a, b) = (ours.state(), truth.state());
+        a.remove(engine::LOSS_SCALE);
+        let mut errors: Vec<(f64, &String)> = b.keys().map(|n| (error(&a, &b, n), n)).collect();
+        errors.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let nine = errors[errors.len() * 9 / 10];
+        println!(
+            "{precision}, {plane:?}: loss {gap:.1e}, worst {:.1e} ({}), nine in ten {:.1e}, middle {:.1e}",
+            worst(&a, &b).0,
+            worst(&a, &b).1,
+            nine.0,
+            middle(&a, &b)
+        );
+        let steep = 2.0 * gradient;
+        assert!(gap < loss, "{precision}: loss {seen:?}, {told:?}");
+        assert!(nine.0 < steep, "{precision}: {} {}", nine.1, nine.0);
+        let middle = middle(&a, &b);
+        assert!(middle < gradient, "{precision}: {middle}");
+
+        // Scores of a batch that is not whole.
+        ours.load(&b).unwrap();
+        let data = Data::new(r, &graph, 13);
+        let told = truth.eval_step(&data.batch()).unwrap();
+        let seen = ours.eval_step(&data.batch()).unwrap();
+        assert_eq!(seen.images, 13);
+        let gap = (seen.loss() - told.loss()).abs() / told.loss();
+        assert!(gap < steep, "{precision}: {seen:?}, {told:?}");
+        let (a, b) = (
+            ours.predict(data.batch().pixels).unwrap(),
+            truth.predict(data.batch().pixels).unwrap(),
+        );
+        assert_eq!(a.len(), b.len());
+        let size = b.iter().map(|v| v.abs()).fold(0.0, f32::max);
+        for (a, b) in a.iter().zip(&b) {
+            assert!(
+                f64::from((a - b).abs() / size) < steep,
+                "{precision}: {a}, {b}"
+            );
+        }
+    }
+}
+
+// A ReLU of a small network that switches where the oracle's does not changes whole gradients; so those of 16 bits are
+// off by as much as on the CPU (tests/it/main.rs), and f32 says that the sums are the right ones.
+#[test]
+fn cuda_f32() {
+    check(Precision::F32, 1e-6, 1e-5);
+}
+
+#[test]
+fn cuda_tf32() {
+    check(Precision::Tf32, 1e-3, 0.15);
+}
+
+#[test]
+fn cuda_bf16() {
+    check(Precision::Bf16, 5e-3, 0.35);
+}
+
+#[test]
+fn cuda_f16() {
+    check(Precision::F16, 1e-3, 0.15);
+}
+
+fn steps(engine: &mut dyn Engine, data: &[Data], hyper: &Hyper) {
+    for data in data {
+        engine.train_step(&data.batch(), hyper).unwrap();
+    }
+}
+
+/// The same bits again, by steps that overlap, and through a state in the middle.
+#[test]
+fn cuda_bits_repeat() {
+    if !has_card() {
+        return;
+    }
+    let (graph, images) = match is_made_up() {
+        true => (network(Plane { h: 32, w: 32, c: 3 }, 1, 10), 8),
+        false => (nn::resnet(18, 64, 10, nn::Recipe::Tpu2018).unwrap(), 32),
+    };
+    let state = initial_state(&graph, 1);
+    let r = &mut Random::new(5);
+    let data: Vec<Data> = (0..6).map(|_| Data::new(r, &graph, images)).collect();
+    for precision in [Precision::Bf16, Precision::F16] {
+        let mut straight = engine(&graph, images, precision, &state);
+        steps(&mut straight, &data, &hyper());
+        let end = straight.state();
+
+        let mut overlapping = engine(&graph, images, precision, &state);
+        let mut under_way = None;
+        for data in &data {
+            let step = overlapping.start_step(&data.batch(), &hyper()).unwrap();
+            if let Some(before) = under_way.replace(step) {
+                overlapping.finish_step(before).unwrap();
+            }
+        }
+        overlapping.finish_step(under_way.unwrap()).unwrap();
+        assert!(end == overlapping.state(), "{precision}: overlapping");
+
+        let mut first = engine(&graph, images, precision, &state);
+        steps(&mut first, &data[..3], &hyper());
+        let middle = first.state();
+        drop(first);
+        let mut second = engine(&graph, images, precision, &middle);
+        // An evaluation in between changes nothing.
+        second.eval_step(&data[0].batch()).unwrap();
+        steps(&mut second, &data[3..], &hyper());
+        assert!(end == second.state(), "{precision}: resumed");
+    }
+}
+
+/// The card as cuDNN describes it; src/cuda/h100.json is one such description.
+#[test]
+fn cuda_card_is_described() {
+    if !has_card() {
+        return;
+    }
+    let graph = network(Plane { h: 32, w: 32, c: 3 }, 1, 10);
+    let ours = engine(&graph, 8, Precision::Bf16, &initial_state(&graph, 0));
+    let json = ours.describe_card().unwrap();
+    println!("{json}");
+    let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert!(value.is_object());
+}
+
+/// What a card has trained, the CPU scores alike.
+#[test]
+fn cuda_states_are_the_cpus() {
+    if !has_card() {
+        return;
+    }
+    let (graph, images) = match is_made_up() {
+        true => (nn::resnet(18, 32, 10, nn::Recipe::Torchvision).unwrap(), 8),
+        false => (nn::resnet(50, 64, 10, nn::Recipe::Torchvision).unwrap(), 32),
+    };
+    let r = &mut Random::new(7);
+    let data = Data::new(r, &graph, images);
+    let state = initial_state(&graph, 2);
+    let mut hyper = hyper();
+    hyper.lr = 0.01;
+    let mut ours = engine(&graph, images, Precision::F32, &state);
+    for _ in 0..if is_made_up() { 1 } else { 5 } {
+        ours.train_step(&data.batch(), &hyper).unwrap();
+    }
+    let options = cpu::Options::new(images, 2);
+    let mut cpu = Cpu::new(&graph, &options, &ours.state()).unwrap();
+    let (a, b) = (
+        ours.eval_step(&data.batch()).unwrap(),
+        cpu.eval_step(&data.batch()).unwrap(),
+    );
+    assert_eq!((a.top1, a.top5), (b.top1, b.top5));
+    assert!(
+        (a.loss() - b.loss()).abs() < 1e-4 * b.loss(),
+        "{a:?}, {b:?}"
+    );
+}
