@@ -1,13 +1,16 @@
 //! One sample becomes one image and its label.
 
+use std::cell::RefCell;
+
 use store::tfrecord::Record;
 
 use crate::crop::{self, Rect};
 use crate::error::Reason;
 use crate::jpeg::Like;
+use crate::jpeg::fast::{self, Photo, Target};
 use crate::order::{Content, Sample};
 use crate::random::{Purpose, Random};
-use crate::{Config, Crop, Pixels, Resize, Source};
+use crate::{Config, Crop, Decode, Pixels, Resize, Source};
 use crate::{example, jpeg, resize};
 
 /// Whether crops and flips are drawn or the middle is taken.
@@ -101,8 +104,8 @@ pub(crate) fn decode(
                 shard: *shard,
                 record: record.index,
             };
-            let mut random = Random::new(config.seed, sample.epoch, purpose);
-            decode_record(config, mode, record, &mut random, slot)
+            let random = Random::new(config.seed, sample.epoch, purpose);
+            decode_record(config, mode, record, &random, slot)
         }
     }
 }
@@ -111,7 +114,7 @@ fn decode_record(
     config: &Config,
     mode: Mode,
     record: &Record,
-    random: &mut Random,
+    random: &Random,
     slot: Slot<'_>,
 ) -> Result<u32, Reason> {
     if !record.verify() {
@@ -119,16 +122,32 @@ fn decode_record(
     }
     let example = example::parse(&record.bytes).map_err(Reason::Example)?;
     let label = label(config, example.label)?;
+    let mut slot = slot;
+    // Whoever decodes, the draws are the same.
+    let view = |width, height| {
+        let mut random = random.clone();
+        let crop = match mode {
+            Mode::Train => train_crop(config, width, height, &mut random),
+            Mode::Eval => crop::centre(width, height, config.crop_ratio),
+        };
+        let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
+        (crop, flip)
+    };
+    if (mode, config.decode) == (Mode::Train, Decode::Fast)
+        && let Some(photo) = Photo::open(example.encoded)
+    {
+        let (width, height) = photo.size();
+        let (crop, flip) = view(width, height);
+        if FAST.with_borrow_mut(|decoder| fast(config, decoder, &photo, crop, flip, &mut slot)) {
+            return Ok(label);
+        }
+    }
     let like = match config.resize {
         Resize::Pillow => Like::Pillow,
         Resize::Tf | Resize::Tf1 => Like::TensorFlow,
     };
     let image = jpeg::decode(example.encoded, like).map_err(Reason::Jpeg)?;
-    let rect = match mode {
-        Mode::Train => train_crop(config, image.width, image.height, random),
-        Mode::Eval => crop::centre(image.width, image.height, config.crop_ratio),
-    };
-    let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
+    let (rect, flip) = view(image.width, image.height);
     let size = config.resolution;
     match (config.resize, slot) {
         (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
@@ -137,6 +156,43 @@ fn decode_record(
         _ => unreachable!("Pixels::new chose the type by the resize mode"),
     }
     Ok(label)
+}
+
+thread_local! {
+    /// Every thread that decodes has its own.
+    static FAST: RefCell<fast::Decoder> = RefCell::new(fast::Decoder::new(fast::Level::detect()));
+}
+
+/// False if the photo is not for the fast decoder; then the slot may hold anything.
+fn fast(
+    config: &Config,
+    decoder: &mut fast::Decoder,
+    photo: &Photo<'_>,
+    crop: Rect,
+    flip: bool,
+    slot: &mut Slot<'_>,
+) -> bool {
+    let size = config.resolution;
+    let (across, down) = (
+        resize::weights(config.resize, crop.w, size),
+        resize::weights(config.resize, crop.h, size),
+    );
+    let target = Target {
+        crop,
+        across: &across,
+        down: &down,
+        flip,
+    };
+    match slot {
+        Slot::U8(out) => decoder.decode(photo, &target, |y, row| {
+            out[y * row.len()..][..row.len()].copy_from_slice(row);
+        }),
+        Slot::F32(out) => decoder.decode(photo, &target, |y, row| {
+            for (out, &value) in out[y * row.len()..].iter_mut().zip(row) {
+                *out = f32::from(value);
+            }
+        }),
+    }
 }
 
 fn label(config: &Config, stored: i64) -> Result<u32, Reason> {

@@ -39,6 +39,8 @@ pub struct Config {
     pub crop: Crop,
     /// How crops are brought to the resolution.
     pub resize: Resize,
+    /// How training decodes JPEGs; evaluation is always exact.
+    pub decode: Decode,
     /// Whether training mirrors every other image, at random.
     pub flip: bool,
     /// Side of the crop in the middle as a part of the shorter side; for evaluation and [`Crop::None`].
@@ -107,6 +109,16 @@ pub enum Resize {
     Tf,
     /// `resize_bicubic` of TensorFlow 1, the reference's: as [`Resize::Tf`] with corner origin and a = -0.75.
     Tf1,
+}
+
+/// How JPEGs are decoded for training (docs/decisions/0009).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decode {
+    /// Only what the crop needs, resampled before colours are converted; ordinary files only, the others exactly. For
+    /// [`Resize::Tf`] and [`Resize::Tf1`] values are rounded to 8 bits and the inverse DCT is the accurate one.
+    Fast,
+    /// The whole image, to the bit as the library that [`Resize`] names.
+    Exact,
 }
 
 /// Images as N H W C, RGB, in the range 0..255.
