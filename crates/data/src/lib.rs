@@ -15,10 +15,12 @@ mod loader;
 mod order;
 mod random;
 mod resize;
+mod stages;
 
 pub use error::{BadRecord, Error, Reason};
-pub use loader::{Loader, eval, train};
+pub use loader::{Loader, READ_AHEAD, eval, train};
 pub use order::Cursor;
+pub use stages::{Stages, level, stages};
 
 use std::path::{Path, PathBuf};
 

@@ -32,18 +32,10 @@ pub(crate) fn tf1(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut 
     resample(image, crop, taps, 0.0, |sum| sum, flip, out);
 }
 
-/// The weights of a filter along one axis, not rounded.
-pub(crate) fn weights(resize: Resize, from: usize, to: usize) -> Taps<f32> {
+/// The weights of the filters that TensorFlow has, which it does not round.
+pub(crate) fn unrounded(resize: Resize, from: usize, to: usize) -> Taps<f32> {
     match resize {
-        Resize::Pillow => {
-            let fixed = pillow_taps(from, to);
-            let scale = 1.0 / f64::from(1 << PRECISION);
-            let float = |&w: &i32| (f64::from(w) * scale) as f32;
-            Taps {
-                weights: fixed.weights.iter().map(float).collect(),
-                spans: fixed.spans,
-            }
-        }
+        Resize::Pillow => unreachable!("Pillow rounds its weights"),
         Resize::Tf => tf_taps(from, to),
         Resize::Tf1 => tf1_taps(from, to),
     }
@@ -61,11 +53,6 @@ impl<W: Copy> Taps<W> {
     fn push(&mut self, first: usize, weights: &[W]) {
         self.spans.push((first, self.weights.len(), weights.len()));
         self.weights.extend(weights);
-    }
-
-    /// Outputs.
-    pub(crate) fn len(&self) -> usize {
-        self.spans.len()
     }
 
     /// The first input of each output, and the weights of it and those after it.

@@ -152,6 +152,65 @@ pub(crate) struct DoctorArgs {
 pub(crate) enum BenchArgs {
     /// Time the engine on a ResNet and made-up images: images/s, fraction of the peak, memory
     Engine(BenchEngineArgs),
+    /// Time the input on real shards, from files to batches: images/s, per CPU-second, and where the time goes
+    Input(BenchInputArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchInputArgs {
+    /// Glob of the TFRecord shards, in quotes
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) data: String,
+
+    /// Threads that decode [default: all cores]
+    #[arg(long, value_name = "T", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    pub(crate) threads: Option<usize>,
+
+    /// Pixels of a side of the crops
+    #[arg(long, value_name = "R", default_value = "224", value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    pub(crate) resolution: usize,
+
+    /// Images of a batch
+    #[arg(long, value_name = "B", default_value = "100", value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) batch: usize,
+
+    /// How images are decoded, as `data.decode`
+    #[arg(long, default_value = "fast")]
+    pub(crate) decode: DecodeArg,
+
+    /// Whose resampling, as `data.resize`
+    #[arg(long, default_value = "pillow")]
+    pub(crate) resize: ResizeArg,
+
+    /// Batches to count at least; batches are added until 5 s are full
+    #[arg(long, value_name = "N", default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) batches: usize,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `data.decode` as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum DecodeArg {
+    /// The crop alone
+    Fast,
+    /// The whole image, to the bit
+    Exact,
+}
+
+/// `data.resize` as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ResizeArg {
+    /// Pillow's
+    Pillow,
+    /// TensorFlow 2's
+    Tf,
+    /// TensorFlow 1's
+    Tf1,
 }
 
 /// What a step of the engine is to do.

@@ -27,6 +27,7 @@ fn main() -> ExitCode {
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
+        (Some(Command::Bench(BenchArgs::Input(args))), _) => bench::input(&args),
         (None, Some(config)) => run::run(
             &cli::Spec {
                 config,

@@ -20,12 +20,13 @@ mod simd;
 pub(crate) use simd::Level;
 
 use std::array::from_fn;
+use std::time::{Duration, Instant};
 
+use crate::Resize;
 use crate::crop::Rect;
-use crate::resize::Taps;
 use entropy::{Bits, Group, Table};
 use header::Header;
-use resample::{Axis, Between, Plane, ROWS, Span, Spread};
+use resample::{Axis, Between, Filter, Plane, ROWS, Span, Spread};
 use simd::Vector;
 
 /// Huffman tables that are remembered: most files have the standard's.
@@ -33,8 +34,17 @@ const TABLES: usize = 16;
 /// Planes larger than this are not kept for the next image.
 const KEPT: usize = 16 << 20;
 
+/// What two stages of decoding took; the rest is entropy coding and what comes before it.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Times {
+    pub(crate) idct: Duration,
+    pub(crate) resample: Duration,
+}
+
 /// A thread's tables and memory, used again for every image.
 pub(crate) struct Decoder {
+    /// Kept only where it is asked for: a clock is read twice for each row of units.
+    pub(crate) times: Option<Times>,
     level: Level,
     /// By what the file says and whether it is for first coefficients; the last used is last.
     tables: Vec<(Vec<u8>, bool, Table)>,
@@ -44,6 +54,8 @@ pub(crate) struct Decoder {
     groups: Vec<Group>,
     planes: [Plane; 3],
     between: [Between; 3],
+    /// Across and down.
+    filters: [Filter; 2],
     /// Across and down, for the first and the other components.
     axes: [[Axis; 2]; 2],
     line: Vec<u8>,
@@ -65,12 +77,14 @@ impl<'a> Photo<'a> {
 }
 
 /// What to make of a photo.
-pub(crate) struct Target<'a> {
+#[derive(Clone, Copy)]
+pub(crate) struct Target {
     /// What is seen of it.
     pub(crate) crop: Rect,
-    /// Weights of the crop's columns and rows, one entry for each output.
-    pub(crate) across: &'a Taps<f32>,
-    pub(crate) down: &'a Taps<f32>,
+    /// How it is brought to size.
+    pub(crate) resize: Resize,
+    /// Height and width of the result.
+    pub(crate) size: usize,
     /// Whether left becomes right.
     pub(crate) flip: bool,
 }
@@ -115,12 +129,14 @@ struct Layout {
 impl Decoder {
     pub(crate) fn new(level: Level) -> Self {
         Self {
+            times: None,
             level,
             tables: vec![],
             data: vec![],
             groups: vec![],
             planes: Default::default(),
             between: Default::default(),
+            filters: Default::default(),
             axes: Default::default(),
             line: vec![],
         }
@@ -131,14 +147,18 @@ impl Decoder {
     pub(crate) fn decode(
         &mut self,
         photo: &Photo<'_>,
-        target: &Target<'_>,
+        target: &Target,
         mut row: impl FnMut(usize, &[u8]),
     ) -> bool {
         let header = &photo.0;
         let region = Region::new(header, target.crop);
         let is_whole = self.prepare(header) && self.samples(header, region);
+        let start = self.times.map(|_| Instant::now());
         if is_whole {
             self.resample(header, region, target, &mut row);
+        }
+        if let (Some(times), Some(start)) = (&mut self.times, start) {
+            times.resample += start.elapsed();
         }
         for plane in &mut self.planes {
             if plane.samples.len() > KEPT {
@@ -228,16 +248,16 @@ impl Decoder {
             quantisation[i] = scales.map(|scale| scale as i16);
         }
         let mut scan = Scan {
-            bits: Bits::new(&self.data, 0),
+            data: &self.data,
             tables: &tables,
             layouts: &layouts[..header.count],
             region,
-            previous: [0; 3],
             groups: &mut self.groups[..total],
             planes: &mut self.planes,
             quantisation: &quantisation,
+            idct: self.times.map(|_| Duration::ZERO),
         };
-        match self.level {
+        let is_whole = match self.level {
             Level::Portable => scan.run_portably(),
             // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
             #[cfg(target_arch = "x86_64")]
@@ -247,17 +267,29 @@ impl Decoder {
             Level::Avx512 => unsafe { scan.run_avx512() },
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("no other level is available"),
+        };
+        if let (Some(times), Some(idct)) = (&mut self.times, scan.idct) {
+            times.idct += idct;
         }
+        is_whole
     }
 
     fn resample(
         &mut self,
         header: &Header<'_>,
         region: Region,
-        target: &Target<'_>,
+        target: &Target,
         row: &mut impl FnMut(usize, &[u8]),
     ) {
-        let kinds = header.count.min(2);
+        let (crop, size) = (target.crop, target.size);
+        self.filters[0].set(target.resize, crop.w, size);
+        self.filters[1].set(target.resize, crop.h, size);
+        let factors = |i: usize| (header.components[i].across, header.components[i].down);
+        let kinds = match header.count {
+            3 if factors(1) != factors(2) => unreachable!("the header was checked"),
+            3 if factors(0) != factors(1) => 2,
+            _ => 1,
+        };
         for kind in 0..kinds {
             let component = &header.components[kind];
             let (x, y) = (
@@ -276,21 +308,22 @@ impl Decoder {
             let plane = &self.planes[kind];
             let [across, down] = &mut self.axes[kind];
             let span = Span {
-                crop: target.crop.x,
+                crop: crop.x,
+                length: crop.w,
                 samples: wide,
                 begin: 8 * region.x[0] * component.across,
                 held: 2 * plane.pairs,
             };
-            across.set(target.across, span, spread(x), target.flip);
+            across.set(&self.filters[0], span, spread(x), target.flip);
             let span = Span {
-                crop: target.crop.y,
+                crop: crop.y,
+                length: crop.h,
                 samples: high,
                 begin: 8 * region.y[0] * component.down,
                 held: plane.stride / 2,
             };
-            down.set(target.down, span, spread(y), false);
+            down.set(&self.filters[1], span, spread(y), false);
         }
-        let size = target.across.len();
         self.line.resize(3 * size.next_multiple_of(64), 0);
         let mut work = Resample {
             planes: &self.planes[..header.count],
@@ -298,7 +331,7 @@ impl Decoder {
             axes: from_fn(|i| &self.axes[i.min(kinds - 1)]),
             line: &mut self.line,
             width: size,
-            height: target.down.len(),
+            height: size,
         };
         match self.level {
             Level::Portable => work.run_portably(row),
@@ -316,14 +349,15 @@ impl Decoder {
 
 /// From bits to planes.
 struct Scan<'a> {
-    bits: Bits<'a>,
+    data: &'a [u8],
     tables: &'a [(&'a Table, &'a Table)],
     layouts: &'a [Layout],
     region: Region,
-    previous: [i32; 3],
     groups: &'a mut [Group],
     planes: &'a mut [Plane; 3],
     quantisation: &'a [[i16; 64]; 3],
+    /// What the inverse DCT took, if that is asked for.
+    idct: Option<Duration>,
 }
 
 impl Scan<'_> {
@@ -353,64 +387,52 @@ impl Scan<'_> {
     #[inline(always)]
     unsafe fn run<V: Vector>(&mut self) -> bool {
         let Region { x, y, row } = self.region;
-        for unit_y in 0..y[1] {
-            let is_inside = unit_y >= y[0];
-            if !is_inside {
-                if !self.skip(row) {
-                    return false;
-                }
-                continue;
-            }
-            self.groups.fill(Group::ZERO);
-            // Nothing after the last unit of the region matters.
-            let after = if unit_y + 1 == y[1] { 0 } else { row - x[1] };
-            if !(self.skip(x[0]) && self.decode(x[1] - x[0]) && self.skip(after))
-                || self.bits.is_over()
-            {
-                return false;
-            }
-            // SAFETY: the caller's word.
-            unsafe { self.render::<V>(unit_y - y[0]) };
-        }
-        !self.bits.is_over()
-    }
-
-    #[inline(always)]
-    fn skip(&mut self, units: usize) -> bool {
-        let mut is_good = true;
-        for _ in 0..units {
-            for ((layout, &tables), previous) in
-                self.layouts.iter().zip(self.tables).zip(&mut self.previous)
-            {
-                for _ in 0..layout.across * layout.down {
-                    is_good &= entropy::skip(&mut self.bits, tables, previous);
-                }
-            }
-            if !is_good {
-                return false;
-            }
-        }
-        true
-    }
-
-    #[inline(always)]
-    fn decode(&mut self, units: usize) -> bool {
-        let mut is_good = true;
-        for unit in 0..units {
-            for ((layout, &tables), previous) in
-                self.layouts.iter().zip(self.tables).zip(&mut self.previous)
-            {
-                for y in 0..layout.down {
-                    for x in unit * layout.across..(unit + 1) * layout.across {
-                        let group = &mut self.groups[layout.first + y * layout.groups + x / 4];
-                        is_good &=
-                            entropy::block(&mut self.bits, tables, previous, group, 8 * (x % 4));
+        // These stay in registers, which they would not as fields.
+        let mut bits = Bits::new(self.data, 0);
+        let mut previous = [0; 3];
+        let mut before = y[0] * row + x[0];
+        for unit_y in 0..y[1] - y[0] {
+            for _ in 0..before {
+                let mut is_good = true;
+                for ((layout, &tables), previous) in
+                    self.layouts.iter().zip(self.tables).zip(&mut previous)
+                {
+                    for _ in 0..layout.across * layout.down {
+                        is_good &= entropy::skip(&mut bits, tables, previous);
                     }
                 }
+                if !is_good {
+                    return false;
+                }
             }
-            if !is_good {
+            self.groups.fill(Group::ZERO);
+            for unit in 0..x[1] - x[0] {
+                let mut is_good = true;
+                for ((layout, &tables), previous) in
+                    self.layouts.iter().zip(self.tables).zip(&mut previous)
+                {
+                    for y in 0..layout.down {
+                        for x in unit * layout.across..(unit + 1) * layout.across {
+                            let group = &mut self.groups[layout.first + y * layout.groups + x / 4];
+                            is_good &=
+                                entropy::block(&mut bits, tables, previous, group, 8 * (x % 4));
+                        }
+                    }
+                }
+                if !is_good {
+                    return false;
+                }
+            }
+            if bits.is_over() {
                 return false;
             }
+            let start = self.idct.map(|_| Instant::now());
+            // SAFETY: the caller's word.
+            unsafe { self.render::<V>(unit_y) };
+            if let (Some(idct), Some(start)) = (&mut self.idct, start) {
+                *idct += start.elapsed();
+            }
+            before = row - (x[1] - x[0]);
         }
         true
     }
@@ -526,12 +548,10 @@ mod tests {
         size: usize,
     ) -> Option<Vec<u8>> {
         let photo = Photo::open(file)?;
-        let taps = |from| resize::weights(Resize::Pillow, from, size);
-        let (across, down) = (taps(crop.w), taps(crop.h));
         let target = Target {
             crop,
-            across: &across,
-            down: &down,
+            resize: Resize::Pillow,
+            size,
             flip,
         };
         let mut pixels = vec![0; 3 * size * size];

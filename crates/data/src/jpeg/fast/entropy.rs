@@ -1,7 +1,7 @@
 //! Entropy-coded data, without stuffing: bits, Huffman tables that know two coefficients at a time, and blocks.
 //!
-//! All of it is safe Rust on slices: indices are masked or checked, bits beyond the end are zeros, and a block ends
-//! after 64 symbols at the latest, whatever the bytes.
+//! Indices are masked or checked, bits beyond the end are zeros, and a block ends after 64 symbols at the latest,
+//! whatever the bytes.
 
 use super::super::scan::ZIGZAG;
 
@@ -12,65 +12,59 @@ const END: u32 = 128;
 /// Zeros after the data, so that a whole word can be read up to their last bit.
 pub(super) const PADDING: usize = 64;
 
-/// Up to two coefficients that the next bits hold, packed into 32 bits: of both together the length in bits (6) and
-/// how far they go (8); of the first the length (5), the size of its number (4) and how far it goes (5); the size of
-/// the second's number (4). A length is that of a code and of the number after it. 0 for a code that is longer than
-/// [`LOOK`].
+/// Up to two coefficients that the next bits hold, packed into 32 bits. Of the first: where its number begins (5 bits),
+/// the number's size (4), how far it goes (5). Of the second, where the first ends if there is none: where its number
+/// begins (5), the number's size (4). How far they go together (8). 0 for a code that is longer than [`LOOK`].
 #[derive(Clone, Copy)]
 struct Pair(u32);
 
 impl Pair {
     fn new(first: Symbol, second: Option<Symbol>) -> Self {
-        let mut bits = first.bits();
+        let mut at = first.bits();
         let mut goes = first.goes();
         let mut size = 0;
         if let Some(second) = second {
-            bits += second.bits();
+            at += second.length;
             goes += second.goes();
             size = second.size;
         }
         // The end of a block is a zero somewhere further on, where nothing is yet.
         let first_goes = first.goes().min(31);
-        Self(
-            bits | first.bits() << 6
-                | first.size << 11
-                | size << 15
-                | first_goes << 19
-                | goes << 24,
-        )
+        Self(first.length | first.size << 5 | at << 9 | size << 14 | first_goes << 18 | goes << 24)
     }
 
     /// A first coefficient, which goes nowhere.
     fn dc(symbol: Symbol) -> Self {
-        Self(symbol.bits() | symbol.bits() << 6 | symbol.size << 11)
+        Self(symbol.length | symbol.size << 5 | symbol.bits() << 9)
     }
 
     /// A code that is in no table goes past the end of any block, and past where a block may end.
-    const BAD: Self = Self(1 | 1 << 6 | 65 << 24);
+    const BAD: Self = Self(1 | 1 << 9 | 65 << 24);
+
+    #[inline(always)]
+    fn first(self, held: u64) -> i32 {
+        number(held, self.0 & 31, self.0 >> 5 & 15)
+    }
+
+    #[inline(always)]
+    fn second(self, held: u64) -> i32 {
+        number(held, self.0 >> 9 & 31, self.0 >> 14 & 15)
+    }
 
     #[inline(always)]
     fn bits(self) -> u32 {
-        self.0 & 63
+        (self.0 >> 9 & 31) + (self.0 >> 14 & 15)
     }
 
+    /// Whether there is a second one.
     #[inline(always)]
-    fn first_bits(self) -> u32 {
-        self.0 >> 6 & 31
-    }
-
-    #[inline(always)]
-    fn first_size(self) -> u32 {
-        self.0 >> 11 & 15
-    }
-
-    #[inline(always)]
-    fn second_size(self) -> u32 {
-        self.0 >> 15 & 15
+    fn is_pair(self) -> bool {
+        self.bits() != (self.0 & 31) + (self.0 >> 5 & 15)
     }
 
     #[inline(always)]
     fn first_goes(self) -> u32 {
-        self.0 >> 19 & 31
+        self.0 >> 18 & 31
     }
 
     #[inline(always)]
@@ -227,6 +221,7 @@ pub(super) struct Bits<'a> {
 
 impl<'a> Bits<'a> {
     /// From this bit on.
+    #[inline(always)]
     pub(super) fn new(bytes: &'a [u8], bit: usize) -> Self {
         let mut bits = Self {
             bytes,
@@ -258,20 +253,23 @@ impl<'a> Bits<'a> {
     }
 
     /// Of the next bit.
+    #[inline(always)]
     pub(super) fn position(&self) -> usize {
         8 * self.at - self.count as usize
     }
 
     /// Whether bits were taken that the data do not have.
+    #[inline(always)]
     pub(super) fn is_over(&self) -> bool {
         self.position() > 8 * (self.bytes.len() - PADDING)
     }
 }
 
-/// The number of `size` bits that ends `end` bits further on; those that begin with a zero are negative.
+/// The number of `size` bits from bit `at` on; those that begin with a zero are negative.
 #[inline(always)]
-fn number(held: u64, end: u32, size: u32) -> i32 {
-    let next = held << (end - size);
+fn number(held: u64, at: u32, size: u32) -> i32 {
+    let next = held << at;
+    // Two steps, because a shift by 64 is none.
     let value = (next >> 1 >> (63 - size)) as i32;
     let negative = !((next as i64 >> 63) as i32);
     value - (negative & ((1 << size) - 1))
@@ -302,7 +300,7 @@ impl Group {
 fn first(bits: &mut Bits<'_>, dc: &Table, previous: &mut i32) -> u32 {
     bits.fill();
     let pair = dc.look(bits.held);
-    *previous = previous.wrapping_add(number(bits.held, pair.bits(), pair.first_size()));
+    *previous = previous.wrapping_add(pair.first(bits.held));
     bits.skip(pair.bits());
     1 + pair.goes()
 }
@@ -323,20 +321,24 @@ pub(super) fn block(
     x: usize,
 ) -> bool {
     let mut k = first(bits, dc, previous);
-    group.0[x & 31] = *previous as i16;
+    let x = x & 24;
+    group.0[x] = *previous as i16;
+    let mut put = |k: u32, value: i32| {
+        let place = usize::from(PLACES[(k & 255) as usize]) + x;
+        // SAFETY: places end at 7 * 32 + 7, and x at 24: below 256.
+        unsafe { *group.0.get_unchecked_mut(place) = value as i16 };
+    };
     macro_rules! step {
         () => {{
             let held = bits.held;
             let pair = ac.look(held);
             let after = k + pair.goes();
-            let second = number(held, pair.bits(), pair.second_size());
-            let first = number(held, pair.first_bits(), pair.first_size());
-            // In this order: where there is no second, the first is at the same place.
-            group.0[(usize::from(PLACES[(after & 255) as usize]) + x) & 255] = second as i16;
             let middle = k + pair.first_goes();
-            group.0[(usize::from(PLACES[(middle & 255) as usize]) + x) & 255] = first as i16;
+            // In this order: where there is no second, the first is at the same place.
+            put(after, pair.second(held));
+            put(middle, pair.first(held));
             if after >= 64 {
-                if middle >= 64 && pair.bits() != pair.first_bits() {
+                if middle >= 64 && pair.is_pair() {
                     // The block ended with the first: what looked like a second is of the next block.
                     let pair = ac.one(held);
                     bits.skip(pair.bits());
@@ -367,7 +369,7 @@ pub(super) fn skip(bits: &mut Bits<'_>, (dc, ac): (&Table, &Table), previous: &m
             let pair = ac.look(held);
             let after = k + pair.goes();
             if after >= 64 {
-                if k + pair.first_goes() >= 64 && pair.bits() != pair.first_bits() {
+                if k + pair.first_goes() >= 64 && pair.is_pair() {
                     let pair = ac.one(held);
                     bits.skip(pair.bits());
                     return is_end(k + pair.goes());

@@ -122,8 +122,12 @@ impl<'a> Header<'a> {
         }
         self.across = components.iter().map(|c| c.across).max()?;
         self.down = components.iter().map(|c| c.down).max()?;
-        // Zero is a component that was cut off.
-        components.iter().all(|c| c.across > 0).then_some(())
+        // Zero is a component that was cut off. The colours are as large as each other, or we would need more axes.
+        let is_even = match components {
+            [_, a, b] => (a.across, a.down) == (b.across, b.down),
+            _ => true,
+        };
+        (is_even && components.iter().all(|c| c.across > 0)).then_some(())
     }
 
     fn huffman(&mut self, mut body: &'a [u8]) -> Option<()> {

@@ -6,7 +6,7 @@
 //! the exact decoder's by what that rounds and clamps in between.
 
 use super::simd::Vector;
-use crate::resize::Taps;
+use crate::Resize;
 
 /// Fraction bits of weights.
 const WEIGHT: u32 = 14;
@@ -24,6 +24,96 @@ pub(super) enum Spread {
     Twice,
 }
 
+/// Fraction bits of a [`Filter`]'s weights, and of those that are made of them.
+const FINE: u32 = 18;
+const FINER: u32 = FINE + 2;
+
+/// The weights of a resize along one axis, of pixels: what [`crate::resize`] uses, in fixed point.
+#[derive(Default)]
+pub(super) struct Filter {
+    /// The first pixel of each output.
+    first: Vec<usize>,
+    /// As many for each output; those that are not needed are 0.
+    weights: Vec<i32>,
+    count: usize,
+}
+
+impl Filter {
+    pub(super) fn outputs(&self) -> usize {
+        self.first.len()
+    }
+
+    /// From so many pixels to so many.
+    pub(super) fn set(&mut self, resize: Resize, from: usize, to: usize) {
+        self.first.clear();
+        self.weights.clear();
+        match resize {
+            Resize::Pillow => self.set_antialiased(from, to),
+            Resize::Tf | Resize::Tf1 => {
+                let taps = crate::resize::unrounded(resize, from, to);
+                self.count = 4;
+                for (first, weights) in taps.iter() {
+                    self.first.push(first);
+                    let fixed = |&weight: &f32| fixed(weight * (1 << FINE) as f32);
+                    self.weights.extend(weights.iter().map(fixed));
+                    self.weights.resize(4 * self.first.len(), 0);
+                }
+            }
+        }
+    }
+
+    /// Pillow's bicubic as `pillow_taps` has it, in f32 and eight taps at a time.
+    fn set_antialiased(&mut self, from: usize, to: usize) {
+        const LANES: usize = 8;
+        let scale = from as f64 / to as f64;
+        let stretch = scale.max(1.0);
+        let support = 2.0 * stretch;
+        let narrow = (1.0 / stretch) as f32;
+        self.count = ((2.0 * support) as usize + 2).next_multiple_of(LANES);
+        self.weights.resize(to * self.count, 0);
+        for (i, out) in self.weights.chunks_exact_mut(self.count).enumerate() {
+            let centre = (i as f64 + 0.5) * scale;
+            // The casts truncate, and a negative start becomes 0.
+            let first = (centre - support + 0.5) as usize;
+            let taps = ((centre + support + 0.5) as usize).min(from) - first;
+            let offset = (first as f64 - centre + 0.5) as f32;
+            self.first.push(first);
+            let mut exact = [0.0; LANES];
+            let mut total = 0.0;
+            // Once for their sum, once for the weights; few filters have more than eight taps.
+            for pass in 0..2 {
+                for (chunk, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+                    if pass == 0 || self.count > LANES {
+                        for (lane, weight) in exact.iter_mut().enumerate() {
+                            let tap = LANES * chunk + lane;
+                            let x = ((offset + tap as f32) * narrow).abs();
+                            let near = (1.5 * x - 2.5) * x * x + 1.0;
+                            let far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0;
+                            let inside = if x < 1.0 { near } else { far };
+                            *weight = if x < 2.0 && tap < taps { inside } else { 0.0 };
+                        }
+                    }
+                    if pass == 0 {
+                        total += exact.iter().sum::<f32>();
+                    } else {
+                        let factor = (1 << FINE) as f32 / total;
+                        for (out, weight) in out.iter_mut().zip(exact) {
+                            *out = fixed(weight * factor);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Rounds a number below 2^22 to a whole one: at 1.5 * 2^23 the last bit of an f32 is 1.
+#[inline(always)]
+fn fixed(value: f32) -> i32 {
+    const MAGIC: f32 = 12_582_912.0;
+    (value + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
+}
+
 /// Weights along one axis of one plane: for each output the first pair of samples that it reads, and pairs of weights,
 /// as many for each.
 #[derive(Default)]
@@ -33,16 +123,84 @@ pub(super) struct Axis {
     weights: Vec<i32>,
     /// Pairs of each output.
     count: usize,
-    /// The weights of an output before they are rounded, and after.
-    exact: Vec<f32>,
-    whole: Vec<i32>,
+    /// The weights of an output before they are rounded.
+    fine: Vec<i32>,
+}
+
+/// Where the weights of one output go.
+#[derive(Clone, Copy)]
+struct Place {
+    spread: Spread,
+    /// The first pixel.
+    first: usize,
+    /// The first sample.
+    lowest: usize,
+    /// The plane's last sample, from the first.
+    last: usize,
+    /// Of the first sample in the output's pairs.
+    offset: usize,
+}
+
+impl Place {
+    /// Writes pairs of the samples' weights and returns how many of them are used. `fine` is twice as long as `out`, or
+    /// longer.
+    #[inline(always)]
+    fn set(self, weights: &[i32], fine: &mut [i32], out: &mut [i32]) -> usize {
+        fine.fill(0);
+        let samples = &mut fine[self.offset..];
+        match self.spread {
+            Spread::One => {
+                for (fine, weight) in samples.iter_mut().zip(weights) {
+                    *fine = 4 * weight;
+                }
+            }
+            Spread::Triangle => {
+                for (pixel, weight) in (self.first..).zip(weights) {
+                    let near = pixel / 2 - self.lowest;
+                    let far = match pixel % 2 {
+                        0 => near.saturating_sub(1),
+                        _ => (near + 1).min(self.last),
+                    };
+                    samples[near] += 3 * weight;
+                    samples[far] += weight;
+                }
+            }
+            Spread::Twice => {
+                for (pixel, weight) in (self.first..).zip(weights) {
+                    samples[pixel / 2 - self.lowest] += 4 * weight;
+                }
+            }
+        }
+        // Rounded, and what is then missing from their sum goes to the one in the middle, so that grey stays grey.
+        let round = |fine: i32| (fine + (1 << (FINER - WEIGHT - 1))) >> (FINER - WEIGHT);
+        let (mut total, mut rest) = (0, 0);
+        for fine in fine.iter_mut() {
+            total += *fine;
+            *fine = round(*fine);
+            rest -= *fine;
+        }
+        let middle = match self.spread {
+            Spread::One => weights.len() / 2,
+            _ => weights.len() / 4,
+        };
+        fine[self.offset + middle] += rest + round(total);
+        let mut used = 0;
+        for (j, (out, pair)) in out.iter_mut().zip(fine.as_chunks::<2>().0).enumerate() {
+            *out = pair[0] & 0xffff | pair[1] << 16;
+            if *out != 0 {
+                used = j + 1;
+            }
+        }
+        used
+    }
 }
 
 /// Which samples of a plane there are, along an axis.
 #[derive(Clone, Copy)]
 pub(super) struct Span {
-    /// The crop's first pixel in the image.
+    /// The crop's first pixel in the image, and how many it has.
     pub(super) crop: usize,
+    pub(super) length: usize,
     /// Samples of the plane in the image.
     pub(super) samples: usize,
     /// The first that is in memory, an even number.
@@ -52,75 +210,64 @@ pub(super) struct Span {
 }
 
 impl Axis {
-    /// `taps` are those of pixels from the crop's first on.
-    pub(super) fn set(&mut self, taps: &Taps<f32>, span: Span, spread: Spread, is_reversed: bool) {
-        let outputs = taps.len();
+    pub(super) fn set(&mut self, filter: &Filter, span: Span, spread: Spread, is_reversed: bool) {
+        let outputs = filter.outputs();
         // A window of n pixels spans n / 2 + 2 samples at most, and begins on any side of a pair.
-        let widest = taps
-            .iter()
-            .map(|(_, weights)| weights.len())
-            .max()
-            .unwrap_or(0);
         let samples = match spread {
-            Spread::One => widest,
-            Spread::Triangle | Spread::Twice => widest / 2 + 3,
+            Spread::One => filter.count,
+            Spread::Triangle | Spread::Twice => filter.count / 2 + 3,
         };
         self.count = (samples / 2 + 1).min(span.held / 2);
         self.first.clear();
+        self.first.resize(outputs, 0);
         self.weights.clear();
         self.weights.resize(outputs * self.count, 0);
-        self.first.resize(outputs, 0);
-        for (i, (first, weights)) in taps.iter().enumerate() {
-            let i = if is_reversed { outputs - 1 - i } else { i };
+        let mut used = 1;
+        // Few filters are wider; the size that the compiler knows makes this twice as fast.
+        let mut narrow = [0; 16];
+        let is_narrow = 2 * self.count <= narrow.len();
+        self.fine.resize(2 * self.count, 0);
+        for (i, (&first, weights)) in filter
+            .first
+            .iter()
+            .zip(filter.weights.chunks_exact(filter.count))
+            .enumerate()
+        {
+            // Only pixels of the crop have weights that are not 0.
+            let weights = &weights[..weights.len().min(span.length - first)];
             let first = span.crop + first;
-            let clamp = |sample: usize| sample.min(span.samples - 1);
-            self.exact.clear();
             let lowest = match spread {
-                Spread::One => {
-                    self.exact.extend(weights);
-                    first
-                }
-                Spread::Triangle | Spread::Twice => {
-                    let lowest = (first / 2).saturating_sub(1);
-                    self.exact.resize(weights.len() / 2 + 3, 0.0);
-                    for (pixel, &weight) in (first..).zip(weights) {
-                        let near = pixel / 2;
-                        let far = match pixel % 2 {
-                            0 => near.saturating_sub(1),
-                            _ => clamp(near + 1),
-                        };
-                        let share = if spread == Spread::Triangle {
-                            0.25
-                        } else {
-                            0.0
-                        };
-                        self.exact[near - lowest] += (1.0 - share) * weight;
-                        self.exact[far - lowest] += share * weight;
-                    }
-                    while self.exact.last() == Some(&0.0) {
-                        self.exact.pop();
-                    }
-                    lowest
-                }
+                Spread::One => first,
+                Spread::Triangle | Spread::Twice => (first / 2).saturating_sub(1),
             };
-            // Rounded to fixed point; what is missing from their sum goes to the greatest, so that grey stays grey.
-            let total: f32 = self.exact.iter().sum();
-            let one = (total * (1 << WEIGHT) as f32).round() as i32;
-            self.whole.clear();
-            let round = |weight: &f32| (weight * (1 << WEIGHT) as f32).round() as i32;
-            self.whole.extend(self.exact.iter().map(round));
-            let rest = one - self.whole.iter().sum::<i32>();
-            if let Some(greatest) = self.whole.iter_mut().max() {
-                *greatest += rest;
-            }
             // In pairs, from an even sample on.
             let start = lowest - span.begin;
             let pair = (start / 2).min(span.held / 2 - self.count);
+            let offset = start - 2 * pair;
+            let last = span.samples - 1 - lowest;
+            let i = if is_reversed { outputs - 1 - i } else { i };
             self.first[i] = pair as u32;
             let out = &mut self.weights[i * self.count..][..self.count];
-            for (sample, weight) in (start - 2 * pair..).zip(&self.whole) {
-                out[sample / 2] |= (weight & 0xffff) << (16 * (sample % 2));
+            let place = Place {
+                spread,
+                first,
+                lowest,
+                last,
+                offset,
+            };
+            used = used.max(match is_narrow {
+                true => place.set(weights, &mut narrow, out),
+                false => place.set(weights, &mut self.fine, out),
+            });
+        }
+        // What no output needs is not computed.
+        if used < self.count {
+            for i in 0..outputs {
+                self.weights
+                    .copy_within(i * self.count..i * self.count + used, i * used);
             }
+            self.count = used;
+            self.weights.truncate(outputs * used);
         }
     }
 }
