@@ -12,6 +12,7 @@ mod error;
 mod example;
 mod jpeg;
 mod loader;
+mod made;
 mod order;
 mod random;
 mod resize;
@@ -19,6 +20,7 @@ mod stages;
 
 pub use error::{BadRecord, Error, Reason};
 pub use loader::{Loader, READ_AHEAD, eval, train};
+pub use made::{Labelled, photo};
 pub use order::Cursor;
 pub use stages::{Stages, level, stages};
 
@@ -144,6 +146,24 @@ pub struct Batch {
     pub cursor: Cursor,
     /// A line for each bad record that was met while this batch was made: shard, record, offset, reason.
     pub bad_records: Vec<String>,
+}
+
+/// What a record holds: its image file and its label as stored.
+///
+/// # Errors
+/// It is no `tf.Example` with an image and a label.
+pub fn parse(record: &[u8]) -> Result<(&[u8], i64), Reason> {
+    let example = example::parse(record).map_err(Reason::Example)?;
+    Ok((example.encoded, example.label))
+}
+
+/// Decodes a whole JPEG file as Pillow does and gives its width and height.
+///
+/// # Errors
+/// It cannot be decoded.
+pub fn inspect(file: &[u8]) -> Result<(usize, usize), Reason> {
+    let image = jpeg::decode(file, jpeg::Like::Pillow).map_err(Reason::Jpeg)?;
+    Ok((image.width, image.height))
 }
 
 /// Counts the records of all shards by walking their headers.

@@ -60,6 +60,9 @@ pub(crate) enum Command {
     VerifyResume(VerifyArgs),
     /// Say what this machine has, and what is missing
     Doctor(DoctorArgs),
+    /// Make, convert and audit shards of images
+    #[command(subcommand)]
+    Data(DataArgs),
     /// Measure how fast something is on this machine
     #[command(subcommand)]
     Bench(BenchArgs),
@@ -146,6 +149,104 @@ pub(crate) struct DoctorArgs {
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataArgs {
+    /// Make shards of photographs that nobody took, with the sizes and the code lengths of ImageNet's
+    Fake(DataFakeArgs),
+    /// Make shards of a directory with one folder of JPEG files for each class
+    ///
+    /// Records are shuffled by the seed. A conversion that was cut off goes on where it was, and ends with the same bytes.
+    Convert(DataConvertArgs),
+    /// Read and decode everything: checksums, labels, sizes, duplicates; exit code 3 if anything is wrong
+    Check(DataCheckArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataFakeArgs {
+    /// Directory of the shards
+    #[arg(value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// Photographs to make
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub(crate) examples: u64,
+
+    /// Files to put them in
+    #[arg(long, value_name = "N", default_value = "4", value_parser = RangedU64ValueParser::<usize>::new().range(1..=99_999))]
+    pub(crate) shards: usize,
+
+    /// Classes that they have, at random
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) classes: u64,
+
+    /// What the files' names begin with
+    #[arg(long, value_name = "NAME", default_value = "train", value_parser = split)]
+    pub(crate) split: String,
+
+    /// Other seeds make other photographs
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataConvertArgs {
+    /// Directory with one folder for each class
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+
+    /// Directory of the shards
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// Files to put them in
+    #[arg(long, value_name = "N", default_value = "16", value_parser = RangedU64ValueParser::<usize>::new().range(1..=99_999))]
+    pub(crate) shards: usize,
+
+    /// What the files' names begin with
+    #[arg(long, value_name = "NAME", default_value = "train", value_parser = split)]
+    pub(crate) split: String,
+
+    /// The label that the first class gets; the others follow by name
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) label_offset: i64,
+
+    /// Other seeds give other orders
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataCheckArgs {
+    /// Glob of the TFRecord shards, in quotes
+    #[arg(value_name = "GLOB")]
+    pub(crate) data: String,
+
+    /// Labels less the offset have to be below it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 31))]
+    pub(crate) classes: Option<u64>,
+
+    /// The stored label of class 0
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) label_offset: i64,
+
+    /// Take an image that is there twice for a problem
+    #[arg(long)]
+    pub(crate) no_duplicates: bool,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The beginning of a file's name.
+fn split(name: &str) -> Result<String, String> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    match !name.is_empty() && name.chars().all(is_plain) {
+        true => Ok(name.into()),
+        false => Err("expected letters, digits, dots, dashes and underscores".into()),
+    }
 }
 
 #[derive(Debug, Subcommand)]

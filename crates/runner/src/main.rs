@@ -3,6 +3,7 @@
 mod bench;
 mod cli;
 mod config;
+mod data;
 mod doctor;
 mod evaluate;
 mod failure;
@@ -16,7 +17,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{BenchArgs, Cli, Command};
+use cli::{BenchArgs, Cli, Command, DataArgs};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -26,6 +27,9 @@ fn main() -> ExitCode {
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
+        (Some(Command::Data(DataArgs::Fake(args))), _) => data::fake(&args),
+        (Some(Command::Data(DataArgs::Convert(args))), _) => data::convert(&args),
+        (Some(Command::Data(DataArgs::Check(args))), _) => data::check(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
         (Some(Command::Bench(BenchArgs::Input(args))), _) => bench::input(&args),
         (None, Some(config)) => run::run(

@@ -124,9 +124,9 @@ impl Report {
         };
         let mut loader =
             data::train(&config, data::Cursor::default()).map_err(train::Error::from)?;
-        let mut next = || match loader.next() {
-            Some(batch) => Ok(batch.map_err(train::Error::from)?.labels.len()),
-            None => unreachable!("training never ends"),
+        let mut next = || -> Result<usize, Failure> {
+            let batch = loader.next().expect("training never ends");
+            Ok(batch.map_err(train::Error::from)?.labels.len())
         };
         for _ in 0..WARM_UP {
             next()?;

@@ -293,6 +293,13 @@ pub(super) struct Between {
     stride: usize,
 }
 
+impl Between {
+    /// Size of what is held.
+    pub(super) fn bytes(&self) -> usize {
+        self.rows.len() * size_of::<i32>()
+    }
+}
+
 /// Outputs that a vector type does at a time in the second pass.
 const fn block<V: Vector>() -> usize {
     16 * V::PARTS
