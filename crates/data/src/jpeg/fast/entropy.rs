@@ -184,15 +184,19 @@ impl Table {
     #[inline(always)]
     fn look(&self, held: u64) -> Pair {
         let pair = self.pairs[(held >> (64 - LOOK)) as usize];
-        if pair.0 == 0 { self.one(held) } else { pair }
+        if pair.0 == 0 {
+            self.one(held, LOOK + 1)
+        } else {
+            pair
+        }
     }
 
-    /// The symbol alone.
+    /// The next symbol alone, whose code has at least so many bits.
     #[cold]
     #[inline(never)]
-    fn one(&self, held: u64) -> Pair {
+    fn one(&self, held: u64, least: u32) -> Pair {
         let next = (held >> 48) as u32;
-        for length in 1..=16 {
+        for length in least..=16 {
             if next < self.ends[length as usize] {
                 let index = (next >> (16 - length)) as i32 + self.offsets[length as usize];
                 let symbol = self.symbols[(index & 255) as usize];
@@ -340,7 +344,7 @@ pub(super) fn block(
             if after >= 64 {
                 if middle >= 64 && pair.is_pair() {
                     // The block ended with the first: what looked like a second is of the next block.
-                    let pair = ac.one(held);
+                    let pair = ac.one(held, 1);
                     bits.skip(pair.bits());
                     return is_end(k + pair.goes());
                 }
@@ -370,7 +374,7 @@ pub(super) fn skip(bits: &mut Bits<'_>, (dc, ac): (&Table, &Table), previous: &m
             let after = k + pair.goes();
             if after >= 64 {
                 if k + pair.first_goes() >= 64 && pair.is_pair() {
-                    let pair = ac.one(held);
+                    let pair = ac.one(held, 1);
                     bits.skip(pair.bits());
                     return is_end(k + pair.goes());
                 }
