@@ -262,12 +262,16 @@ impl Decoder {
         };
         let is_whole = match self.level {
             Level::Portable => scan.run_portably(),
-            // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { scan.run_avx2() },
-            // SAFETY: as above.
+            Level::Avx2 => {
+                // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
+                unsafe { scan.run_avx2() }
+            }
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { scan.run_avx512() },
+            Level::Avx512 => {
+                // SAFETY: as above.
+                unsafe { scan.run_avx512() }
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("no other level is available"),
         };
@@ -338,12 +342,16 @@ impl Decoder {
         };
         match self.level {
             Level::Portable => work.run_portably(row),
-            // SAFETY: as in `samples`.
             #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => unsafe { work.run_avx2(row) },
-            // SAFETY: as above.
+            Level::Avx2 => {
+                // SAFETY: as in `samples`.
+                unsafe { work.run_avx2(row) }
+            }
             #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => unsafe { work.run_avx512(row) },
+            Level::Avx512 => {
+                // SAFETY: as above.
+                unsafe { work.run_avx512(row) }
+            }
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("no other level is available"),
         }

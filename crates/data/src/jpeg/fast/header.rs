@@ -176,7 +176,7 @@ impl<'a> Header<'a> {
             (component.dc, component.ac) = (usize::from(tables >> 4), usize::from(tables & 15));
             self.quantisation[component.table]?;
             let has_tables =
-                *self.dc.get(component.dc)? != None && *self.ac.get(component.ac)? != None;
+                self.dc.get(component.dc)?.is_some() && self.ac.get(component.ac)?.is_some();
             if component.id != id || !has_tables {
                 return None;
             }

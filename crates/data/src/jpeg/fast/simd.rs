@@ -119,9 +119,7 @@ impl Portable {
 
     #[inline(always)]
     fn wide(self) -> [i32; 4] {
-        let lane = |i: usize| {
-            i32::from(self.0[2 * i] as u16 as i16 as u16) | i32::from(self.0[2 * i + 1]) << 16
-        };
+        let lane = |i: usize| i32::from(self.0[2 * i] as u16) | i32::from(self.0[2 * i + 1]) << 16;
         [lane(0), lane(1), lane(2), lane(3)]
     }
 
