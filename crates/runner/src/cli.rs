@@ -283,9 +283,9 @@ pub(crate) struct BenchInputArgs {
     #[arg(long, default_value = "pillow")]
     pub(crate) resize: ResizeArg,
 
-    /// Batches to count at least; batches are added until 5 s are full
-    #[arg(long, value_name = "N", default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
-    pub(crate) batches: usize,
+    /// Seconds to count batches for; one at least is counted
+    #[arg(long, value_name = "S", default_value = "5", value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub(crate) seconds: u64,
 
     /// Print one JSON document instead of text
     #[arg(long)]

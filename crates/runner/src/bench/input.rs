@@ -12,8 +12,6 @@ use crate::output;
 
 /// Batches are not counted until caches and threads have settled.
 const WARM_UP: usize = 2;
-/// Batches are counted at least this long.
-const TIMED: Duration = Duration::from_secs(5);
 /// Every label is one.
 const CLASSES: usize = 1 << 31;
 /// Images of which the stages are timed, one after the other on one thread.
@@ -133,7 +131,7 @@ impl Report {
         }
         let (start, cpu) = (Instant::now(), cpu_seconds());
         let (mut batches, mut images) = (0, 0);
-        while batches < args.batches || start.elapsed() < TIMED {
+        while batches == 0 || start.elapsed() < Duration::from_secs(args.seconds) {
             images += next()?;
             batches += 1;
         }

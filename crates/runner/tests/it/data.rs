@@ -72,6 +72,7 @@ fn made_up_shards_pass_the_check_and_feed_the_bench() {
             "--batch=4",
             "--resolution=32",
             "--threads=2",
+            "--seconds=0",
             "--decode",
             decode,
             "--json",
