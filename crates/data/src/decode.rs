@@ -1,14 +1,18 @@
 //! One sample becomes one image and its label.
 
+use std::cell::RefCell;
+
 use store::tfrecord::Record;
 
 use crate::crop::{self, Rect};
 use crate::error::Reason;
+use crate::example::{self, Example};
 use crate::jpeg::Like;
+use crate::jpeg::fast::{self, Photo, Target};
 use crate::order::{Content, Sample};
 use crate::random::{Purpose, Random};
-use crate::{Config, Crop, Pixels, Resize, Source};
-use crate::{example, jpeg, resize};
+use crate::{Config, Crop, Decode, Pixels, Resize, Source};
+use crate::{jpeg, resize};
 
 /// Whether crops and flips are drawn or the middle is taken.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -97,46 +101,100 @@ pub(crate) fn decode(
             Ok(label)
         }
         Content::Record { shard, record } => {
-            let purpose = Purpose::Augment {
-                shard: *shard,
-                record: record.index,
-            };
-            let mut random = Random::new(config.seed, sample.epoch, purpose);
-            decode_record(config, mode, record, &mut random, slot)
+            let random = augmentation(config, sample.epoch, *shard, record);
+            let (example, label) = parsed(config, record)?;
+            FAST.with_borrow_mut(|decoder| {
+                render(config, mode, example.encoded, &random, slot, decoder)
+            })?;
+            Ok(label)
         }
     }
 }
 
-fn decode_record(
+/// The draws of a record in an epoch.
+pub(crate) fn augmentation(config: &Config, epoch: u64, shard: usize, record: &Record) -> Random {
+    let record = record.index;
+    Random::new(config.seed, epoch, Purpose::Augment { shard, record })
+}
+
+/// What a record holds, and its class.
+pub(crate) fn parsed<'a>(
     config: &Config,
-    mode: Mode,
-    record: &Record,
-    random: &mut Random,
-    slot: Slot<'_>,
-) -> Result<u32, Reason> {
+    record: &'a Record,
+) -> Result<(Example<'a>, u32), Reason> {
     if !record.verify() {
         return Err(Reason::Checksum);
     }
     let example = example::parse(&record.bytes).map_err(Reason::Example)?;
     let label = label(config, example.label)?;
+    Ok((example, label))
+}
+
+/// Decodes, crops, resizes and flips; says whether the fast decoder did it.
+pub(crate) fn render(
+    config: &Config,
+    mode: Mode,
+    encoded: &[u8],
+    random: &Random,
+    mut slot: Slot<'_>,
+    decoder: &mut fast::Decoder,
+) -> Result<bool, Reason> {
+    // Whoever decodes, the draws are the same.
+    let view = |width, height| {
+        let mut random = random.clone();
+        let crop = match mode {
+            Mode::Train => train_crop(config, width, height, &mut random),
+            Mode::Eval => crop::centre(width, height, config.crop_ratio),
+        };
+        let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
+        (crop, flip)
+    };
+    let size = config.resolution;
+    if (mode, config.decode) == (Mode::Train, Decode::Fast)
+        && let Some(photo) = Photo::open(encoded)
+    {
+        let (width, height) = photo.size();
+        let (crop, flip) = view(width, height);
+        let resize = config.resize;
+        let target = Target {
+            crop,
+            resize,
+            size,
+            flip,
+        };
+        let is_done = match &mut slot {
+            Slot::U8(out) => decoder.decode(&photo, &target, |y, row| {
+                out[y * row.len()..][..row.len()].copy_from_slice(row);
+            }),
+            Slot::F32(out) => decoder.decode(&photo, &target, |y, row| {
+                for (out, &value) in out[y * row.len()..].iter_mut().zip(row) {
+                    *out = f32::from(value);
+                }
+            }),
+        };
+        if is_done {
+            return Ok(true);
+        }
+    }
+    // What is odd or damaged comes here too: this decoder has the last word on errors.
     let like = match config.resize {
         Resize::Pillow => Like::Pillow,
         Resize::Tf | Resize::Tf1 => Like::TensorFlow,
     };
-    let image = jpeg::decode(example.encoded, like).map_err(Reason::Jpeg)?;
-    let rect = match mode {
-        Mode::Train => train_crop(config, image.width, image.height, random),
-        Mode::Eval => crop::centre(image.width, image.height, config.crop_ratio),
-    };
-    let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
-    let size = config.resolution;
+    let image = jpeg::decode(encoded, like).map_err(Reason::Jpeg)?;
+    let (rect, flip) = view(image.width, image.height);
     match (config.resize, slot) {
         (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
         (Resize::Tf, Slot::F32(out)) => resize::tf(&image, rect, size, flip, out),
         (Resize::Tf1, Slot::F32(out)) => resize::tf1(&image, rect, size, flip, out),
         _ => unreachable!("Pixels::new chose the type by the resize mode"),
     }
-    Ok(label)
+    Ok(false)
+}
+
+thread_local! {
+    /// Every thread that decodes has its own.
+    static FAST: RefCell<fast::Decoder> = RefCell::new(fast::Decoder::new(fast::Level::detect()));
 }
 
 fn label(config: &Config, stored: i64) -> Result<u32, Reason> {

@@ -6,6 +6,7 @@
 
 mod bits;
 mod colour;
+pub(crate) mod fast;
 mod idct;
 mod scan;
 

@@ -12,13 +12,17 @@ mod error;
 mod example;
 mod jpeg;
 mod loader;
+mod made;
 mod order;
 mod random;
 mod resize;
+mod stages;
 
 pub use error::{BadRecord, Error, Reason};
-pub use loader::{Loader, eval, train};
+pub use loader::{Loader, READ_AHEAD, eval, train};
+pub use made::{Labelled, photo};
 pub use order::Cursor;
+pub use stages::{Stages, level, stages};
 
 use std::path::{Path, PathBuf};
 
@@ -39,6 +43,8 @@ pub struct Config {
     pub crop: Crop,
     /// How crops are brought to the resolution.
     pub resize: Resize,
+    /// How training decodes JPEGs; evaluation is always exact.
+    pub decode: Decode,
     /// Whether training mirrors every other image, at random.
     pub flip: bool,
     /// Side of the crop in the middle as a part of the shorter side; for evaluation and [`Crop::None`].
@@ -109,6 +115,16 @@ pub enum Resize {
     Tf1,
 }
 
+/// How JPEGs are decoded for training (docs/decisions/0009).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decode {
+    /// Only what the crop needs, resampled before colours are converted; ordinary files only, the others exactly. For
+    /// [`Resize::Tf`] and [`Resize::Tf1`] values are rounded to 8 bits and the inverse DCT is the accurate one.
+    Fast,
+    /// The whole image, to the bit as the library that [`Resize`] names.
+    Exact,
+}
+
 /// Images as N H W C, RGB, in the range 0..255.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Pixels {
@@ -130,6 +146,24 @@ pub struct Batch {
     pub cursor: Cursor,
     /// A line for each bad record that was met while this batch was made: shard, record, offset, reason.
     pub bad_records: Vec<String>,
+}
+
+/// What a record holds: its image file and its label as stored.
+///
+/// # Errors
+/// It is no `tf.Example` with an image and a label.
+pub fn parse(record: &[u8]) -> Result<(&[u8], i64), Reason> {
+    let example = example::parse(record).map_err(Reason::Example)?;
+    Ok((example.encoded, example.label))
+}
+
+/// Decodes a whole JPEG file as Pillow does and gives its width and height.
+///
+/// # Errors
+/// It cannot be decoded.
+pub fn inspect(file: &[u8]) -> Result<(usize, usize), Reason> {
+    let image = jpeg::decode(file, jpeg::Like::Pillow).map_err(Reason::Jpeg)?;
+    Ok((image.width, image.height))
 }
 
 /// Counts the records of all shards by walking their headers.

@@ -1,5 +1,6 @@
 //! A thread that makes batches ahead of their use.
 
+use std::collections::VecDeque;
 use std::panic;
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
@@ -13,6 +14,8 @@ use crate::{BadRecord, Batch, Config, Crop, Error, Pixels, Reason, Source};
 
 /// Finished batches that wait for their use; one more may be in the making.
 const AHEAD: usize = 2;
+/// Records that are read while others are decoded, at most.
+pub const READ_AHEAD: usize = 256;
 /// Far above any network's input; a row of it is still small.
 const MAX_RESOLUTION: usize = 4096;
 /// Some hundred gigabytes: more is a slip of the pen.
@@ -112,7 +115,12 @@ fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {
     let producer = Producer {
         config: config.clone(),
         mode,
-        order,
+        cursor: order.cursor(),
+        reader: Reader {
+            order,
+            ahead: VecDeque::new(),
+            end: None,
+        },
         pool,
         bad: 0,
     };
@@ -156,10 +164,50 @@ impl Drop for Loader {
     }
 }
 
+/// Reads samples before they are asked for.
+struct Reader {
+    order: Order,
+    ahead: VecDeque<Sample>,
+    /// What came after the last of them: the end, or an error.
+    end: Option<Result<(), Error>>,
+}
+
+impl Reader {
+    fn next(&mut self) -> Result<Option<Sample>, Error> {
+        if self.ahead.is_empty() {
+            self.read_ahead(1);
+        }
+        match (self.ahead.pop_front(), self.end.take()) {
+            (Some(sample), end) => {
+                self.end = end;
+                Ok(Some(sample))
+            }
+            (None, Some(Err(error))) => Err(error),
+            (None, end) => {
+                self.end = end;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Reads until so many samples wait.
+    fn read_ahead(&mut self, count: usize) {
+        while self.ahead.len() < count && self.end.is_none() {
+            match self.order.next() {
+                Ok(Some(sample)) => self.ahead.push_back(sample),
+                Ok(None) => self.end = Some(Ok(())),
+                Err(error) => self.end = Some(Err(error)),
+            }
+        }
+    }
+}
+
 struct Producer {
     config: Config,
     mode: Mode,
-    order: Order,
+    reader: Reader,
+    /// After the last sample that went into a batch.
+    cursor: Cursor,
     pool: ThreadPool,
     /// Bad records so far.
     bad: u64,
@@ -178,7 +226,7 @@ impl Producer {
     /// Takes as many samples as are missing, decodes them side by side, closes the gaps that bad ones leave, and does
     /// so again until the batch is full. So a bad record is replaced by the next good one, whatever the threads do.
     fn batch(&mut self) -> Result<Option<Batch>, Error> {
-        let (config, mode) = (&self.config, self.mode);
+        let (config, mode, reader) = (&self.config, self.mode, &mut self.reader);
         let size = config.batch_size;
         let len = 3 * config.resolution * config.resolution;
         let mut pixels = Pixels::new(config, size * len);
@@ -188,7 +236,7 @@ impl Producer {
             let first = labels.len();
             let mut samples = Vec::with_capacity(size - first);
             while samples.len() < size - first
-                && let Some(sample) = self.order.next()?
+                && let Some(sample) = reader.next()?
             {
                 samples.push(sample);
             }
@@ -196,14 +244,20 @@ impl Producer {
                 break;
             }
             let slots = pixels.slots(len, first);
-            let decoded: Vec<_> = self.pool.install(|| {
-                samples
-                    .par_iter()
-                    .zip(slots)
-                    .map(|(sample, slot)| decode(config, mode, sample, slot))
-                    .collect()
+            let mut decoded = Vec::new();
+            // This thread, which is not of the pool, reads meanwhile.
+            self.pool.in_place_scope(|scope| {
+                scope.spawn(|_| {
+                    decoded = samples
+                        .par_iter()
+                        .zip(slots)
+                        .map(|(sample, slot)| decode(config, mode, sample, slot))
+                        .collect();
+                });
+                reader.read_ahead(size.min(READ_AHEAD));
             });
             for (i, (sample, label)) in samples.into_iter().zip(decoded).enumerate() {
+                self.cursor.advance(&sample.step);
                 match label {
                     Ok(label) => {
                         if labels.len() < first + i {
@@ -213,7 +267,7 @@ impl Producer {
                     }
                     Err(reason) => {
                         self.bad += 1;
-                        let bad = bad_record(&self.order, sample, reason, self.bad, config);
+                        let bad = bad_record(&reader.order, sample, reason, self.bad, config);
                         if bad.bad > bad.allowed {
                             return Err(Error::Record(bad));
                         }
@@ -229,7 +283,7 @@ impl Producer {
         Ok(Some(Batch {
             pixels,
             labels,
-            cursor: self.order.cursor(),
+            cursor: self.cursor.clone(),
             bad_records,
         }))
     }

@@ -39,6 +39,32 @@ struct LaneCursor {
 pub(crate) struct Sample {
     pub(crate) epoch: u64,
     pub(crate) content: Content,
+    /// What taking it changes in a cursor.
+    pub(crate) step: Step,
+}
+
+/// From the position before a sample to the one after it.
+#[derive(Debug)]
+pub(crate) struct Step {
+    epoch: u64,
+    next: u64,
+    /// Whether an epoch has begun, with which every lane starts anew.
+    begins: bool,
+    /// Lanes that were asked, and where they stand then.
+    asked: Vec<(usize, LaneCursor)>,
+}
+
+impl Cursor {
+    /// Moves over a sample.
+    pub(crate) fn advance(&mut self, step: &Step) {
+        (self.epoch, self.next) = (step.epoch, step.next);
+        if step.begins {
+            self.lanes.fill(LaneCursor::default());
+        }
+        for &(lane, cursor) in &step.asked {
+            self.lanes[lane] = cursor;
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -228,10 +254,12 @@ impl Lanes {
     }
 
     fn next(&mut self) -> Result<Option<Sample>, Error> {
+        let (mut begins, mut asked) = (false, vec![]);
         loop {
             for _ in 0..self.lanes.len() {
                 let count = self.lanes.len();
-                let lane = &mut self.lanes[self.next];
+                let index = self.next;
+                let lane = &mut self.lanes[index];
                 self.next = (self.next + 1) % count;
                 if lane.window.len() == 0 {
                     lane.load(&self.shards, self.window, self.seed, self.epoch)?;
@@ -239,11 +267,19 @@ impl Lanes {
                 if let Some((shard, record)) = lane.window.next() {
                     lane.start.taken += 1;
                     self.barren = false;
+                    asked.push((index, lane.cursor()));
                     return Ok(Some(Sample {
                         epoch: self.epoch,
                         content: Content::Record { shard, record },
+                        step: Step {
+                            epoch: self.epoch,
+                            next: self.next as u64,
+                            begins,
+                            asked,
+                        },
                     }));
                 }
+                asked.push((index, lane.cursor()));
             }
             if self.barren {
                 return Err(Error::NoRecords {
@@ -255,6 +291,8 @@ impl Lanes {
             }
             // A damaged cursor may say the last epoch of all.
             self.begin(self.epoch.wrapping_add(1));
+            begins = true;
+            asked.clear();
         }
     }
 
@@ -393,6 +431,12 @@ impl MadeUp {
                 Content::Fake { index }
             } else {
                 Content::Zeros
+            },
+            step: Step {
+                epoch: self.epoch,
+                next: self.next,
+                begins: false,
+                asked: vec![],
             },
         })
     }

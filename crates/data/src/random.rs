@@ -25,6 +25,7 @@ pub(crate) enum Purpose {
 }
 
 /// SplitMix64 from a start that is a hash of seed, epoch and purpose: draw number n mixes start + n * [`STEP`].
+#[derive(Clone)]
 pub(crate) struct Random {
     state: u64,
 }

@@ -3,6 +3,7 @@
 
 use std::ops::{AddAssign, Mul};
 
+use crate::Resize;
 use crate::crop::Rect;
 use crate::jpeg::Image;
 
@@ -31,9 +32,18 @@ pub(crate) fn tf1(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut 
     resample(image, crop, taps, 0.0, |sum| sum, flip, out);
 }
 
+/// The weights of the filters that TensorFlow has, which it does not round.
+pub(crate) fn unrounded(resize: Resize, from: usize, to: usize) -> Taps<f32> {
+    match resize {
+        Resize::Pillow => unreachable!("Pillow rounds its weights"),
+        Resize::Tf => tf_taps(from, to),
+        Resize::Tf1 => tf1_taps(from, to),
+    }
+}
+
 /// For each output the first input it reads and the weights of that and the following ones.
 #[derive(Default)]
-struct Taps<W> {
+pub(crate) struct Taps<W> {
     /// First input, first weight, number of weights.
     spans: Vec<(usize, usize, usize)>,
     weights: Vec<W>,
@@ -45,7 +55,8 @@ impl<W: Copy> Taps<W> {
         self.weights.extend(weights);
     }
 
-    fn iter(&self) -> impl Iterator<Item = (usize, &[W])> {
+    /// The first input of each output, and the weights of it and those after it.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (usize, &[W])> {
         self.spans
             .iter()
             .map(|&(first, start, count)| (first, &self.weights[start..start + count]))

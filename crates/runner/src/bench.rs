@@ -1,5 +1,9 @@
 //! `runner bench`: how fast this machine computes, against what it could.
 
+mod input;
+
+pub(crate) use input::input;
+
 use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};

@@ -76,6 +76,9 @@ pub(crate) enum Command {
     VerifyResume(VerifyArgs),
     /// Say what this machine has, and what is missing
     Doctor(DoctorArgs),
+    /// Make, convert and audit shards of images
+    #[command(subcommand)]
+    Data(DataArgs),
     /// Measure how fast something is on this machine
     #[command(subcommand)]
     Bench(BenchArgs),
@@ -245,11 +248,168 @@ pub(crate) struct TrackSyncArgs {
 }
 
 #[derive(Debug, Subcommand)]
+pub(crate) enum DataArgs {
+    /// Make shards of photographs that nobody took, with the sizes and the code lengths of ImageNet's
+    Fake(DataFakeArgs),
+    /// Make shards of a directory with one folder of JPEG files for each class
+    ///
+    /// Records are shuffled by the seed. A conversion that was cut off goes on where it was, and ends with the same bytes.
+    Convert(DataConvertArgs),
+    /// Read and decode everything: checksums, labels, sizes, duplicates; exit code 3 if anything is wrong
+    Check(DataCheckArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataFakeArgs {
+    /// Directory of the shards
+    #[arg(value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// Photographs to make
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub(crate) examples: u64,
+
+    /// Files to put them in
+    #[arg(long, value_name = "N", default_value = "4", value_parser = RangedU64ValueParser::<usize>::new().range(1..=99_999))]
+    pub(crate) shards: usize,
+
+    /// Classes that they have, at random
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
+    pub(crate) classes: u64,
+
+    /// What the files' names begin with
+    #[arg(long, value_name = "NAME", default_value = "train", value_parser = split)]
+    pub(crate) split: String,
+
+    /// Other seeds make other photographs
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataConvertArgs {
+    /// Directory with one folder for each class
+    #[arg(long, value_name = "DIR")]
+    pub(crate) from: PathBuf,
+
+    /// Directory of the shards
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+
+    /// Files to put them in
+    #[arg(long, value_name = "N", default_value = "16", value_parser = RangedU64ValueParser::<usize>::new().range(1..=99_999))]
+    pub(crate) shards: usize,
+
+    /// What the files' names begin with
+    #[arg(long, value_name = "NAME", default_value = "train", value_parser = split)]
+    pub(crate) split: String,
+
+    /// The label that the first class gets; the others follow by name
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) label_offset: i64,
+
+    /// Other seeds give other orders
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataCheckArgs {
+    /// Glob of the TFRecord shards, in quotes
+    #[arg(value_name = "GLOB")]
+    pub(crate) data: String,
+
+    /// Labels less the offset have to be below it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 31))]
+    pub(crate) classes: Option<u64>,
+
+    /// The stored label of class 0
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) label_offset: i64,
+
+    /// Take an image that is there twice for a problem
+    #[arg(long)]
+    pub(crate) no_duplicates: bool,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// The beginning of a file's name.
+fn split(name: &str) -> Result<String, String> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    match !name.is_empty() && name.chars().all(is_plain) {
+        true => Ok(name.into()),
+        false => Err("expected letters, digits, dots, dashes and underscores".into()),
+    }
+}
+
+#[derive(Debug, Subcommand)]
 pub(crate) enum BenchArgs {
     /// Time the engine on a ResNet and made-up images: images/s, fraction of the peak, memory
     Engine(BenchEngineArgs),
     /// Time a card on a ResNet and made-up images: images/s, and a time line by kernel
     Cuda(BenchCudaArgs),
+    /// Time the input on real shards, from files to batches: images/s, per CPU-second, and where the time goes
+    Input(BenchInputArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchInputArgs {
+    /// Glob of the TFRecord shards, in quotes
+    #[arg(long, value_name = "GLOB")]
+    pub(crate) data: String,
+
+    /// Threads that decode [default: all cores]
+    #[arg(long, value_name = "T", value_parser = RangedU64ValueParser::<usize>::new().range(1..=1024))]
+    pub(crate) threads: Option<usize>,
+
+    /// Pixels of a side of the crops
+    #[arg(long, value_name = "R", default_value = "224", value_parser = RangedU64ValueParser::<usize>::new().range(1..=4096))]
+    pub(crate) resolution: usize,
+
+    /// Images of a batch
+    #[arg(long, value_name = "B", default_value = "100", value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) batch: usize,
+
+    /// How images are decoded, as `data.decode`
+    #[arg(long, default_value = "fast")]
+    pub(crate) decode: DecodeArg,
+
+    /// Whose resampling, as `data.resize`
+    #[arg(long, default_value = "pillow")]
+    pub(crate) resize: ResizeArg,
+
+    /// Seconds to count batches for; one at least is counted
+    #[arg(long, value_name = "S", default_value = "5", value_parser = clap::value_parser!(u64).range(..=3600))]
+    pub(crate) seconds: u64,
+
+    /// Print one JSON document instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// `data.decode` as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum DecodeArg {
+    /// The crop alone
+    Fast,
+    /// The whole image, to the bit
+    Exact,
+}
+
+/// `data.resize` as an argument.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ResizeArg {
+    /// Pillow's
+    Pillow,
+    /// TensorFlow 2's
+    Tf,
+    /// TensorFlow 1's
+    Tf1,
 }
 
 /// What a step of the engine is to do.

@@ -4,6 +4,7 @@ mod bench;
 mod bench_cuda;
 mod cli;
 mod config;
+mod data;
 mod doctor;
 mod evaluate;
 mod failure;
@@ -20,7 +21,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-use cli::{BenchArgs, Cli, Command, TrackArgs};
+use cli::{BenchArgs, Cli, Command, DataArgs, TrackArgs};
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
@@ -30,7 +31,11 @@ fn main() -> ExitCode {
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
+        (Some(Command::Data(DataArgs::Fake(args))), _) => data::fake(&args),
+        (Some(Command::Data(DataArgs::Convert(args))), _) => data::convert(&args),
+        (Some(Command::Data(DataArgs::Check(args))), _) => data::check(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
+        (Some(Command::Bench(BenchArgs::Input(args))), _) => bench::input(&args),
         (Some(Command::Bench(BenchArgs::Cuda(args))), _) => bench_cuda::cuda(&args),
         (Some(Command::Runs(args)), _) => report::runs(&args),
         (Some(Command::Report(args)), _) => report::report(&args),

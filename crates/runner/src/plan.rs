@@ -88,7 +88,7 @@ struct MemoryReport {
     scratch: usize,
     /// Batches that wait between decoding and the engine.
     batches: usize,
-    /// Records that wait to be shuffled.
+    /// Records that wait to be shuffled, and those that are read ahead.
     records: usize,
     /// Tensors and file of a checkpoint while it is written.
     checkpoint: usize,
@@ -369,6 +369,7 @@ impl MemoryReport {
         };
         let held = run.data.lanes.saturating_mul(run.data.shuffle_window);
         let held = held.min(train_examples.unwrap_or(0) as usize);
+        let held = held + batch_size.min(data::READ_AHEAD);
         let from_shards = run.data.source == Source::Tfrecord;
         let batches = BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value;
         let records = if from_shards {

@@ -131,6 +131,8 @@ pub struct Data {
     pub flip: bool,
     /// Whose resampling.
     pub resize: Resize,
+    /// How training images are decoded; evaluation is always exact.
+    pub decode: Decode,
     /// Shards read side by side, from 1 to 65536.
     #[schemars(range(min = 1, max = 65_536))]
     pub lanes: usize,
@@ -190,6 +192,16 @@ pub enum Resize {
     Tf,
     /// TensorFlow 1's, with its corner convention.
     Tf1,
+}
+
+/// How training images are decoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Decode {
+    /// The crop alone, resampled before its colours are converted; a level or so from exact.
+    Fast,
+    /// The whole image, to the bit as the library that `resize` names.
+    Exact,
 }
 
 /// `[train]`: how long, in what batches and on what.
@@ -464,6 +476,7 @@ impl Default for Data {
             crop_aspect: [0.75, 1.333_333_3],
             flip: true,
             resize: Resize::Pillow,
+            decode: Decode::Fast,
             lanes: 64,
             shuffle_window: 64,
             train_examples: None,

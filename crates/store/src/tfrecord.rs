@@ -119,9 +119,13 @@ impl Reader {
             return Ok(None);
         };
         // `header` has compared the length with what the file holds, so this allocates nothing absurd.
-        let mut bytes = vec![0; length as usize];
+        let mut bytes = Vec::with_capacity(length as usize);
         let mut crc = [0; FOOTER as usize];
-        self.fill(&mut bytes)?;
+        let payload = self.file.by_ref().take(length).read_to_end(&mut bytes);
+        payload.map_err(|e| Error::io("read", &self.path, e))?;
+        if bytes.len() as u64 != length {
+            return Err(self.shrunk());
+        }
         self.fill(&mut crc)?;
         let record = Record {
             offset: self.offset,
@@ -182,11 +186,13 @@ impl Reader {
 
     fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Error> {
         self.file.read_exact(bytes).map_err(|e| match e.kind() {
-            ErrorKind::UnexpectedEof => {
-                self.corrupt("the file became shorter while it was read".into())
-            }
+            ErrorKind::UnexpectedEof => self.shrunk(),
             _ => Error::io("read", &self.path, e),
         })
+    }
+
+    fn shrunk(&self) -> Error {
+        self.corrupt("the file became shorter while it was read".into())
     }
 
     fn corrupt(&self, what: String) -> Error {

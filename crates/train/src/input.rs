@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use spec::{Crop, Mode, Resize, Run, Source};
+use spec::{Crop, Decode, Mode, Resize, Run, Source};
 
 use crate::Error;
 
@@ -151,6 +151,10 @@ fn config(
             Resize::Pillow => data::Resize::Pillow,
             Resize::Tf => data::Resize::Tf,
             Resize::Tf1 => data::Resize::Tf1,
+        },
+        decode: match d.decode {
+            Decode::Fast => data::Decode::Fast,
+            Decode::Exact => data::Decode::Exact,
         },
         flip: d.flip,
         crop_ratio: run.eval.crop_ratio,

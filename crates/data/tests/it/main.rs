@@ -11,7 +11,7 @@ mod sources;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use data::{Batch, Config, Crop, Cursor, Loader, Resize, Source};
+use data::{Batch, Config, Crop, Cursor, Decode, Loader, Resize, Source};
 use tempfile::TempDir;
 use tfrecord::{Example, ExampleIter, ExampleWriter, Feature};
 
@@ -104,6 +104,7 @@ fn config(shards: &[PathBuf], lanes: usize, shuffle_window: usize) -> Config {
             aspect: [0.75, 4.0 / 3.0],
         },
         resize: Resize::Pillow,
+        decode: Decode::Exact,
         flip: true,
         crop_ratio: 0.875,
         max_bad_records: 0,

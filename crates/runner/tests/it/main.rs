@@ -7,6 +7,7 @@
 )]
 
 mod bench;
+mod data;
 mod messages;
 mod resume;
 #[path = "../../../track/tests/it/served.rs"]

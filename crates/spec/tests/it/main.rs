@@ -930,7 +930,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 51] = [
+const KEYS: [(&str, &str, bool); 52] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -949,6 +949,7 @@ const KEYS: [(&str, &str, bool); 51] = [
     ("data.crop_aspect", "[1.0, 1.0]", true),
     ("data.flip", "false", true),
     ("data.resize", "tf1", true),
+    ("data.decode", "exact", true),
     ("data.lanes", "1", true),
     ("data.shuffle_window", "1", true),
     ("data.train_examples", "5", true),

@@ -1,0 +1,256 @@
+//! `runner data` and `runner bench input`, on shards that are made here.
+
+use std::path::{Path, PathBuf};
+
+use crate::{check, json};
+
+fn path(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+/// Made-up photographs: 12 in 3 shards, and the pattern that names them.
+fn fake(dir: &Path) -> String {
+    let out = dir.join("fake");
+    check(
+        &[
+            "data",
+            "fake",
+            path(&out),
+            "--examples=12",
+            "--shards=3",
+            "--classes=5",
+        ],
+        0,
+    );
+    format!("{}/train-*", out.display())
+}
+
+#[test]
+fn made_up_shards_pass_the_check_and_feed_the_bench() {
+    let dir = tempfile::tempdir().unwrap();
+    let pattern = fake(dir.path());
+    let audit = json(
+        &check(
+            &[
+                "data",
+                "check",
+                &pattern,
+                "--classes=5",
+                "--no-duplicates",
+                "--json",
+            ],
+            0,
+        )
+        .0,
+    );
+    for (key, expected) in [
+        ("shards", 3),
+        ("records", 12),
+        ("duplicates", 0),
+        ("problem_count", 0),
+    ] {
+        assert_eq!(audit[key], expected, "{audit}");
+    }
+    let labels = audit["labels"].as_object().unwrap();
+    assert!(
+        labels
+            .keys()
+            .all(|label| (1..=5).contains(&label.parse::<i64>().unwrap())),
+        "{audit}"
+    );
+    assert_eq!(
+        labels.values().map(|n| n.as_u64().unwrap()).sum::<u64>(),
+        12
+    );
+
+    for decode in ["fast", "exact"] {
+        let args = [
+            "bench",
+            "input",
+            "--data",
+            &pattern,
+            "--batch=4",
+            "--resolution=32",
+            "--threads=2",
+            "--seconds=0",
+            "--decode",
+            decode,
+            "--json",
+        ];
+        let report = json(&check(&args, 0).0);
+        assert_eq!(
+            (&report["records"], &report["decode"]),
+            (&12.into(), &decode.into()),
+            "{report}"
+        );
+        assert!(report["images_per_s"].as_f64().unwrap() > 0.0, "{report}");
+        let stages = report["stages"].as_object().unwrap();
+        let shares = stages.iter().filter(|(name, _)| *name != "us_per_image");
+        let sum: f64 = shares.map(|(_, share)| share.as_f64().unwrap()).sum();
+        assert!((sum - 1.0).abs() < 1e-6, "{report}");
+        assert_eq!(
+            stages["exact"].as_f64().unwrap() == 0.0,
+            decode == "fast",
+            "{report}"
+        );
+    }
+}
+
+/// Every problem is told with its place, and the exit code is that of wrong data.
+#[test]
+fn the_check_finds_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let pattern = fake(dir.path());
+    let shard = |i: usize| dir.path().join(format!("fake/train-{i:05}-of-00003"));
+    // A payload that was changed, and a shard that was cut off.
+    let mut bytes = std::fs::read(shard(0)).unwrap();
+    bytes[5000] ^= 1;
+    std::fs::write(shard(0), bytes).unwrap();
+    let bytes = std::fs::read(shard(1)).unwrap();
+    std::fs::write(shard(1), &bytes[..bytes.len() - 10]).unwrap();
+    std::fs::copy(shard(2), dir.path().join("fake/train-again")).unwrap();
+
+    let (out, err) = check(&["data", "check", &pattern, "--no-duplicates", "--json"], 3);
+    let audit = json(&out);
+    assert_eq!(
+        (&audit["shards"], &audit["records"], &audit["duplicates"]),
+        (&4.into(), &14.into(), &4.into())
+    );
+    let problems: Vec<&str> = audit["problems"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p.as_str().unwrap())
+        .collect();
+    for what in [
+        "record 0 at byte 0: the checksum of the payload",
+        "do not fit in the",
+        "the same image as",
+    ] {
+        assert!(
+            problems.iter().any(|problem| problem.contains(what)),
+            "{what}: {problems:?}"
+        );
+    }
+    assert!(
+        err.contains("6 problems") && err.contains("hint: "),
+        "{err}"
+    );
+    let (out, _) = check(&["data", "check", path(&shard(2)), "--classes=1"], 3);
+    assert!(out.contains("is no class from 0 to 0"), "{out}");
+}
+
+/// The photographs of `data`'s tests in folders.
+fn folders(dir: &Path) -> PathBuf {
+    let photos = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/photos");
+    let from = dir.join("images");
+    let mut count = 0;
+    for entry in std::fs::read_dir(photos).unwrap() {
+        let entry = entry.unwrap().path();
+        if entry.extension().is_some_and(|e| e == "jpg") {
+            let name = entry.file_name().unwrap();
+            let class = from.join(format!("class-{}", name.len() % 3));
+            std::fs::create_dir_all(&class).unwrap();
+            std::fs::copy(&entry, class.join(name)).unwrap();
+            count += 1;
+        }
+    }
+    assert_eq!(count, 22);
+    from
+}
+
+fn convert(from: &Path, out: &Path, code: i32) -> (String, String) {
+    check(
+        &[
+            "data",
+            "convert",
+            "--from",
+            path(from),
+            "--out",
+            path(out),
+            "--shards=5",
+        ],
+        code,
+    )
+}
+
+fn shards(out: &Path) -> Vec<Vec<u8>> {
+    let shard = |i| std::fs::read(out.join(format!("train-{i:05}-of-00005"))).unwrap();
+    (0..5).map(shard).collect()
+}
+
+#[test]
+fn a_conversion_that_was_cut_off_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folders(dir.path());
+    let (once, twice) = (dir.path().join("once"), dir.path().join("twice"));
+    let (out, _) = convert(&from, &once, 0);
+    assert!(
+        out.starts_with("22 images of 3 classes in 5 shards;"),
+        "{out}"
+    );
+    assert_eq!(
+        std::fs::read_to_string(once.join("labels.txt")).unwrap(),
+        "class-0\nclass-1\nclass-2\n"
+    );
+    let pattern = format!("{}/train-*-of-*", once.display());
+    let audit = json(&check(&["data", "check", &pattern, "--classes=3", "--json"], 0).0);
+    assert_eq!(audit["records"], 22, "{audit}");
+
+    // What a kill leaves: some shards, and one that was being written.
+    convert(&from, &twice, 0);
+    for i in 2..5 {
+        std::fs::remove_file(twice.join(format!("train-{i:05}-of-00005"))).unwrap();
+    }
+    std::fs::write(twice.join(".train-00002-of-00005.tmp"), b"half").unwrap();
+    let (out, _) = convert(&from, &twice, 0);
+    assert!(out.contains("2 of them from before"), "{out}");
+    assert_eq!(shards(&once), shards(&twice));
+
+    // Other files are refused rather than mixed in.
+    std::fs::remove_file(
+        from.join("class-0")
+            .read_dir()
+            .unwrap()
+            .next()
+            .unwrap()
+            .unwrap()
+            .path(),
+    )
+    .unwrap();
+    let (_, err) = convert(&from, &twice, 2);
+    assert!(
+        err.contains("other files or other arguments") && err.contains("hint: "),
+        "{err}"
+    );
+}
+
+#[test]
+fn a_conversion_names_every_file_that_is_no_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folders(dir.path());
+    for name in ["a.txt", "b.jpg"] {
+        std::fs::write(from.join("class-1").join(name), b"no image").unwrap();
+    }
+    let out = dir.path().join("out");
+    let (_, err) = check(
+        &[
+            "data",
+            "convert",
+            "--from",
+            path(&from),
+            "--out",
+            path(&out),
+            "--shards=1",
+        ],
+        3,
+    );
+    for name in ["a.txt", "b.jpg", "2 files of shard 0"] {
+        assert!(err.contains(name), "{err}");
+    }
+    let (_, err) = check(
+        &["data", "convert", "--from", path(&out), "--out", path(&out)],
+        3,
+    );
+    assert!(err.contains("one folder for each class"), "{err}");
+}
