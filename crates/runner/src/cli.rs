@@ -84,7 +84,7 @@ pub(crate) enum Command {
     Bench(BenchArgs),
     /// Train many variants of a spec: a grid, a list or random draws
     ///
-    /// The table [sweep] of the file says which. Each run is a process of its own in runs/NAME/HASH, where HASH stands for
+    /// The table `[sweep]` of the file says which. Each run is a process of its own in runs/NAME/HASH, where HASH stands for
     /// what it computes: started again, the sweep passes over what is done and goes on with the rest.
     Sweep(SweepArgs),
     /// List runs: status, step, best accuracy, speed

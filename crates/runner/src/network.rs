@@ -10,6 +10,7 @@ use spec::{Device, Run};
 
 use crate::doctor;
 use crate::failure::Failure;
+use crate::plan;
 
 /// The network that a spec describes.
 pub(crate) fn network(run: &Run) -> Graph {
@@ -62,10 +63,15 @@ fn target(run: &Run) -> Result<(Target, Option<String>), Failure> {
     }
 }
 
-/// Whether the device that the spec names is there, and knows its number format.
-pub(crate) fn check(run: &Run) -> Result<(), Failure> {
+/// Whether the device that the spec names is there and knows its number format, and on the CPU whether memory will do
+/// for training.
+pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
     match target(run)? {
-        (Target::Cpu, _) => check_precision(run),
+        (Target::Cpu, _) => {
+            check_precision(run)?;
+            let input = plan::batches_in_flight(run, run.train.batch_size);
+            check_memory(run, graph, input)
+        }
         (Target::Cuda(_), _) => Ok(()),
     }
 }
@@ -156,7 +162,7 @@ fn cpu(run: &Run, graph: &Graph, state: &State) -> Result<Cpu, Failure> {
             "train.instructions: this CPU has no {level} instructions\nhint: \"auto\" takes the best there is, {best} here"
         )));
     }
-    check_memory(run, graph, Memory::plan(graph, &options).total())?;
+    check_memory(run, graph, 0)?;
     Ok(Cpu::new(graph, &options, state)?)
 }
 
@@ -173,19 +179,23 @@ fn check_precision(run: &Run) -> Result<(), Failure> {
     )))
 }
 
-/// Says before anything is allocated that memory will not do, and what would.
-fn check_memory(run: &Run, graph: &Graph, needed: usize) -> Result<(), Failure> {
+/// Says before anything is allocated that memory will not do for the engine and `besides` bytes, and what would.
+fn check_memory(run: &Run, graph: &Graph, besides: usize) -> Result<(), Failure> {
+    let needed = Memory::plan(graph, &options(run)).total() + besides;
     let Some(available) = doctor::memory_available().filter(|a| *a < needed as u64) else {
         return Ok(());
     };
-    let fitting = largest_bn_batch(run, graph, |bytes| bytes as u64 <= available);
+    let fitting = largest_bn_batch(run, graph, |bytes| (bytes + besides) as u64 <= available);
     let hint = match fitting {
         Some(n) => format!("train.bn_batch = {n} would fit"),
-        None => "no train.bn_batch would fit; a smaller model.resolution needs less".into(),
+        None => {
+            "no train.bn_batch would fit; a smaller model.resolution or train.batch_size needs less"
+                .into()
+        }
     };
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     Err(Failure::Run(format!(
-        "train.bn_batch = {}: the engine needs {:.1} GiB of memory, {:.1} GiB are available\nhint: {hint}; runner plan says what takes how much",
+        "train.bn_batch = {}: the engine and its input need {:.1} GiB of memory, {:.1} GiB are available\nhint: {hint}; runner plan says what takes how much",
         run.train.bn_batch(),
         gib(needed as u64),
         gib(available),

@@ -180,6 +180,14 @@ impl CardReport {
 
 /// Two batches wait, one is decoded, one is in use.
 const BATCHES_IN_FLIGHT: usize = 4;
+
+/// Bytes of the batches that wait, are decoded and in use.
+pub(crate) fn batches_in_flight(run: &Run, batch_size: usize) -> usize {
+    let is_rounded = run.data.resize == Resize::Pillow || run.data.source != Source::Tfrecord;
+    let value = if is_rounded { 1 } else { size_of::<f32>() };
+    BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value
+}
+
 /// Mean size of ImageNet's records.
 const RECORD_BYTES: usize = 115_000;
 
@@ -361,8 +369,6 @@ fn check(run: &Run) -> Result<(), Failure> {
 
 impl MemoryReport {
     fn new(run: &Run, graph: &Graph, checkpoint: usize, train_examples: Option<u64>) -> Self {
-        let is_rounded = run.data.resize == Resize::Pillow || run.data.source != Source::Tfrecord;
-        let value = if is_rounded { 1 } else { size_of::<f32>() };
         let (is_training, batch_size) = match train_examples {
             Some(_) => (true, run.train.batch_size),
             None => (false, run.train.bn_batch()),
@@ -371,7 +377,7 @@ impl MemoryReport {
         let held = held.min(train_examples.unwrap_or(0) as usize);
         let held = held + batch_size.min(data::READ_AHEAD);
         let from_shards = run.data.source == Source::Tfrecord;
-        let batches = BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value;
+        let batches = batches_in_flight(run, batch_size);
         let records = if from_shards {
             held * record_bytes(run, train_examples)
         } else {

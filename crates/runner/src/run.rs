@@ -32,7 +32,8 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     if run.mode == Mode::Eval {
         return evaluate::latest(&run, how.fresh);
     }
-    network::check(&run)?;
+    let graph = network::network(&run);
+    network::check(&run, &graph)?;
     let labels = network::labels(&run)?;
     let input = Input::open(&run)?;
     let plan = Plan::new(&run, input.train_examples)
@@ -80,7 +81,6 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
         Terminal::Auto
     };
     let mut trackers = Trackers::open(&dir, resume, &config, terminal);
-    let graph = network::network(&run);
     let (title, params) = (network::title(&run), graph.counts().params);
     trackers.note(&format!("{}: {title}, {params} parameters", run.name));
     let (mut at, state) = match start {

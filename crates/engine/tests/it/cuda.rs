@@ -1,13 +1,15 @@
 //! The CUDA engine on a card, against the oracle and the CPU engine. Without a card each test says that it is skipped;
 //! with REQUIRE_CUDA=1 that is a failure.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Arc, Mutex};
 
 use engine::cpu::{self, Cpu};
 use engine::cuda::{Cuda, Options, Precision, cards};
 use engine::oracle::Oracle;
-use engine::{Engine, Hyper, NoCache, State, initial_state};
+use engine::{Cache, Engine, Hyper, NoCache, State, initial_state};
 use graph::{Graph, Init, Plane, ValueId};
 
 use crate::{Data, NORMAL, Random, conv_bn, error, hyper, middle, worst};
@@ -90,8 +92,32 @@ fn has_card() -> bool {
 }
 
 fn engine(graph: &Graph, micro_batch: usize, precision: Precision, state: &State) -> Cuda {
+    cached_engine(graph, micro_batch, precision, state, Box::new(NoCache))
+}
+
+fn cached_engine(
+    graph: &Graph,
+    micro_batch: usize,
+    precision: Precision,
+    state: &State,
+    cache: Box<dyn Cache>,
+) -> Cuda {
     let options = Options::new(0, micro_batch, precision);
-    Cuda::new(graph, &options, state, Box::new(NoCache)).unwrap_or_else(|e| panic!("{e}"))
+    Cuda::new(graph, &options, state, cache).unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// Engines that share it choose the same plans.
+#[derive(Clone, Default)]
+struct Shared(Arc<Mutex<BTreeMap<String, Vec<u8>>>>);
+
+impl Cache for Shared {
+    fn get(&self, name: &str) -> Option<Vec<u8>> {
+        self.0.lock().unwrap().get(name).cloned()
+    }
+
+    fn put(&self, name: &str, bytes: &[u8]) {
+        self.0.lock().unwrap().insert(name.into(), bytes.into());
+    }
 }
 
 fn bottleneck(g: &mut Graph, name: &str, x: ValueId, out: usize, stride: usize) -> ValueId {
@@ -225,11 +251,15 @@ fn cuda_bits_repeat() {
     let r = &mut Random::new(5);
     let data: Vec<Data> = (0..6).map(|_| Data::new(r, &graph, images)).collect();
     for precision in [Precision::Bf16, Precision::F16] {
-        let mut straight = engine(&graph, images, precision, &state);
+        let cache = Shared::default();
+        let engine = |state: &State| {
+            cached_engine(&graph, images, precision, state, Box::new(cache.clone()))
+        };
+        let mut straight = engine(&state);
         steps(&mut straight, &data, &hyper());
         let end = straight.state();
 
-        let mut overlapping = engine(&graph, images, precision, &state);
+        let mut overlapping = engine(&state);
         let mut under_way = None;
         for data in &data {
             let step = overlapping.start_step(&data.batch(), &hyper()).unwrap();
@@ -240,11 +270,11 @@ fn cuda_bits_repeat() {
         overlapping.finish_step(under_way.unwrap()).unwrap();
         assert!(end == overlapping.state(), "{precision}: overlapping");
 
-        let mut first = engine(&graph, images, precision, &state);
+        let mut first = engine(&state);
         steps(&mut first, &data[..3], &hyper());
         let middle = first.state();
         drop(first);
-        let mut second = engine(&graph, images, precision, &middle);
+        let mut second = engine(&middle);
         // An evaluation in between changes nothing.
         second.eval_step(&data[0].batch()).unwrap();
         steps(&mut second, &data[3..], &hyper());

@@ -348,10 +348,11 @@ fn a_batch_that_does_not_fit_is_told_which_would() {
     let config = "configs/resnet50.toml";
     let (_, said) = sets(&[config], "train.bn_batch=4096", 4);
     assert!(
-        said.contains("train.bn_batch = 4096: the engine needs ")
+        said.contains("train.bn_batch = 4096: the engine and its input need ")
             && said.contains(" GiB are available"),
         "{said}"
     );
+    assert!(!home.path().exists(), "nothing was started");
     let fits = said.split("hint: train.bn_batch = ").nth(1).expect(&said);
     let (fits, _) = fits.split_once(" would fit").expect(&said);
     let fits: usize = fits.parse().unwrap();
