@@ -395,6 +395,8 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
             .expect("a string can be written to");
     }
     let made_from = args.out.join(format!("{}.made-from", args.split));
+    let shards =
+        || (0..args.shards).map(|i| args.out.join(shard_name(&args.split, i, args.shards)));
     match std::fs::read_to_string(&made_from) {
         Ok(earlier) if earlier != lines => {
             return Err(Failure::Spec(format!(
@@ -404,7 +406,20 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
             )));
         }
         Ok(_) => {}
-        Err(_) => store::write_atomic(&made_from, &[lines.as_bytes()])?,
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Failure::Run(format!("{}: {e}", made_from.display())));
+        }
+        Err(_) => match shards().find(|shard| shard.exists()) {
+            Some(shard) => {
+                return Err(Failure::Spec(format!(
+                    "{}: it is there, and no {} says what it was made from\n\
+                     hint: name another --out or --split, or remove the shards",
+                    shard.display(),
+                    made_from.display()
+                )));
+            }
+            None => store::write_atomic(&made_from, &[lines.as_bytes()])?,
+        },
     }
     let mut labels = String::new();
     for folder in &folders {

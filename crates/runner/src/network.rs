@@ -72,7 +72,21 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
             let input = plan::batches_in_flight(run, run.train.batch_size);
             check_memory(run, graph, input)
         }
-        (Target::Cuda(_), _) => Ok(()),
+        (Target::Cuda(card), _) => {
+            let options = cuda_options(run, &card);
+            let memory = cuda::Memory::plan(graph, &options, &card, run.train.batch_size);
+            if memory.total() <= card.memory {
+                return Ok(());
+            }
+            let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
+            Err(Failure::Run(format!(
+                "train.bn_batch = {}: the engine needs {:.1} GiB, {card} has {:.1} GiB\n\
+                 hint: a smaller train.bn_batch needs less; runner plan says what takes how much",
+                run.train.bn_batch(),
+                gib(memory.total()),
+                gib(card.memory),
+            )))
+        }
     }
 }
 

@@ -278,8 +278,8 @@ impl Shop<'_> {
             entry.status = Status::Failed("it left no summary.json".into());
             return;
         };
-        if self.stop.load(Ordering::Relaxed) && until.is_some() && !is_at_end(summary) {
-            return; // it may have stopped for the signal, and not for the round
+        if until.is_some() && !is_at_end(summary) {
+            return; // it was stopped by a signal, and not by the end of the round
         }
         match &summary.eval {
             Some(eval) if until.is_some() && !entry.reached.contains_key(&rung) => {

@@ -174,13 +174,14 @@ impl Gpus {
         let last = Arc::new(Mutex::new(BTreeMap::new()));
         let told = Arc::clone(&last);
         thread::Builder::new().name("gpus".into()).spawn(move || {
-            for line in BufReader::new(output).lines() {
-                let Ok(line) = line else { return };
+            let told = || told.lock().unwrap_or_else(PoisonError::into_inner);
+            for line in BufReader::new(output).lines().map_while(Result::ok) {
                 if let Some((index, gpu)) = gpu(&line) {
-                    let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
-                    told.insert(index, gpu);
+                    told().insert(index, gpu);
                 }
             }
+            // It has ended, and what it said last is no longer so.
+            told().clear();
         })?;
         Ok(Self { child, last })
     }

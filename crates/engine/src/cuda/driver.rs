@@ -355,6 +355,17 @@ pub(crate) fn hash(bytes: &[u8]) -> u64 {
     })
 }
 
+/// With its hash in front, so that what comes back from a cache is known to be whole: the driver is told no length.
+fn sealed(code: &[u8]) -> Vec<u8> {
+    [&hash(code).to_le_bytes(), code].concat()
+}
+
+/// What was sealed; none if it has changed since.
+fn unsealed(bytes: Vec<u8>) -> Option<Vec<u8>> {
+    let (seal, code) = bytes.split_first_chunk()?;
+    (u64::from_le_bytes(*seal) == hash(code)).then(|| code.to_vec())
+}
+
 /// A card that is in use: two streams and the kernels.
 pub(crate) struct Gpu {
     pub(crate) card: Card,
@@ -418,14 +429,14 @@ impl Gpu {
         )
         .replace([' ', '(', ')'], "")
         .replace(',', ".");
-        let code = match cache.get(&key) {
+        let code = match cache.get(&key).and_then(unsealed) {
             Some(code) => code,
             None => {
                 let (code, _) = compile(&arch, element).map_err(|log| Error::Device {
                     what: format!("NVRTC does not compile the kernels for {arch}: {log}"),
                     hint: "this is a fault of the program; please report it".into(),
                 })?;
-                cache.put(&key, &code);
+                cache.put(&key, &sealed(&code));
                 code
             }
         };
@@ -479,8 +490,12 @@ impl Gpu {
                 sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { bytes },
                 _ => failed("cannot allocate memory of the card", e),
             })?;
-            result::memset_d8_sync(address, 0, bytes).map_err(|e| failed("cuda", e))?;
-            Ok(Block { address, bytes })
+            let block = Block { address, bytes };
+            // On the engine's own stream: another is not ordered with it, and clearing would go on behind our back.
+            result::memset_d8_async(address, 0, bytes, self.stream)
+                .and_then(|()| result::stream::synchronize(self.stream))
+                .map_err(|e| failed("cuda", e))?;
+            Ok(block)
         }
     }
 
@@ -532,8 +547,12 @@ impl Gpu {
     /// Writes memory, after everything that was begun before.
     pub(crate) fn upload<V: Copy>(&self, to: Address, values: &[V]) -> Result<(), Error> {
         self.wait()?;
-        // SAFETY: callers name memory of at least this length.
-        unsafe { result::memcpy_htod_sync(to, values) }.map_err(|e| failed("copy to the card", e))
+        // SAFETY: callers name memory of at least this length; the values stay until the stream is done.
+        unsafe {
+            result::memcpy_htod_async(to, values, self.stream)
+                .and_then(|()| result::stream::synchronize(self.stream))
+        }
+        .map_err(|e| failed("copy to the card", e))
     }
 
     /// Reads memory, after everything that was begun before.

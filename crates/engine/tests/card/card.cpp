@@ -149,9 +149,9 @@ int cuMemFree_v2(Address at) {
     free((void*)at);
     return SUCCESS;
 }
-int cuMemsetD8_v2(Address at, unsigned char v, size_t bytes) {
+int cuMemsetD8Async(Address at, unsigned char v, size_t bytes, Stream* s) {
     demand(holds(at, bytes), "memory beyond a block is set");
-    return memset((void*)at, v, bytes), SUCCESS;
+    return s->push([=] { memset((void*)at, v, bytes); }), SUCCESS;
 }
 int cuMemHostAlloc(void** p, size_t bytes, unsigned) { return *p = aligned_alloc(512, (bytes + 511) / 512 * 512), SUCCESS; }
 int cuMemFreeHost(void* p) { return free(p), SUCCESS; }
@@ -161,7 +161,6 @@ static void copy(void* to, const void* from, size_t bytes, bool to_card, bool fr
     demand(!from_card || holds((Address)from, bytes), "a copy comes from beyond a block");
     memcpy(to, from, bytes);
 }
-int cuMemcpyHtoD_v2(Address to, const void* from, size_t n) { return copy((void*)to, from, n, true, false), SUCCESS; }
 int cuMemcpyDtoH_v2(void* to, Address from, size_t n) { return copy(to, (void*)from, n, false, true), SUCCESS; }
 int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t n, Stream* s) {
     return s->push([=] { copy((void*)to, from, n, true, false); }), SUCCESS;

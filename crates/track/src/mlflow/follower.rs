@@ -176,7 +176,11 @@ fn hint(journal: &Path) -> String {
 
 /// A file of the run directory by its path there, so that the directory may move.
 fn relative(file: &Path, dir: &Path) -> PathBuf {
-    file.strip_prefix(dir).unwrap_or(file).into()
+    match file.strip_prefix(dir) {
+        Ok(inside) => inside.into(),
+        // Readers start from the run directory, not from where we are.
+        Err(_) => std::path::absolute(file).unwrap_or_else(|_| file.into()),
+    }
 }
 
 /// How far a server is.
@@ -211,12 +215,21 @@ pub(crate) struct Courier {
 
 impl Courier {
     fn new(dir: &Path, access: &Access, saying: Sender<Said>) -> Result<Self, String> {
+        let journal = dir.join(JOURNAL);
+        let sent = all_sent(dir).remove(&access.url).unwrap_or_default();
+        // A journal that a crash has cut may be shorter than what the server got: sent again, it changes nothing there.
+        let written = std::fs::metadata(&journal).map_or(0, |m| m.len());
+        let sent = if sent.bytes > written {
+            Sent::default()
+        } else {
+            sent
+        };
         Ok(Self {
             client: Client::new(access)?,
             access: access.clone(),
             dir: dir.into(),
-            journal: dir.join(JOURNAL),
-            sent: all_sent(dir).remove(&access.url).unwrap_or_default(),
+            journal,
+            sent,
             saying,
             dropped: 0,
             delivered: 0,
