@@ -15,12 +15,81 @@ use std::ops::Range;
 
 use graph::Geometry;
 
-use super::direct::{Patch, has_patches};
 use super::fuse::{Read, Source, read_as};
 use super::memory::{Scratch, Span};
 use super::pool::Pool;
 use super::simd::{Element, Isa, Job, Level};
 use super::weights::{CHUNK, Panels};
+
+/// Whether whole patches are packed: a few channels only, which would waste most of a
+/// vector.
+fn has_patches(kernel: usize, channels: usize) -> bool {
+    kernel > 1 && channels < 8 && kernel * kernel * channels + 16 <= PATCH
+}
+
+/// Channels of the largest patch, and room behind.
+const PATCH: usize = 8 * CHUNK;
+
+/// What a window sees, row by row, as f32.
+struct Patch {
+    from: (usize, usize, usize),
+    kernel: usize,
+    stride: usize,
+    depth: usize,
+    /// The first `depth` are the patch, the others zero.
+    values: [f32; PATCH],
+}
+
+impl Patch {
+    /// Windows of a side of `kernel` on planes of height, width and channels `from`.
+    fn new(from: (usize, usize, usize), kernel: usize, stride: usize) -> Self {
+        let depth = kernel * kernel * from.2;
+        assert!(depth + 16 <= PATCH, "a patch has room");
+        Self {
+            from,
+            kernel,
+            stride,
+            depth,
+            values: [0.0; PATCH],
+        }
+    }
+
+    /// Reads the patch of the result at row `gy`, column `gx`.
+    ///
+    /// # Safety
+    /// The CPU has `I`'s instructions, the image is one of the source's, and nobody writes it meanwhile.
+    #[inline(always)]
+    unsafe fn read<I: Isa, S: Read>(&mut self, source: &S, image: usize, gy: usize, gx: usize) {
+        let ((h, w, c), k) = (self.from, self.kernel);
+        let pad = (k - 1) / 2;
+        let (y0, x0) = (gy * self.stride, gx * self.stride);
+        let inside_y = pad.saturating_sub(y0)..k.min((h + pad).saturating_sub(y0));
+        let inside_x = pad.saturating_sub(x0)..k.min((w + pad).saturating_sub(x0));
+        if inside_y.len() < k || inside_x.len() < k {
+            self.values[..self.depth].fill(0.0);
+        }
+        for ky in inside_y {
+            let at = ((image * h + y0 + ky - pad) * w + x0 + inside_x.start - pad) * c;
+            let length = inside_x.len() * c;
+            let first = (ky * k + inside_x.start) * c;
+            // SAFETY: the caller's word; `values` has room behind the patch for a whole vector.
+            unsafe {
+                let to = self.values.as_mut_ptr().add(first);
+                if S::FLAT {
+                    for j in (0..length).step_by(I::LANES) {
+                        let n = (length - j).min(I::LANES);
+                        I::store_part(to.add(j), source.part::<I>(at, j, n), n);
+                    }
+                } else {
+                    for pixel in 0..inside_x.len() {
+                        let v = source.part::<I>(at + pixel * c, 0, c);
+                        I::store_part(to.add(pixel * c), v, c);
+                    }
+                }
+            }
+        }
+    }
+}
 
 /// Channels of x in a panel: rows of a tile.
 const ROWS: usize = 8;
