@@ -9,11 +9,13 @@ pub mod cuda;
 mod init;
 mod labels;
 pub mod oracle;
+mod profile;
 mod state;
 
 use std::fmt;
 
 pub use init::initial_state;
+pub use profile::KernelTime;
 pub use state::{LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
 
 /// Mean of each channel over ImageNet, 0..255 scale: 255 * (0.485, 0.456, 0.406).
@@ -73,6 +75,18 @@ impl<'a> Batch<'a> {
     /// Number of images.
     pub fn images(&self) -> usize {
         self.labels.len()
+    }
+
+    /// Callers hand in whole images of the network's size, and classes that it has.
+    fn check(&self, graph: &graph::Graph) {
+        let (images, image) = (self.images(), graph.plane(graph.input()));
+        assert!(images > 0, "a batch has images");
+        assert_eq!(self.pixels.len(), images * image.elements(), "{image:?}");
+        let classes = graph.classes();
+        assert!(
+            self.labels.iter().all(|&l| (l as usize) < classes),
+            "labels below {classes}"
+        );
     }
 
     /// The micro-batches of at most `size` images, in order.

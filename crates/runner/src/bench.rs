@@ -8,7 +8,8 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use engine::cpu::{Cpu, KernelTime, Level, Memory, Options, peak};
+use engine::KernelTime;
+use engine::cpu::{Cpu, Level, Memory, Options, peak};
 use engine::{Batch, Decay, Engine, Hyper, Pixels};
 use graph::Graph;
 use serde::Serialize;

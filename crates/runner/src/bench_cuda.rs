@@ -4,7 +4,8 @@ use std::fmt::Write;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use engine::cuda::{self, Cuda, KernelTime, Options};
+use engine::KernelTime;
+use engine::cuda::{self, Cuda, Options};
 use engine::{Batch, Engine, Pixels};
 use serde::Serialize;
 

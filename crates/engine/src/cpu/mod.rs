@@ -35,6 +35,7 @@ use std::time::Duration;
 
 use graph::{Graph, Mode, NORM_UPDATE, ParamId};
 
+use crate::profile::{self, KernelTime, Profile};
 use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
 use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
 use choose::CpuCaps;
@@ -226,21 +227,6 @@ impl Running {
     }
 }
 
-/// Time that calls of one kernel took together.
-#[derive(Clone, Debug)]
-pub struct KernelTime {
-    /// What it computes, on which shapes.
-    pub name: String,
-    /// How often it ran.
-    pub calls: usize,
-    /// Time on the clock, all threads taking part.
-    pub time: Duration,
-    /// Multiply-adds, as if each were done (Winograd does fewer).
-    pub macs: usize,
-    /// Bytes of the tensors that it reads and writes, each counted once.
-    pub bytes: usize,
-}
-
 /// The engine.
 pub struct Cpu {
     graph: Graph,
@@ -258,7 +244,7 @@ pub struct Cpu {
     folded_for: Option<usize>,
     scratch: Block,
     pool: Pool,
-    profile: Option<BTreeMap<String, KernelTime>>,
+    profile: Profile,
 }
 
 impl Cpu {
@@ -317,26 +303,7 @@ impl Cpu {
 
     /// What was measured since, slowest first; measuring ends.
     pub fn take_profile(&mut self) -> Vec<KernelTime> {
-        let mut all: Vec<_> = self
-            .profile
-            .take()
-            .unwrap_or_default()
-            .into_values()
-            .collect();
-        all.sort_by_key(|k| std::cmp::Reverse(k.time));
-        all
-    }
-
-    /// Callers hand in whole images of the network's size, and classes that it has.
-    fn check(&self, batch: &Batch<'_>) {
-        let (images, image) = (batch.images(), self.graph.plane(self.graph.input()));
-        assert!(images > 0, "a batch has images");
-        assert_eq!(batch.pixels.len(), images * image.elements(), "{image:?}");
-        let classes = self.graph.classes();
-        assert!(
-            batch.labels.iter().all(|&l| (l as usize) < classes),
-            "labels below {classes}"
-        );
+        profile::take(&mut self.profile)
     }
 
     fn program(&mut self, batch: usize, mode: Mode) -> Result<Arc<Compiled>, Error> {
@@ -496,7 +463,7 @@ impl Engine for Cpu {
     }
 
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error> {
-        self.check(batch);
+        batch.check(&self.graph);
         let mut total = Metrics::default();
         let mut micro_batches = 0;
         for micro in batch.micro_batches(self.options.micro_batch) {
@@ -517,7 +484,7 @@ impl Engine for Cpu {
     }
 
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
-        self.check(batch);
+        batch.check(&self.graph);
         let mut total = Metrics::default();
         for micro in batch.micro_batches(self.options.micro_batch) {
             let program = self.program(micro.images(), Mode::Infer)?;

@@ -25,6 +25,7 @@ use cudarc::driver::{result, sys};
 use graph::{Graph, Mode, Program};
 
 use crate::labels::targets;
+use crate::profile::{self, KernelTime, Profile};
 use crate::state::{self, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
 use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Started};
 use calls::{CHUNK, Call, Calls, CudaCaps, Layout, Places};
@@ -180,21 +181,6 @@ impl Memory {
     }
 }
 
-/// Time that calls of one kernel took together.
-#[derive(Clone, Debug)]
-pub struct KernelTime {
-    /// What it computes, on which shapes.
-    pub name: String,
-    /// How often it ran.
-    pub calls: usize,
-    /// Time on the card.
-    pub time: Duration,
-    /// Multiply-adds of convolutions.
-    pub macs: usize,
-    /// Bytes of the tensors that it reads and writes, each counted once.
-    pub bytes: usize,
-}
-
 /// A program that is ready to run.
 struct Compiled {
     image: Address,
@@ -287,7 +273,7 @@ pub struct Cuda {
     /// Steps begun and not finished, oldest first: number and slot.
     running_steps: VecDeque<(u64, usize)>,
     steps: u64,
-    profile: Option<BTreeMap<String, KernelTime>>,
+    profile: Profile,
     cache: Box<dyn Cache>,
     gpu: Gpu,
 }
@@ -421,14 +407,7 @@ impl Cuda {
 
     /// What was measured since, slowest first; measuring ends.
     pub fn take_profile(&mut self) -> Vec<KernelTime> {
-        let mut all: Vec<_> = self
-            .profile
-            .take()
-            .unwrap_or_default()
-            .into_values()
-            .collect();
-        all.sort_by_key(|k| std::cmp::Reverse(k.time));
-        all
+        profile::take(&mut self.profile)
     }
 
     fn control(&self) -> Control {
@@ -453,18 +432,6 @@ impl Cuda {
             scored: control.scored,
             totals: control.totals,
         }
-    }
-
-    /// Callers hand in whole images of the network's size, and classes that it has.
-    fn check(&self, batch: &Batch<'_>) {
-        let (images, image) = (batch.images(), self.graph.plane(self.graph.input()));
-        assert!(images > 0, "a batch has images");
-        assert_eq!(batch.pixels.len(), images * image.elements(), "{image:?}");
-        let classes = self.graph.classes();
-        assert!(
-            batch.labels.iter().all(|&l| (l as usize) < classes),
-            "labels below {classes}"
-        );
     }
 
     fn do_call(&self, call: &Call, bound: Option<&Bound>) -> Result<(), Error> {
@@ -871,7 +838,7 @@ impl Cuda {
         mut see: impl FnMut(Vec<f32>),
         wants_logits: bool,
     ) -> Result<Metrics, Error> {
-        self.check(batch);
+        batch.check(&self.graph);
         self.gpu.enter()?;
         assert!(self.running_steps.is_empty(), "every step is finished");
         // A part of a micro-batch runs as a whole one, whose other images are not counted.
@@ -1028,7 +995,7 @@ impl Engine for Cuda {
     }
 
     fn start_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Started, Error> {
-        self.check(batch);
+        batch.check(&self.graph);
         self.gpu.enter()?;
         assert!(self.running_steps.len() < 2, "two steps at most are begun");
         let images = batch.images();
