@@ -188,18 +188,7 @@ impl MetricsFile {
 
     /// Appends a line.
     pub(crate) fn write(&mut self, line: &impl Serialize) -> io::Result<()> {
-        let mut text = serde_json::to_string(line)?;
-        text.push('\n');
-        let Some(file) = &mut self.file else {
-            return Err(io::Error::other("it could not be opened"));
-        };
-        let written = file.write_all(text.as_bytes());
-        match written {
-            Ok(()) => self.length += text.len() as u64,
-            // A full disk may have taken half a line. Should this fail too, the failure is already counted.
-            Err(_) => drop(file.set_len(self.length)),
-        }
-        written
+        append_line(self.file.as_mut(), &mut self.length, line)
     }
 
     /// Forces the lines to the disk. A file that was lost since the last time is made anew.
@@ -227,6 +216,26 @@ fn whole_lines(file: &mut File) -> io::Result<u64> {
     file.read_to_end(&mut text)?;
     let end = text.iter().rposition(|&byte| byte == b'\n');
     Ok(end.map_or(0, |end| end as u64 + 1))
+}
+
+/// Appends a line to a file of lines, `length` bytes long so far.
+pub(crate) fn append_line(
+    file: Option<&mut File>,
+    length: &mut u64,
+    line: &impl Serialize,
+) -> io::Result<()> {
+    let mut text = serde_json::to_string(line)?;
+    text.push('\n');
+    let Some(file) = file else {
+        return Err(io::Error::other("it could not be opened"));
+    };
+    let written = file.write_all(text.as_bytes());
+    match written {
+        Ok(()) => *length += text.len() as u64,
+        // A full disk may have taken half a line. Should this fail too, the failure is already counted.
+        Err(_) => drop(file.set_len(*length)),
+    }
+    written
 }
 
 #[cfg(test)]

@@ -5,14 +5,14 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use super::Tag;
 use super::rest::Dataset;
-use crate::metrics::number;
+use crate::metrics::{append_line, number};
 use crate::{Resume, milliseconds};
 
 /// The journal's name in a run directory.
@@ -146,18 +146,7 @@ impl Journal {
 
     /// Appends an event.
     pub(crate) fn append(&mut self, event: &Event) -> io::Result<()> {
-        let mut text = serde_json::to_string(event)?;
-        text.push('\n');
-        let Some(file) = &mut self.file else {
-            return Err(io::Error::other("it could not be opened"));
-        };
-        let written = file.write_all(text.as_bytes());
-        match written {
-            Ok(()) => self.length += text.len() as u64,
-            // A full disk may have taken half a line. Should this fail too, the failure is already counted.
-            Err(_) => drop(file.set_len(self.length)),
-        }
-        written
+        append_line(self.file.as_mut(), &mut self.length, event)
     }
 
     /// Forces the events to the disk.
