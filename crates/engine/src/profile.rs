@@ -12,6 +12,8 @@ pub struct KernelTime {
     pub calls: usize,
     /// Time on the clock, all threads taking part, or on the card.
     pub time: Duration,
+    /// Of the fastest call: what a machine that others use too can do.
+    pub fastest: Duration,
     /// Multiply-adds, as if each were done (Winograd does fewer); on a card those of convolutions.
     pub macs: usize,
     /// Bytes of the tensors that it reads and writes, each counted once.

@@ -205,6 +205,8 @@ struct Rate {
 struct KernelRow {
     name: String,
     seconds_per_step: f64,
+    /// As if every call were as fast as the fastest.
+    fastest_seconds_per_step: f64,
     /// Of the time of a step.
     share: f64,
     calls_per_step: f64,
@@ -219,6 +221,8 @@ impl KernelRow {
         Self {
             name: kernel.name,
             seconds_per_step: seconds / steps as f64,
+            fastest_seconds_per_step: kernel.fastest.as_secs_f64() * kernel.calls as f64
+                / steps as f64,
             share: seconds / total,
             calls_per_step: kernel.calls as f64 / steps as f64,
             flops: per_s(2 * kernel.macs),
@@ -232,8 +236,9 @@ impl KernelRow {
             v => format!("{:.digits$}", v * 1e-9),
         };
         format!(
-            "{:>10.2} {:>6.1} {:>5} {:>8} {:>6}  {}",
+            "{:>10.2} {:>8.2} {:>6.1} {:>5} {:>8} {:>6}  {}",
             self.seconds_per_step * 1e3,
+            self.fastest_seconds_per_step * 1e3,
             self.share * 100.0,
             self.calls_per_step,
             rate(self.flops, 1),
@@ -360,8 +365,8 @@ impl Report {
                 accounted * 100.0
             ));
             line(format!(
-                "{:>10} {:>6} {:>5} {:>8} {:>6}  kernel, in one step",
-                "ms", "%", "calls", "GFLOP/s", "GB/s"
+                "{:>10} {:>8} {:>6} {:>5} {:>8} {:>6}  kernel, in one step",
+                "ms", "best", "%", "calls", "GFLOP/s", "GB/s"
             ));
             rows.iter().for_each(|row| line(row.text()));
         }

@@ -251,6 +251,7 @@ pub(crate) fn options(run: &Run) -> Options {
             spec::Instructions::Avx2 => Level::Avx2,
             spec::Instructions::Avx512 => Level::Avx512,
             spec::Instructions::Avx512Bf16 => Level::Avx512Bf16,
+            spec::Instructions::Amx => Level::Amx,
         },
         winograd: run.train.winograd,
         ..Options::new(run.train.bn_batch(), threads(run))

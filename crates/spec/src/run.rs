@@ -245,6 +245,8 @@ pub enum Instructions {
     Avx512,
     /// AVX-512 with dot products of bf16.
     Avx512Bf16,
+    /// AVX-512 with matrix tiles of bf16 (AMX).
+    Amx,
 }
 
 /// Number format of activations.

@@ -6,7 +6,7 @@ use half::bf16;
 use super::fuse::Partials;
 use super::memory::ALIGNMENT;
 use super::simd::Level;
-use super::{Options, Precision, direct, pixels, wgrad, wino};
+use super::{Options, Precision, direct, pixels, wgrad, wgrad_tiles, wino};
 
 /// What the engine asks of a program.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +27,7 @@ pub(crate) enum Product {
 #[derive(Clone, Debug)]
 pub(crate) enum WeightProduct {
     Direct(wgrad::Plan),
+    Tiled(wgrad_tiles::Plan),
     Winograd(wino::Plan),
 }
 
@@ -41,7 +42,7 @@ impl CpuCaps {
 
     /// Whether convolutions multiply pairs of bf16.
     pub(crate) fn multiplies_bf16(&self) -> bool {
-        self.precision == Precision::Bf16 && self.level == Level::Avx512Bf16
+        self.precision == Precision::Bf16 && matches!(self.level, Level::Avx512Bf16 | Level::Amx)
     }
 
     /// Neighbouring depths that convolutions multiply at once.
@@ -96,7 +97,11 @@ impl CpuCaps {
                 self.level, h, w, inputs, outputs, batch,
             ));
         }
-        WeightProduct::Direct(wgrad::Plan::new(self.level, g, batch))
+        let tiled = wgrad_tiles::Plan::new(self.level, g, batch);
+        match tiled.filter(|_| self.multiplies_bf16()) {
+            Some(plan) => WeightProduct::Tiled(plan),
+            None => WeightProduct::Direct(wgrad::Plan::new(self.level, g, batch)),
+        }
     }
 
     /// Channels rounded up to whole panels.
@@ -152,6 +157,7 @@ impl Caps for CpuCaps {
     fn backward_weight(&self, g: &Geometry, batch: usize) -> Needs {
         let (shared, worker) = match self.weight_product(g, batch) {
             WeightProduct::Direct(plan) => (plan.shared_len(), plan.worker_len()),
+            WeightProduct::Tiled(plan) => (plan.shared_len(), plan.worker_len()),
             WeightProduct::Winograd(plan) => (plan.weight_shared_len(), plan.weight_worker_len()),
         };
         Needs {

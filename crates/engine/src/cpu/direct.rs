@@ -24,6 +24,7 @@ use super::fuse::{
 use super::memory::{Scratch, Span};
 use super::pool::Pool;
 use super::simd::{Element, Isa, Job, Level, prefetch_near};
+use super::tiles::{self, Configured, Step};
 use super::weights::{CHUNK, Panels};
 
 /// What the micro-kernel multiplies: f32, or pairs of bf16.
@@ -40,6 +41,10 @@ pub(crate) trait Operand: Element {
     /// # Safety
     /// As for [`Isa::fma`].
     unsafe fn fma<I: Isa>(a: I::V, b: I::V, c: I::V) -> I::V;
+    /// Puts a vector of each of [`Self::STEP`] neighbouring depths into a panel.
+    /// # Safety
+    /// As for [`Isa::store`]; there are `STEP` depths.
+    unsafe fn put<I: Isa>(p: *mut Self, depths: &[I::V]);
 }
 
 impl Operand for f32 {
@@ -59,6 +64,11 @@ impl Operand for f32 {
         // SAFETY: the caller's word.
         unsafe { I::fma(a, b, c) }
     }
+    #[inline(always)]
+    unsafe fn put<I: Isa>(p: *mut f32, depths: &[I::V]) {
+        // SAFETY: the caller's word.
+        unsafe { I::store(p, depths[0]) }
+    }
 }
 
 impl Operand for bf16 {
@@ -77,6 +87,11 @@ impl Operand for bf16 {
     unsafe fn fma<I: Isa>(a: I::V, b: I::V, c: I::V) -> I::V {
         // SAFETY: the caller's word.
         unsafe { I::dot2(c, a, b) }
+    }
+    #[inline(always)]
+    unsafe fn put<I: Isa>(p: *mut bf16, depths: &[I::V]) {
+        // SAFETY: the caller's word.
+        unsafe { I::store(p.cast(), I::pair(depths[0], depths[1])) }
     }
 }
 
@@ -123,6 +138,9 @@ const POINT: Tap = Tap {
 /// Results of a task that stay in the second-level cache until the next convolution has read them, bytes.
 const JOINED_BYTES: usize = 256 << 10;
 
+/// The same where matrix tiles multiply, see [`TILED_PACK_BYTES`].
+const TILED_JOINED_BYTES: usize = 512 << 10;
+
 /// One residue of the results' pixels and the taps that reach it.
 #[derive(Clone, Debug)]
 struct Phase {
@@ -131,8 +149,10 @@ struct Phase {
     /// Rows and columns of results.
     grid: (usize, usize),
     stretches: Vec<Stretch>,
-    /// The stretches by [`BLOCK`].
+    /// The stretches by [`Plan::block`].
     blocks: Vec<Range<usize>>,
+    /// Those of each block, for matrix tiles.
+    steps: Vec<Vec<Step>>,
     /// Results in a run and runs in a tile.
     tile: (usize, usize),
 }
@@ -170,6 +190,8 @@ pub(crate) struct Plan {
     abreast: usize,
     /// Neighbouring depths in a lane: 1, or 2 for bf16.
     pairs: usize,
+    /// Multiplied by matrix tiles.
+    tiled: bool,
     /// Taps that the weights have.
     taps: usize,
     phases: Vec<Phase>,
@@ -189,6 +211,10 @@ const ROWS_BYTES: usize = 48 << 10;
 
 /// What one worker may use for packed input, bytes: with a panel of weights it fits the second-level cache.
 const PACK_BYTES: usize = 384 << 10;
+
+/// The same where matrix tiles multiply, on CPUs whose second-level cache has 2 MiB. The more results a task has, the
+/// less often weights come from further away, and tiles go through them many times as fast.
+const TILED_PACK_BYTES: usize = 768 << 10;
 
 /// Weights that a tile meets before the next tile does, bytes: they stay in the second-level cache. So the results of a
 /// tile are stored, and what their epilogue reads is read, in long rows and not in strips of one panel that lie a page
@@ -283,10 +309,16 @@ impl Plan {
         }
         let mut plans = [first, second].map(|g| Self::forward(level, pairs, g, batch));
         let all = batch * first.output.pixels();
-        let result = first.output.c * size_of::<f32>();
-        let near = (JOINED_BYTES / 2 / result).max(56).min(all / 8) / 14 * 14;
+        let tiled = plans.iter().all(|plan| plan.tiled);
+        let (value, most, unit, least) = if tiled {
+            (size_of::<bf16>(), TILED_JOINED_BYTES, tiles::SIDE, 64)
+        } else {
+            (size_of::<f32>(), JOINED_BYTES, 14, 56)
+        };
+        let result = first.output.c * value;
+        let near = (most / 2 / result).max(least).min(all / 8) / unit * unit;
         let rows = plans[0].rows.min(plans[1].rows).min(near);
-        if rows < 56 || rows * result > JOINED_BYTES {
+        if rows < least || rows * result > most || plans[0].pairs != plans[1].pairs {
             return None;
         }
         for plan in &mut plans {
@@ -377,6 +409,7 @@ impl Plan {
             groups: 1,
             abreast: 1,
             pairs,
+            tiled: level == Level::Amx && pairs == 2 && from.2.is_multiple_of(tiles::DEPTH),
             taps,
             phases: vec![],
         };
@@ -393,12 +426,19 @@ impl Plan {
                 Packing::Images => self.images,
                 Packing::Points => self.rows,
             };
+            let blocks = blocks(&stretches, self.block());
+            let steps = |block: &Range<usize>| self.steps(&stretches[block.clone()]);
             Phase {
                 at,
                 grid,
-                blocks: blocks(&stretches),
+                steps: blocks.iter().map(steps).collect(),
+                blocks,
                 stretches,
-                tile: tile_shape(self.level, width),
+                tile: if self.tiled {
+                    TILED
+                } else {
+                    tile_shape(self.level, width)
+                },
             }
         };
         phases.into_iter().map(phase).collect()
@@ -406,13 +446,18 @@ impl Plan {
 
     /// Chooses the results of a task.
     fn cut(&mut self) {
-        let depth = self.pixel_len() * size_of::<f32>();
+        let (value, most, unit) = if self.tiled {
+            (size_of::<bf16>(), TILED_PACK_BYTES, tiles::SIDE)
+        } else {
+            (size_of::<f32>(), PACK_BYTES, 14)
+        };
+        let depth = self.pixel_len() * value;
         match self.packing {
             Packing::Planes => {
                 let row = self.step * self.columns * depth;
                 let image = self.packed_rows(self.grid.0) * row;
-                if image <= PACK_BYTES / 2 || self.grid.0 * self.grid.1 <= 49 {
-                    self.images = (PACK_BYTES / image).clamp(1, self.batch);
+                if image <= most / 2 || self.grid.0 * self.grid.1 <= 49 {
+                    self.images = (most / image).clamp(1, self.batch);
                     // Enough tasks to share the work, but not at the price of tiles that are half empty.
                     let few = (self.batch / 8).max(1);
                     let pixels = self.grid.0 * self.grid.1;
@@ -420,7 +465,7 @@ impl Plan {
                     self.rows = self.grid.0;
                 } else {
                     let mut rows = self.grid.0;
-                    while rows > 1 && self.packed_rows(rows) * row > PACK_BYTES {
+                    while rows > 1 && self.packed_rows(rows) * row > most {
                         rows -= 1;
                     }
                     // Blocks of equal height.
@@ -429,7 +474,7 @@ impl Plan {
             }
             Packing::Images => {
                 let image = self.from.0 * self.from.1 * depth;
-                self.images = (PACK_BYTES / image).clamp(1, self.batch);
+                self.images = (most / image).clamp(1, self.batch);
             }
             Packing::Rows => {
                 let row = self.columns * self.from.2 * size_of::<f32>();
@@ -441,15 +486,16 @@ impl Plan {
             }
             Packing::Points => {
                 let all = self.batch * self.grid.0 * self.grid.1;
-                let fit = (PACK_BYTES / depth).clamp(56, 448) / 14 * 14;
+                let fit = (most / depth).clamp(64, 448) / unit * unit;
                 self.rows = fit.min(all);
             }
         }
         let panels = self.to.2.div_ceil(2 * self.level.lanes());
         let tasks = self.tasks();
         self.groups = 8usize.div_ceil(tasks).min(panels).max(1);
-        let depth = (self.from.2 * self.taps).min(BLOCK);
-        let block = depth * 2 * self.level.lanes() * size_of::<f32>();
+        let depth = (self.from.2 * self.taps).min(self.block());
+        let value = size_of::<f32>() / self.pairs;
+        let block = depth * 2 * self.level.lanes() * value;
         self.abreast = (ABREAST_BYTES / block).clamp(1, panels);
     }
 
@@ -536,6 +582,22 @@ impl Plan {
         out
     }
 
+    /// Stretches as steps of matrix tiles.
+    fn steps(&self, stretches: &[Stretch]) -> Vec<Step> {
+        if !self.tiled {
+            return vec![];
+        }
+        let steps = |s: &Stretch| {
+            let Stretch { at, depth, row } = *s;
+            let depths = (0..depth).step_by(tiles::DEPTH);
+            depths.map(move |k| Step::new(at + k, (row + k) * tiles::SIDE))
+        };
+        // The next panel's follow.
+        let first = stretches.first().map_or(0, |s| s.row * tiles::SIDE);
+        let next = Step::new(0, first + self.panel_len());
+        stretches.iter().flat_map(steps).chain([next]).collect()
+    }
+
     /// Tasks that differ in their results' pixels; each has a record of partials.
     pub(crate) fn tasks(&self) -> usize {
         match self.packing {
@@ -569,10 +631,11 @@ impl Plan {
         self.to.2.next_multiple_of(2 * self.level.lanes())
     }
 
-    /// Values of scratch per worker, in f32 (packed input may be half as large).
+    /// Values of scratch per worker, in f32.
     pub(crate) fn worker_len(&self) -> usize {
         // A last run may be shorter than the tile's and then reads on behind the packed tile.
-        self.tiles_len() + self.pixel_len() / CHUNK * self.chunk_len() + RUNS * CHUNK
+        let packed = self.pixel_len() / CHUNK * self.chunk_len();
+        self.tiles_len() + packed.div_ceil(self.pairs) + RUNS * CHUNK
     }
 
     /// Values of the tiles that a worker keeps from one block of the depth to the next.
@@ -592,7 +655,21 @@ impl Plan {
                 1
             }
         });
-        tiles.max().unwrap_or(1) * TILE
+        tiles.max().unwrap_or(1) * self.tile_len()
+    }
+
+    /// Least depth of a block.
+    fn block(&self) -> usize {
+        if self.tiled { TILED_BLOCK } else { BLOCK }
+    }
+
+    /// Values of a tile of sums, at most.
+    fn tile_len(&self) -> usize {
+        if self.tiled {
+            tiles::SIDE * tiles::SIDE
+        } else {
+            TILE
+        }
     }
 
     /// Values of a panel of weights.
@@ -635,6 +712,9 @@ impl Plan {
 
 /// A tile in registers, f32: at most 14 results of 32 channels.
 const TILE: usize = 14 * 32;
+
+/// Results in a run and runs in a tile of sums, by matrix tiles.
+const TILED: (usize, usize) = (tiles::SIDE / 2, 2);
 
 /// Results in a run and runs in a tile, for rows of `width` results: the shape that wastes least, then the largest.
 fn tile_shape(level: Level, width: usize) -> (usize, usize) {
@@ -717,15 +797,64 @@ pub(crate) fn pack_forward(
                 from = rest;
                 for rows in rows.chunks(2 * nr) {
                     let pair = pairs.next().expect("a panel has all its pairs");
-                    let (first, second) = rows.split_at(nr);
-                    for o in 0..nr {
-                        pair[2 * o] = bf16::from_f32(first[o]);
-                        pair[2 * o + 1] = second.get(o).map_or(bf16::ZERO, |v| bf16::from_f32(*v));
-                    }
+                    // SAFETY: the engine has the level's instructions.
+                    unsafe { plan.level.call(Pair { rows, pair }) };
                 }
             }
         }
     });
+}
+
+/// Interleaves two rows of a panel, or one and zeros.
+struct Pair<'a> {
+    rows: &'a [f32],
+    pair: &'a mut [bf16],
+}
+
+impl Job for Pair<'_> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let Self { rows, pair } = self;
+        let two = rows.len() == 2 * I::NR;
+        for half in [0, I::LANES] {
+            let pair = pair[2 * half..2 * (half + I::LANES)].as_mut_ptr();
+            // SAFETY: a row is two vectors.
+            unsafe {
+                let low = I::load(rows[half..half + I::LANES].as_ptr());
+                let high = if two {
+                    I::load(rows[I::NR + half..I::NR + half + I::LANES].as_ptr())
+                } else {
+                    I::zero()
+                };
+                bf16::put::<I>(pair, &[low, high]);
+            }
+        }
+    }
+}
+
+/// Turns a square of weights, sixteen inputs of sixteen outputs, into depths of a panel.
+struct Turn<P: Operand> {
+    /// Outputs of the first input; the next input's are a panel's width further.
+    from: *const f32,
+    /// The first output's.
+    to: *mut P,
+}
+
+impl<P: Operand> Job for Turn<P> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        // SAFETY: the caller's word: the square lies in the masters and in the panel, and vectors have sixteen lanes.
+        unsafe {
+            let mut rows = [I::zero(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = I::load(self.from.add(i * I::NR));
+            }
+            I::transpose(&mut rows);
+            for (step, depths) in rows.chunks_exact(P::STEP).enumerate() {
+                P::put::<I>(self.to.add(step * P::STEP * I::NR), depths);
+            }
+        }
+    }
 }
 
 /// Puts weights into the order of [`Plan::backward`]: inputs and outputs change places, taps that no pixel meets are
@@ -765,6 +894,22 @@ pub(crate) fn pack_backward<P: Operand>(
                 // Blocks of outputs that lie in one panel of the masters; its inputs are `nr` apart.
                 for first in outputs.clone().step_by(nr) {
                     let block = first..(first + nr).min(outputs.end);
+                    if nr == 32 && inputs == nr && block.len() == nr {
+                        for square in 0..4 {
+                            let (o, i) = (square / 2 * 16, square % 2 * 16);
+                            let at = from.at(first + o, panel * nr + i, tap);
+                            let row = (first + o - outputs.start) * nr + i * P::STEP;
+                            // SAFETY: inputs of a panel lie in one chunk, a panel's width apart; both squares are
+                            // inside, and the level has sixteen lanes.
+                            unsafe {
+                                let from = masters[at..at + 15 * nr + 16].as_ptr();
+                                let len = (16 - P::STEP) * nr + 16 * P::STEP;
+                                let to = to[row..row + len].as_mut_ptr();
+                                plan.level.call(Turn { from, to });
+                            }
+                        }
+                        continue;
+                    }
                     for i in 0..inputs {
                         let at = from.at(first, panel * nr + i, tap);
                         let values = &masters[at..at + block.len()];
@@ -926,6 +1071,15 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
         let mut c = 0;
         // SAFETY: as in `run`; a chunk has whole vectors, so the filling of the last one fits.
         unsafe {
+            while c + I::NR <= channels {
+                let to = to.add(c / CHUNK * chunk_len + c % CHUNK);
+                let (low, high) = (
+                    self.source.full::<I>(at, c),
+                    self.source.full::<I>(at, c + I::LANES),
+                );
+                P::store_two::<I>(to, low, high);
+                c += I::NR;
+            }
             while c + I::LANES <= channels {
                 let to = to.add(c / CHUNK * chunk_len + c % CHUNK);
                 P::store::<I>(to, self.source.full::<I>(at, c));
@@ -985,16 +1139,19 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
     }
 }
 
+/// Depth of a block where matrix tiles multiply: the rows of 32 results stay in the first-level cache.
+const TILED_BLOCK: usize = 256;
+
 /// Depth of a block. All tiles of a task pass through a block before the next, so that its weights stay in the caches
 /// nearby. And rounding errors grow with the length of a chain of sums, which ends with the block.
 const BLOCK: usize = 512;
 
-/// Neighbouring stretches of at least [`BLOCK`] together.
-fn blocks(stretches: &[Stretch]) -> Vec<Range<usize>> {
+/// Neighbouring stretches of a depth of at least `least` together.
+fn blocks(stretches: &[Stretch], least: usize) -> Vec<Range<usize>> {
     let (mut out, mut start, mut depth) = (vec![], 0, 0);
     for (i, stretch) in stretches.iter().enumerate() {
         depth += stretch.depth;
-        if depth >= BLOCK || i + 1 == stretches.len() {
+        if depth >= least || i + 1 == stretches.len() {
             out.push(start..i + 1);
             (start, depth) = (i + 1, 0);
         }
@@ -1185,6 +1342,29 @@ struct TileOf<'a, P: Operand> {
 }
 
 impl<'a, P: Operand> TileOf<'a, P> {
+    /// Multiplies by matrix tiles.
+    ///
+    /// # Safety
+    /// `P` is bf16; the steps are those of the stretches; and as for [`tiles::multiply`].
+    unsafe fn by_tiles(&self, tiles: &Configured, steps: &[Step]) {
+        let at = |run: &Run| self.packed.wrapping_add(run.at as usize).cast();
+        let first = at(&self.runs[0]);
+        let rows = [first, self.runs.get(1).map_or(first, at)];
+        let pitch = CHUNK * size_of::<bf16>();
+        // SAFETY: the caller's word.
+        unsafe {
+            tiles::multiply(
+                tiles,
+                rows,
+                pitch,
+                self.weights.cast(),
+                steps,
+                self.tile,
+                self.adds,
+            );
+        }
+    }
+
     /// Runs that the tile has not are as the first.
     #[inline(always)]
     fn product<const R: usize, const Q: usize, const PITCH: usize>(
@@ -1224,6 +1404,11 @@ struct FinishTile<'a, T: Element, F: Finish> {
 impl<T: Element, F: Finish> Job for FinishTile<'_, T, F> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
+        if self.channel + I::NR <= self.out.channels && !self.out.stream {
+            // SAFETY: the tile holds every run, the runs' pixels are results of this task.
+            unsafe { self.both::<I>() };
+            return;
+        }
         for half in 0..2 {
             let c = self.channel + half * I::LANES;
             if c >= self.out.channels {
@@ -1243,6 +1428,74 @@ impl<T: Element, F: Finish> Job for FinishTile<'_, T, F> {
 }
 
 impl<T: Element, F: Finish> FinishTile<'_, T, F> {
+    /// A whole panel: both vectors of a result together.
+    #[inline(always)]
+    unsafe fn both<I: Isa>(mut self) {
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut sums = [[I::zero(); SUMS]; 2];
+            if F::SUMMED && !self.begins {
+                for (half, sums) in sums.iter_mut().enumerate() {
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        *sum = I::load(self.sums.add(row * self.columns + half * I::LANES));
+                    }
+                }
+            }
+            for (q, run) in self.runs.iter().enumerate() {
+                let (mut r, len) = (run.skip as usize, run.len as usize);
+                let row = q * self.run_rows;
+                let pixel = run.pixel as usize;
+                while r + 4 <= len {
+                    self.group::<I, 4>(row + r, pixel + r * self.spread, &mut sums);
+                    r += 4;
+                }
+                while r < len {
+                    self.group::<I, 1>(row + r, pixel + r * self.spread, &mut sums);
+                    r += 1;
+                }
+            }
+            if F::SUMMED {
+                for (half, sums) in sums.iter().enumerate() {
+                    for (row, sum) in sums.iter().enumerate() {
+                        I::store(self.sums.add(row * self.columns + half * I::LANES), *sum);
+                    }
+                }
+            }
+        }
+    }
+
+    /// N neighbouring results. All reads come before the first store, see [`Finish::READS`].
+    #[inline(always)]
+    unsafe fn group<I: Isa, const N: usize>(
+        &mut self,
+        row: usize,
+        pixel: usize,
+        sums: &mut [[I::V; SUMS]; 2],
+    ) {
+        let at = |i: usize| (pixel + i * self.spread) * self.out.channels;
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut values = [[I::zero(); 2]; N];
+            for (i, values) in values.iter_mut().enumerate() {
+                for (half, value) in values.iter_mut().enumerate() {
+                    let v = I::load(self.tile.add((row + i) * I::NR + half * I::LANES));
+                    if self.begins && i == 0 {
+                        self.finish.begin::<I>(v, &mut sums[half]);
+                    }
+                    let c = self.channel + half * I::LANES;
+                    *value = self
+                        .finish
+                        .apply::<I>(v, at(i), c, I::LANES, true, &mut sums[half]);
+                }
+            }
+            self.begins = false;
+            for (i, [low, high]) in values.iter().enumerate() {
+                let to = self.out.y.ptr().add(at(i) + self.channel);
+                T::store_two::<I>(to, *low, *high);
+            }
+        }
+    }
+
     #[inline(always)]
     unsafe fn half<I: Isa, const FULL: bool>(&self, half: usize, c: usize, n: usize) {
         // SAFETY: as in `run`.
@@ -1519,7 +1772,7 @@ unsafe fn run_task<T: Element, P: Operand>(
     let tiles = scratch.part(0..tiles_len).ptr();
     let packed = scratch.part(tiles_len..plan.worker_len()).ptr();
     let packed = packed.cast::<P>();
-    // SAFETY: the share is `worker_len` long, which holds the packed tile as f32, so as bf16 too.
+    // SAFETY: the share is `worker_len` long, which holds the packed tile.
     unsafe {
         let (images, rows) = (images.clone(), rows.clone());
         read_as!(*source, source => plan.level.call(Pack { plan, source, images, rows, to: packed }));
@@ -1528,6 +1781,8 @@ unsafe fn run_task<T: Element, P: Operand>(
         |phase| -> Vec<Run> { Runs::new(plan, phase, images.clone(), rows.clone()).collect() };
     let phases: Vec<(&Phase, Vec<Run>)> = plan.phases.iter().map(|p| (p, runs(p))).collect();
     let spread = plan.run_spread();
+    // SAFETY: the level has tiles; a thread runs one task at a time.
+    let configured = plan.tiled.then(|| unsafe { Configured::new() });
     if let Some((record, columns)) = record {
         for row in 0..SUMS {
             let at = HEAD + row * columns;
@@ -1563,15 +1818,20 @@ unsafe fn run_task<T: Element, P: Operand>(
                         let w = weights.part(w..w + plan.panel_len()).ptr().cast_const();
                         let tile = match phase.blocks.len() {
                             1 => tiles,
-                            _ => tiles.wrapping_add((t * plan.abreast + panel - first) * TILE),
+                            _ => {
+                                let tile = t * plan.abreast + panel - first;
+                                tiles.wrapping_add(tile * plan.tile_len())
+                            }
                         };
                         if is_last {
                             // What the epilogue reads, and where it stores, comes while the tile is multiplied.
-                            for (_, pixel) in runs.iter().flat_map(|run| run.results(spread)) {
-                                let at = pixel * out.channels;
-                                finish_as!(*epilogue, finish => finish.prefetch(at, channel, nr));
-                                out.prefetch(at + channel, nr);
-                            }
+                            finish_as!(*epilogue, finish => {
+                                for (_, pixel) in runs.iter().flat_map(|run| run.results(spread)) {
+                                    let at = pixel * out.channels;
+                                    finish.prefetch(at, channel, nr);
+                                    out.prefetch(at + channel, nr);
+                                }
+                            });
                         }
                         let of = TileOf {
                             packed,
@@ -1592,7 +1852,10 @@ unsafe fn run_task<T: Element, P: Operand>(
                                 finish_whole(plan, &of, finish, out, channel);
                                 continue;
                             }
-                            multiply(plan, phase.tile, &of);
+                            match &configured {
+                                Some(tiles) => of.by_tiles(tiles, &phase.steps[b]),
+                                None => multiply(plan, phase.tile, &of),
+                            }
                             if is_last {
                                 finish_as!(*epilogue, finish => plan.level.call(FinishTile {
                                     finish,

@@ -17,7 +17,7 @@ use super::norm::{self, Row, State};
 use super::pool::Pool;
 use super::simd::Element;
 use super::weights::Panels;
-use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad, wino};
+use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad, wgrad_tiles, wino};
 use crate::{Batch, Metrics};
 
 /// Results of at least this size are stored past the caches: they will have left them before they are read again.
@@ -675,6 +675,9 @@ impl Cpu {
                 match plan {
                     WeightProduct::Direct(plan) => {
                         wgrad::backward_weight(pool, scratch, shared, plan, x, d, dw, add);
+                    }
+                    WeightProduct::Tiled(plan) => {
+                        wgrad_tiles::backward_weight(pool, scratch, shared, plan, x, d, dw, add);
                     }
                     WeightProduct::Winograd(plan) => {
                         wino::backward_weight(pool, level, scratch, shared, plan, x, d, dw, add);

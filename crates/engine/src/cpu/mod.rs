@@ -23,8 +23,10 @@ mod simd;
 mod simple;
 #[cfg(test)]
 mod tests;
+mod tiles;
 mod weights;
 mod wgrad;
+mod wgrad_tiles;
 mod wino;
 
 use std::collections::BTreeMap;
@@ -361,11 +363,13 @@ impl Cpu {
             name,
             calls: 0,
             time: Duration::ZERO,
+            fastest: Duration::MAX,
             macs: 0,
             bytes: 0,
         });
         entry.calls += 1;
         entry.time += time;
+        entry.fastest = entry.fastest.min(time);
         entry.macs += macs;
         entry.bytes += bytes;
     }

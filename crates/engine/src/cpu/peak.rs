@@ -7,6 +7,7 @@ use super::Options;
 use super::choose::CpuCaps;
 use super::pool::Pool;
 use super::simd::{Isa, Job, Level};
+use super::tiles::{self, Configured};
 
 /// How long the loop runs; the best part of it counts.
 const DURATION: Duration = Duration::from_millis(300);
@@ -18,7 +19,7 @@ const TASKS: usize = 100;
 /// FLOP/s that a loop of multiply-adds in registers reaches with the level, precision and threads of `options`: what
 /// no kernel that does every multiply-add can exceed. Takes 0.3 s.
 ///
-/// It counts f32 fused multiply-adds, or dot products of bf16 where kernels use them. Clocks move with load and heat,
+/// It counts f32 fused multiply-adds, or dot products or tiles of bf16 where kernels use them. Clocks move with load and heat,
 /// so a rate belongs between two measurements of its peak.
 ///
 /// # Panics
@@ -31,6 +32,9 @@ fn measure(options: &Options, duration: Duration) -> f64 {
     let level = options.level;
     assert!(level.is_available(), "this CPU has no {level} instructions");
     let dots = CpuCaps::new(options).multiplies_bf16();
+    if dots && level == Level::Amx {
+        return measure_tiles(options.threads, duration);
+    }
     let mut pool = Pool::new(options.threads);
     let tasks = TASKS * pool.threads();
     // A vector of the portable level is two registers of 128 bits, of which x86-64 has 16.
@@ -50,6 +54,25 @@ fn measure(options: &Options, duration: Duration) -> f64 {
                     (_, true) => level.call(Dot),
                 }
             }
+        });
+        best = best.max(flops / start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// As [`measure`], by matrix tiles.
+fn measure_tiles(threads: usize, duration: Duration) -> f64 {
+    const TIMES: usize = 1 << 14;
+    let mut pool = Pool::new(threads);
+    let tasks = 10 * pool.threads();
+    let flops = (2 * tiles::SIDE * tiles::SIDE * tiles::DEPTH * TIMES * tasks) as f64;
+    let mut best = 0.0f64;
+    let since = Instant::now();
+    while best == 0.0 || since.elapsed() < duration {
+        let start = Instant::now();
+        pool.run(tasks, |_, _| {
+            // SAFETY: the level is available, and a thread runs one task at a time.
+            tiles::spin(&unsafe { Configured::new() }, TIMES);
         });
         best = best.max(flops / start.elapsed().as_secs_f64());
     }

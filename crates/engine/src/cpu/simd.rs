@@ -14,6 +14,8 @@ use std::str::FromStr;
 
 use half::bf16;
 
+use super::tiles;
+
 /// Which vector instructions kernels use. Bits differ between levels, and only between levels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Level {
@@ -25,18 +27,26 @@ pub enum Level {
     Avx512,
     /// AVX-512 with the dot products of bf16.
     Avx512Bf16,
+    /// AVX-512 with matrix tiles of bf16 (AMX). In f32 the same as AVX-512, bit by bit.
+    Amx,
 }
 
 impl Level {
     /// Every level, lowest first.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
+    pub const ALL: [Self; 5] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Bf16,
+        Self::Amx,
+    ];
 
-    /// The fastest level of this CPU: the highest, but for the dot products of bf16 where there are matrix tiles (AMX).
-    /// Such CPUs do them at half the rate of f32's multiply-adds or less (Xeon with AMX, 2 cores, 2026-11-28: 165
-    /// GFLOP/s against 225 and more), and lose Winograd by them.
+    /// The fastest level of this CPU: the highest, but for the dot products of bf16 where the CPU has matrix tiles that
+    /// the system does not give out. Such CPUs do them at half the rate of f32's multiply-adds or less (Xeon with AMX,
+    /// 2 cores, 2026-11-28: 165 GFLOP/s against 225 and more), and lose Winograd by them.
     pub fn detect() -> Self {
         let pays = |level: &Level| {
-            level.is_available() && !(*level == Self::Avx512Bf16 && has_matrix_tiles())
+            level.is_available() && !(*level == Self::Avx512Bf16 && tiles::has_tiles())
         };
         Self::ALL.into_iter().rfind(pays).unwrap_or(Self::Portable)
     }
@@ -54,6 +64,7 @@ impl Level {
                 Self::Avx2 => avx2(),
                 Self::Avx512 => avx2() && avx512(),
                 Self::Avx512Bf16 => avx2() && avx512() && has!("avx512bf16"),
+                Self::Amx => Self::Avx512Bf16.is_available() && tiles::is_available(),
             }
         }
         #[cfg(not(target_arch = "x86_64"))]
@@ -66,7 +77,7 @@ impl Level {
     pub(crate) fn lanes(self) -> usize {
         match self {
             Self::Portable => Portable::LANES,
-            Self::Avx2 | Self::Avx512 | Self::Avx512Bf16 => self.x86_lanes(),
+            _ => self.x86_lanes(),
         }
     }
 
@@ -98,24 +109,11 @@ impl Level {
                 #[cfg(target_arch = "x86_64")]
                 Self::Avx512 => x86::Avx512::call(job),
                 #[cfg(target_arch = "x86_64")]
-                Self::Avx512Bf16 => x86::Avx512Bf16::call(job),
+                Self::Avx512Bf16 | Self::Amx => x86::Avx512Bf16::call(job),
                 #[cfg(not(target_arch = "x86_64"))]
                 _ => unreachable!("no engine is built for a level that is not available"),
             }
         }
-    }
-}
-
-/// Whether the CPU multiplies tiles of bf16 (CPUID leaf 7, EDX bit 22).
-fn has_matrix_tiles() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        std::arch::x86_64::__cpuid(0).eax >= 7
-            && std::arch::x86_64::__cpuid_count(7, 0).edx & 1 << 22 != 0
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    {
-        false
     }
 }
 
@@ -126,6 +124,7 @@ impl fmt::Display for Level {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Bf16 => "avx512_bf16",
+            Self::Amx => "amx",
         })
     }
 }
@@ -180,6 +179,15 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn store_bf16(p: *mut bf16, v: Self::V);
     /// As `stream`.
     unsafe fn stream_bf16(p: *mut bf16, v: Self::V);
+    /// Rounds two vectors, side by side.
+    #[inline(always)]
+    unsafe fn store_two_bf16(p: *mut bf16, low: Self::V, high: Self::V) {
+        // SAFETY: the caller's word.
+        unsafe {
+            Self::store_bf16(p, low);
+            Self::store_bf16(p.add(Self::LANES), high);
+        }
+    }
     unsafe fn load_u8(p: *const u8) -> Self::V;
     /// The first `n` lanes as whole numbers below 256.
     unsafe fn store_u8(p: *mut u8, v: Self::V, n: usize);
@@ -213,6 +221,10 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn splat_pair(p: *const bf16) -> Self::V;
     /// acc + a0 b0 + a1 b1 in each lane, where a lane of `a` and `b` holds two bf16.
     unsafe fn dot2(acc: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// Rounded to bf16, two in each lane: that of `low` and that of `high`.
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V;
+    /// Rows become columns, where there are sixteen lanes.
+    unsafe fn transpose(rows: &mut [Self::V; 16]);
 }
 
 /// Asks for the cache line of an address, into the second level: pixels whose channels lie 4 KiB apart would push each
@@ -414,6 +426,15 @@ unsafe impl Isa for Portable {
         let high = |v: f32| f32::from_bits(v.to_bits() & 0xffff_0000);
         lanes!(i => low(a[i]) * low(b[i]) + (high(a[i]) * high(b[i]) + acc[i]))
     }
+    #[inline(always)]
+    unsafe fn pair(low: Self::V, high: Self::V) -> Self::V {
+        let rounded = |v: f32| round_bits(v.to_bits());
+        lanes!(i => f32::from_bits(rounded(low[i]) & 0xffff | rounded(high[i]) << 16))
+    }
+    #[inline(always)]
+    unsafe fn transpose(_: &mut [Self::V; 16]) {
+        unreachable!("there are eight lanes")
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -604,6 +625,17 @@ pub(crate) mod x86 {
                 _mm256_fmadd_ps(_mm256_castsi256_ps(a0), _mm256_castsi256_ps(b0), acc)
             }
         }
+        #[inline(always)]
+        unsafe fn pair(low: __m256, high: __m256) -> __m256 {
+            unsafe {
+                let high = _mm256_slli_epi32(round8(high), 16);
+                _mm256_castsi256_ps(_mm256_or_si256(round8(low), high))
+            }
+        }
+        #[inline(always)]
+        unsafe fn transpose(_: &mut [__m256; 16]) {
+            unreachable!("there are eight lanes")
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -704,6 +736,14 @@ pub(crate) mod x86 {
                     unsafe { _mm256_stream_si256(p.cast(), $round(v)) }
                 }
                 #[inline(always)]
+                unsafe fn store_two_bf16(p: *mut bf16, low: __m512, high: __m512) {
+                    unsafe {
+                        let low = _mm512_castsi256_si512($round(low));
+                        let both = _mm512_inserti64x4::<1>(low, $round(high));
+                        _mm512_storeu_si512(p.cast(), both);
+                    }
+                }
+                #[inline(always)]
                 unsafe fn load_u8(p: *const u8) -> __m512 {
                     unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
                 }
@@ -771,8 +811,71 @@ pub(crate) mod x86 {
                 unsafe fn dot2(acc: __m512, a: __m512, b: __m512) -> __m512 {
                     unsafe { $dot(acc, a, b) }
                 }
+                #[inline(always)]
+                unsafe fn pair(low: __m512, high: __m512) -> __m512 {
+                    unsafe {
+                        let low = _mm512_cvtepu16_epi32($round(low));
+                        let high = _mm512_slli_epi32(_mm512_cvtepu16_epi32($round(high)), 16);
+                        _mm512_castsi512_ps(_mm512_or_si512(low, high))
+                    }
+                }
+                #[inline(always)]
+                unsafe fn transpose(rows: &mut [__m512; 16]) {
+                    unsafe { transpose16(rows) }
+                }
             }
         };
+    }
+
+    #[inline(always)]
+    unsafe fn low_pairs(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))) }
+    }
+
+    #[inline(always)]
+    unsafe fn high_pairs(a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))) }
+    }
+
+    /// Lanes of neighbouring rows side by side, then pairs of them, then the quarters of vectors change places.
+    #[inline(always)]
+    unsafe fn transpose16(rows: &mut [__m512; 16]) {
+        unsafe {
+            let mut t = *rows;
+            let mut i = 0;
+            while i < 16 {
+                t[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+                t[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+                i += 2;
+            }
+            let mut u = t;
+            i = 0;
+            while i < 16 {
+                u[i] = low_pairs(t[i], t[i + 2]);
+                u[i + 1] = high_pairs(t[i], t[i + 2]);
+                u[i + 2] = low_pairs(t[i + 1], t[i + 3]);
+                u[i + 3] = high_pairs(t[i + 1], t[i + 3]);
+                i += 4;
+            }
+            // Now u[4 q + r] holds, in quarter k, column 4 k + r of rows 4 q to 4 q + 3.
+            i = 0;
+            while i < 4 {
+                let (a, b, c, d) = (u[i], u[i + 4], u[i + 8], u[i + 12]);
+                let (ab0, ab1) = (
+                    _mm512_shuffle_f32x4::<0x88>(a, b),
+                    _mm512_shuffle_f32x4::<0xdd>(a, b),
+                );
+                let (cd0, cd1) = (
+                    _mm512_shuffle_f32x4::<0x88>(c, d),
+                    _mm512_shuffle_f32x4::<0xdd>(c, d),
+                );
+                rows[i] = _mm512_shuffle_f32x4::<0x88>(ab0, cd0);
+                rows[i + 8] = _mm512_shuffle_f32x4::<0xdd>(ab0, cd0);
+                rows[i + 4] = _mm512_shuffle_f32x4::<0x88>(ab1, cd1);
+                rows[i + 12] = _mm512_shuffle_f32x4::<0xdd>(ab1, cd1);
+                i += 1;
+            }
+        }
     }
 
     #[inline(always)]
@@ -824,6 +927,10 @@ pub(crate) trait Element: super::memory::Plain + 'static {
     /// # Safety
     /// As for [`Isa::store`].
     unsafe fn store<I: Isa>(p: *mut Self, v: I::V);
+    /// Two vectors, side by side.
+    /// # Safety
+    /// As for [`Isa::store`].
+    unsafe fn store_two<I: Isa>(p: *mut Self, low: I::V, high: I::V);
     /// # Safety
     /// As for [`Isa::store_part`].
     unsafe fn store_part<I: Isa>(p: *mut Self, v: I::V, n: usize);
@@ -848,6 +955,13 @@ impl Element for f32 {
     #[inline(always)]
     unsafe fn store<I: Isa>(p: *mut f32, v: I::V) {
         unsafe { I::store(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_two<I: Isa>(p: *mut f32, low: I::V, high: I::V) {
+        unsafe {
+            I::store(p, low);
+            I::store(p.add(I::LANES), high);
+        }
     }
     #[inline(always)]
     unsafe fn store_part<I: Isa>(p: *mut f32, v: I::V, n: usize) {
@@ -884,6 +998,10 @@ impl Element for bf16 {
     #[inline(always)]
     unsafe fn store<I: Isa>(p: *mut bf16, v: I::V) {
         unsafe { I::store_bf16(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn store_two<I: Isa>(p: *mut bf16, low: I::V, high: I::V) {
+        unsafe { I::store_two_bf16(p, low, high) }
     }
     #[inline(always)]
     unsafe fn store_part<I: Isa>(p: *mut bf16, v: I::V, n: usize) {

@@ -25,7 +25,7 @@ use super::norm::{self, Row, State};
 use super::pool::Pool;
 use super::simd::{Element, Isa, Job, Level};
 use super::weights::{CHUNK, Panels};
-use super::{pixels, wgrad};
+use super::{pixels, wgrad, wgrad_tiles};
 use crate::{MEAN, Pixels, STD};
 
 // ---------------------------------------------------------------- numbers
@@ -865,8 +865,8 @@ fn geometry(
 
 /// A shape and a batch that plain loops compute in milliseconds.
 fn random_shape(r: &mut Random) -> (Geometry, usize) {
-    const CHANNELS: [usize; 18] = [
-        1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 33, 40, 64, 65, 96, 130,
+    const CHANNELS: [usize; 20] = [
+        1, 2, 3, 4, 5, 7, 8, 9, 13, 16, 17, 31, 32, 33, 40, 64, 65, 96, 128, 130,
     ];
     loop {
         let side = (1 + r.below(16), 1 + r.below(16));
@@ -1141,6 +1141,12 @@ fn large_shapes() -> Vec<(Geometry, usize)> {
         (geometry(3, 2, (2, 2), 200, 20), 150),
         (geometry(5, 1, (1, 4), 16, 16), 9),
         (geometry(1, 2, (2, 2), 16, 33), 5),
+        // Matrix tiles: rows longer than a tile, strides, blocks of the depth.
+        (geometry(3, 1, (7, 7), 96, 64), 5),
+        (geometry(3, 1, (33, 20), 64, 96), 1),
+        (geometry(3, 2, (13, 37), 32, 64), 2),
+        (geometry(1, 2, (29, 27), 128, 160), 3),
+        (geometry(1, 1, (3, 5), 1056, 32), 3),
     ]
 }
 
@@ -1391,30 +1397,37 @@ impl WeightCase {
         before: &[f64],
     ) -> Guarded<f32> {
         let plan = wgrad::Plan::new(level, &self.g, self.batch);
+        let tiled = self.tiled::<T>(level);
         let panels = Panels::of(&self.g, 2 * level.lanes());
         let dw = if self.accumulate {
             Guarded::of(&in_panels(&self.g, panels.nr, before))
         } else {
             Guarded::<f32>::unset(panels.len())
         };
-        let shared = Guarded::<f32>::unset(plan.shared_len());
-        let (memory, per_worker) = scratch(pool, plan.worker_len());
-        wgrad::backward_weight(
-            pool,
-            Scratch {
-                all: memory.span(),
-                per_worker,
-            },
-            shared.span(),
-            &plan,
-            x.source(),
-            d.source(),
-            dw.span(),
-            self.accumulate,
-        );
+        let (shared, worker) = match &tiled {
+            Some(plan) => (plan.shared_len(), plan.worker_len()),
+            None => (plan.shared_len(), plan.worker_len()),
+        };
+        let shared = Guarded::<f32>::unset(shared);
+        let (memory, per_worker) = scratch(pool, worker);
+        let all = memory.span();
+        let (scratch, x, d) = (Scratch { all, per_worker }, x.source(), d.source());
+        let (to, add) = (dw.span(), self.accumulate);
+        match &tiled {
+            Some(plan) => {
+                wgrad_tiles::backward_weight(pool, scratch, shared.span(), plan, x, d, to, add);
+            }
+            None => wgrad::backward_weight(pool, scratch, shared.span(), &plan, x, d, to, add),
+        }
         shared.bytes();
         memory.bytes();
         dw
+    }
+
+    /// How the engine multiplies what it stores as bf16, where there are matrix tiles.
+    fn tiled<T: Element>(&self, level: Level) -> Option<wgrad_tiles::Plan> {
+        let plan = wgrad_tiles::Plan::new(level, &self.g, self.batch);
+        plan.filter(|_| is_bf16::<T>())
     }
 
     fn check<T: Element>(&self, pool: &mut Pool) {
@@ -1422,6 +1435,7 @@ impl WeightCase {
         let mut products = weight_gradient(&self.g, self.batch, self.values, &x, &d);
         let n = self.batch * self.g.output.pixels();
         let mut tolerances = products.tolerances::<f32>(self.values, n);
+        let mut tolerances_of_tiles = products.tolerances::<bf16>(self.values, n);
         if self.accumulate {
             products
                 .sums
@@ -1429,18 +1443,24 @@ impl WeightCase {
                 .zip(&before)
                 .for_each(|(v, b)| *v += b);
             if self.values == Values::Real {
-                tolerances
-                    .iter_mut()
-                    .zip(&before)
-                    .for_each(|(t, b)| *t += EPS * b.abs());
+                for tolerances in [&mut tolerances, &mut tolerances_of_tiles] {
+                    tolerances
+                        .iter_mut()
+                        .zip(&before)
+                        .for_each(|(t, b)| *t += EPS * b.abs());
+                }
             }
         }
         for level in levels() {
             let nr = 2 * level.lanes();
+            let tolerances = match self.tiled::<T>(level) {
+                Some(_) => &tolerances_of_tiles,
+                None => &tolerances,
+            };
             let dw = self.run(pool, level, &x, &d, &before);
             // In the order of panels, whose filling is zero.
             let expected = in_panels(&self.g, nr, &products.sums);
-            let tolerances = in_panels(&self.g, nr, &tolerances);
+            let tolerances = in_panels(&self.g, nr, tolerances);
             let what = || {
                 let stored = if is_bf16::<T>() { "bf16" } else { "f32" };
                 format!("{self:?}, {level}, stored as {stored}")
@@ -1500,6 +1520,16 @@ fn weight_cases() -> Vec<WeightCase> {
         // Small planes.
         (geometry(3, 1, (2, 2), 70, 40), 9),
         (geometry(5, 2, (1, 1), 8, 17), 33),
+        // Matrix tiles: slices of rows and pixels, groups of images and pixels, several groups.
+        (geometry(3, 1, (33, 15), 64, 40), 2),
+        (geometry(3, 2, (29, 31), 32, 33), 3),
+        (geometry(1, 1, (28, 28), 64, 96), 2),
+        (geometry(1, 2, (31, 30), 32, 48), 3),
+        (geometry(3, 1, (14, 13), 96, 64), 5),
+        (geometry(3, 2, (13, 14), 64, 31), 3),
+        (geometry(1, 1, (7, 7), 160, 224), 9),
+        (geometry(1, 2, (9, 7), 64, 32), 7),
+        (geometry(3, 1, (14, 14), 2432, 3), 6),
     ];
     let case = |(i, (g, batch)): (usize, (Geometry, usize))| WeightCase {
         g,
@@ -1532,6 +1562,9 @@ fn gradients_of_weights_in_every_cut() {
             plan.contains("by_pixel: true"),
         ]);
         case.check::<f32>(pool);
+        if Level::Amx.is_available() {
+            case.check::<bf16>(pool);
+        }
     }
     assert_eq!(
         cuts.len(),
@@ -2289,7 +2322,7 @@ fn lane(level: Level, op: Op, first: f32, [a, b, c]: [f32; 3]) -> Lane {
     let [wide_a, wide_b, wide_c] = [a, b, c].map(f64::from);
     let half = |bits: u32| {
         let v = f32::from_bits(bits << 16);
-        let is_flushed = level == Level::Avx512Bf16 && v.is_subnormal();
+        let is_flushed = level >= Level::Avx512Bf16 && v.is_subnormal();
         if is_flushed { 0.0 } else { f64::from(v) }
     };
     let halves = |v: f32| [half(v.to_bits()), half(v.to_bits() >> 16)];
@@ -2428,7 +2461,7 @@ fn check_moves<T: Element>() {
                             if is_bf16::<T>() {
                                 let bits = nearest_bf16(v);
                                 // The conversion of AVX512-BF16 takes subnormals for zero.
-                                let is_flushed = v.is_subnormal() && level == Level::Avx512Bf16;
+                                let is_flushed = v.is_subnormal() && level >= Level::Avx512Bf16;
                                 let bits = if is_flushed { bits & 0x8000 } else { bits };
                                 bits.to_ne_bytes().to_vec()
                             } else {

@@ -606,7 +606,7 @@ pub(crate) fn backward_weight<T: Element>(
     match plan.cut {
         Cut::Slices(slices) => {
             by_slices(pool, scratch, shared, plan, slices, &x, &d);
-            add_up(pool, plan, slices, shared, dw, accumulate);
+            add_up(pool, plan.panels.len(), slices, shared, dw, accumulate);
         }
         Cut::Groups(images) => {
             by_groups(pool, shared, plan, images, &x, &d, dw, accumulate);
@@ -679,17 +679,16 @@ fn by_slices<T: Element>(
     });
 }
 
-/// The sum of the slices, in their order.
-fn add_up(
+/// dw of `len` values is the sum of the slices', in their order.
+pub(crate) fn add_up(
     pool: &mut Pool,
-    plan: &Plan,
+    len: usize,
     slices: usize,
     shared: Span<'_, f32>,
     dw: Span<'_, f32>,
     accumulate: bool,
 ) {
     const PART: usize = 16 << 10;
-    let len = plan.panels.len();
     pool.run(len.div_ceil(PART), |_, task| {
         let part = task * PART..((task + 1) * PART).min(len);
         // SAFETY: nobody writes the slices in this region; tasks write disjoint parts of dw.

@@ -671,10 +671,12 @@ impl Cuda {
         let element = self.options.precision.bytes();
         let time = |(call, pair): (&&Call, &[Event])| {
             let milliseconds = pair[0].milliseconds(&pair[1])?;
+            let time = Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3);
             Ok(KernelTime {
                 name: call.name(),
                 calls: 1,
-                time: Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3),
+                time,
+                fastest: time,
                 macs: call.macs(),
                 bytes: call.bytes(element),
             })
@@ -695,6 +697,7 @@ impl Cuda {
                 Some(entry) => {
                     entry.calls += 1;
                     entry.time += time.time;
+                    entry.fastest = entry.fastest.min(time.fastest);
                     entry.macs += time.macs;
                     entry.bytes += time.bytes;
                 }

@@ -102,7 +102,7 @@ fn bench_engine_refuses_what_it_cannot_run() {
         (["--batch", "0"], "0 is not in 1..=65536"),
         (
             ["--level", "avx"],
-            "[possible values: portable, avx2, avx512, avx512_bf16]",
+            "[possible values: portable, avx2, avx512, avx512_bf16, amx]",
         ),
         (["--precision", "f16"], "[possible values: f32, bf16]"),
     ] {

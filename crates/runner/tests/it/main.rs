@@ -461,7 +461,7 @@ fn doctor_knows_the_machine() {
     assert!(report["cores"].as_u64().unwrap() >= 1);
     let level = report["level"].as_str().unwrap();
     assert!(
-        ["portable", "avx2", "avx512", "avx512_bf16"].contains(&level),
+        ["portable", "avx2", "avx512", "avx512_bf16", "amx"].contains(&level),
         "{level}"
     );
     let (text, _) = check(&["doctor"], 0);
