@@ -86,6 +86,8 @@ struct MemoryReport {
     /// Weights of evaluation, with normalisations folded in.
     folded: usize,
     scratch: usize,
+    /// Moving average of the parameters.
+    average: usize,
     /// Batches that wait between decoding and the engine.
     batches: usize,
     /// Records that wait to be shuffled, and those that are read ahead.
@@ -215,7 +217,12 @@ impl Report {
         });
         let time = Time::new(run, steps.as_ref(), images_per_s);
         let counts = graph.counts();
-        let checkpoint = (2 * counts.params + counts.running_statistics) * size_of::<f32>();
+        let average = match run.ema.half_life {
+            Some(_) => counts.params + counts.running_statistics,
+            None => 0,
+        };
+        let values = 2 * counts.params + counts.running_statistics + average;
+        let checkpoint = values * size_of::<f32>();
         Ok(Self {
             name: run.name.clone(),
             model: Model {
@@ -399,6 +406,7 @@ impl MemoryReport {
             parameters: engine.parameters,
             gradients: engine.gradients,
             optimizer: engine.optimizer,
+            average: engine.average,
             arena: engine.arena,
             folded: engine.folded,
             scratch: engine.scratch,
@@ -441,9 +449,11 @@ impl MemoryReport {
             ("batches", self.batches),
             ("records", self.records),
             ("checkpoint", self.checkpoint),
+            ("average", self.average),
         ];
         let parts: Vec<_> = parts
             .iter()
+            .filter(|(name, bytes)| *name != "average" || *bytes > 0)
             .map(|(name, bytes)| format!("{name} {}", mib(*bytes)))
             .collect();
         format!("memory      {}: {}", mib(self.peak_bytes), parts.join(", "))

@@ -64,11 +64,11 @@ const FLAGS: &[Flag] = &[
     ("weight_decay", Keys(&["optimizer.weight_decay"]), ""),
     ("label_smoothing", Keys(&["loss.label_smoothing"]), ""),
     ("log_step_count_steps", NotNeeded, "every step is in metrics.jsonl, and the terminal follows the clock"),
-    ("enable_lars", NotYet, "`optimizer.kind` is `\"sgd\"`"),
-    ("poly_rate", NotYet, "`schedule.kind` is `\"step\"`, `\"cosine\"` or `\"constant\"`"),
+    ("enable_lars", Keys(&["optimizer.kind"]), "`\"lars2018\"`, or `\"lars\"` for the reference since 2019, with any batch; with `schedule.kind = \"polynomial\"` and `optimizer.nesterov = false`"),
+    ("poly_rate", Keys(&["schedule.base_lr"]), "per 256 images of the batch"),
     // The benchmark's.
     ("data_dir_small", NotYet, "a run has one resolution"),
-    ("use_fast_lr", NotYet, "`schedule.kind` is `\"step\"`, `\"cosine\"` or `\"constant\"`"),
+    ("use_fast_lr", Keys(&["schedule.warmup", "schedule.milestones"]), "4 epochs and 21, 35 and 43 epochs; the resolution stays the same"),
     // The parameter file of r1.9.
     ("param_file", NotNeeded, FILE),
     ("param_overrides", NotNeeded, SETS),
@@ -101,7 +101,7 @@ const FLAGS: &[Flag] = &[
     ("se_ratio", NotYet, "there is no squeeze-and-excitation"),
     ("drop_connect_rate", NotYet, "every block runs in every step"),
     ("dropout_rate", NotYet, "there is no dropout"),
-    ("moving_average_decay", NotYet, "evaluation uses the parameters themselves"),
+    ("moving_average_decay", Keys(&["ema.half_life"]), "ln 2 / -ln d steps: 0.9999 is `\"6931 steps\"`; with `ema.eval = \"average\"`"),
     ("bn_momentum", NotYet, "0.9"),
 ];
 

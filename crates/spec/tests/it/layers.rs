@@ -410,7 +410,8 @@ fn an_old_flag() {
          hint: the 2018 reference's iterations_per_loop is not needed here: checkpoint.every and eval.every say when \
          something happens between steps\n\
          --set optimizer.enable_lars=true: optimizer.enable_lars: unknown key\n\
-         hint: the 2018 reference's enable_lars has no key here yet: optimizer.kind is \"sgd\"\n\
+         hint: the 2018 reference's enable_lars is optimizer.kind here: \"lars2018\", or \"lars\" for the reference since \
+         2019, with any batch; with schedule.kind = \"polynomial\" and optimizer.nesterov = false\n\
          --set resnet_depth=50: resnet_depth: unknown key\n\
          hint: the 2018 reference's resnet_depth is model.depth here",
     );
