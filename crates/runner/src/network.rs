@@ -18,7 +18,12 @@ pub(crate) fn network(run: &Run) -> Graph {
         spec::Recipe::Tpu2018 => nn::Recipe::Tpu2018,
         spec::Recipe::Torchvision => nn::Recipe::Torchvision,
     };
-    nn::resnet(
+    let stem = nn::Stem {
+        is_deep: run.model.stem == spec::Stem::Deep,
+        has_conv_pool: run.model.stem_pool == spec::StemPool::Conv,
+    };
+    nn::resnet_with(
+        stem,
         run.model.depth,
         run.model.resolution,
         run.model.classes,

@@ -95,9 +95,9 @@ const FLAGS: &[Flag] = &[
     ("inference_batch_sizes", NotYet, EXPORT),
     ("export_moving_average", NotYet, EXPORT),
     // Keys of its parameter files that are no flags.
-    ("use_resnetd_stem", NotYet, "the stem is a 7x7 convolution"),
+    ("use_resnetd_stem", Keys(&["model.stem"]), "`\"deep\"`"),
     ("resnetd_shortcut", NotYet, "shortcuts are strided 1x1 convolutions"),
-    ("replace_stem_max_pool", NotYet, "the stem ends in a 3x3 max pooling"),
+    ("replace_stem_max_pool", Keys(&["model.stem_pool"]), "`\"conv\"`"),
     ("se_ratio", NotYet, "there is no squeeze-and-excitation"),
     ("drop_connect_rate", NotYet, "every block runs in every step"),
     ("dropout_rate", NotYet, "there is no dropout"),

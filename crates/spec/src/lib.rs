@@ -26,7 +26,7 @@ pub use problem::{Errors, Problem};
 pub use run::{
     Checkpoint, Crop, Data, Decay, Decode, Ema, EmaEval, Eval, Instructions, Loss, Mixup, Mlflow,
     Mode, Model, Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind,
-    Source, Track, Train,
+    Source, Stem, StemPool, Track, Train,
 };
 pub use schema::schema;
 pub use sweep::{Cell, Halving, Sweep, sweep};

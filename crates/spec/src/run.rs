@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::length::{Length, Unit};
 
 /// The depths a network can have.
-pub(crate) const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
+pub(crate) const DEPTHS: [usize; 9] = [18, 34, 50, 101, 152, 200, 270, 350, 420];
 
 /// A checked run, as written; lengths are not yet steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -86,7 +86,7 @@ pub enum Mode {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
-    /// Layers with weights: 18, 34, 50, 101, 152 or 200.
+    /// Layers with weights: 18, 34, 50, 101, 152, 200, 270, 350 or 420.
     #[schemars(extend("enum" = DEPTHS))]
     pub depth: usize,
     /// Side of the square images in pixels: a multiple of 32 from 32 to 448.
@@ -97,6 +97,10 @@ pub struct Model {
     pub classes: usize,
     /// Whose details to follow where the well-known implementations differ.
     pub recipe: Recipe,
+    /// How the network begins.
+    pub stem: Stem,
+    /// What brings the stem's result to half its sides.
+    pub stem_pool: StemPool,
     /// Text file with one label per line, in the order of the classes.
     pub labels: Option<String>,
 }
@@ -109,6 +113,26 @@ pub enum Recipe {
     Tpu2018,
     /// torchvision.
     Torchvision,
+}
+
+/// How a network begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Stem {
+    /// A 7x7 convolution to 64 channels.
+    Plain,
+    /// Three 3x3 convolutions to 32, 32 and 64 channels (ResNet-D).
+    Deep,
+}
+
+/// The second half of a stem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StemPool {
+    /// The maximum of 3x3 pixels.
+    Max,
+    /// A 3x3 convolution with normalisation and ReLU (ResNet-RS).
+    Conv,
 }
 
 /// `[data]`: the images and what is done to them.
@@ -536,6 +560,8 @@ impl Default for Model {
             resolution: 224,
             classes: 1000,
             recipe: Recipe::Tpu2018,
+            stem: Stem::Plain,
+            stem_pool: StemPool::Max,
             labels: None,
         }
     }

@@ -372,8 +372,14 @@ fn computation(meta: &Meta) -> BTreeMap<String, String> {
 /// # Errors
 /// Names the keys that differ.
 pub fn check_network(path: &Path, meta: &Meta, run: &spec::Run) -> Result<(), Error> {
-    let keys = ["model.depth", "model.classes", "model.recipe"];
-    check_equal(path, &meta.computation, &run.computation(), |key| {
+    let keys = [
+        "model.depth",
+        "model.classes",
+        "model.recipe",
+        "model.stem",
+        "model.stem_pool",
+    ];
+    check_equal(path, &computation(meta), &run.computation(), |key| {
         keys.contains(&key)
     })
 }

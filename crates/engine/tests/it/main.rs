@@ -747,3 +747,32 @@ fn mixed_labels_equal_the_oracles() {
         }
     }
 }
+
+/// The deep stem and the convolution in place of its pool, alone and together.
+#[test]
+fn other_stems_equal_the_oracles() {
+    for (is_deep, has_conv_pool) in [(true, false), (false, true), (true, true)] {
+        let stem = nn::Stem {
+            is_deep,
+            has_conv_pool,
+        };
+        let graph = nn::resnet_with(stem, 18, 32, 5, nn::Recipe::Torchvision).unwrap();
+        let data = Data::new(&mut Random::new(11), &graph, 4);
+        let state = initial_state(&graph, 11);
+        let mut oracle = Oracle::new(&graph, 4, &state).unwrap();
+        let b = oracle.train_step(&data.batch(), &hyper()).unwrap();
+        let mut cpu = Cpu::new(&graph, &Options::new(4, 2), &state).unwrap();
+        let a = cpu.train_step(&data.batch(), &hyper()).unwrap();
+        assert!((a.loss() - b.loss()).abs() < 1e-3 * b.loss());
+        let (ours, truth) = (cpu.state(), oracle.state());
+        let stems = truth.keys().filter(|name| {
+            name.starts_with("conv1") || name.starts_with("bn1") || name.starts_with("maxpool")
+        });
+        let stems: Vec<&String> = stems.collect();
+        assert!(stems.len() >= 5, "{stems:?}");
+        for name in stems {
+            let error = error(&ours, &truth, name);
+            assert!(error < 1e-3, "{stem:?}: {name} is off by {error}");
+        }
+    }
+}

@@ -300,7 +300,7 @@ fn every_type_has_its_words() {
     );
     check_set(
         "model.depth=deep",
-        "expected one of 18, 34, 50, 101, 152, 200, not \"deep\"",
+        "expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not \"deep\"",
     );
     check_set("data.label_offset=0.5", "expected a whole number, not 0.5");
     check_set("schedule.base_lr=fast", "expected a number, not \"fast\"");
@@ -422,7 +422,7 @@ fn every_range_is_checked() {
     );
     check_range(
         "model.depth=51",
-        "expected one of 18, 34, 50, 101, 152, 200, not 51",
+        "expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not 51",
     );
     for resolution in ["0", "31", "100", "480"] {
         check_range(
@@ -631,7 +631,7 @@ fn three_at_once() {
     check(
         "name = \"x\"\n[model]\ndepth = 51\n[data]\nsource = \"fake\"\nlane = 3\n[loss]\nlabel_smoothing = \"much\"\n",
         &["train.batch_size=0"],
-        "x.toml:3:1: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 51\n\
+        "x.toml:3:1: model.depth: expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not 51\n\
          x.toml:6:1: data.lane: unknown key\nhint: did you mean data.lanes?\n\
          x.toml:8:1: loss.label_smoothing: expected a number, not \"much\"\n\
          --set train.batch_size=0: train.batch_size: expected a whole number from 1 to 65536, not 0",
@@ -956,7 +956,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 61] = [
+const KEYS: [(&str, &str, bool); 63] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -965,6 +965,8 @@ const KEYS: [(&str, &str, bool); 61] = [
     ("model.resolution", "32", true),
     ("model.classes", "10", true),
     ("model.recipe", "torchvision", true),
+    ("model.stem", "deep", true),
+    ("model.stem_pool", "conv", true),
     ("model.labels", "l", false),
     ("data.source", "zeros", true),
     ("data.train", "t", false),
