@@ -6,6 +6,7 @@
 
 pub mod cpu;
 pub mod cuda;
+mod dropout;
 mod init;
 mod labels;
 pub mod oracle;
@@ -14,6 +15,7 @@ mod state;
 
 use std::fmt;
 
+pub use dropout::Dropout;
 pub use init::initial_state;
 pub use profile::KernelTime;
 pub use state::{
@@ -261,6 +263,8 @@ pub struct Hyper {
     /// d of the moving average v of parameters and running statistics, v = d v + (1 - d) w after the update. The
     /// engine keeps the average only if it was made to.
     pub average: Option<f64>,
+    /// Dropout of what the classifier reads.
+    pub dropout: Option<Dropout>,
 }
 
 /// What a step saw. Sums, not means, so that partial batches add up exactly.

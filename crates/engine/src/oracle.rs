@@ -9,7 +9,7 @@ use crate::labels::{Target, hits, targets};
 use crate::state::{
     self, AVERAGE_PREFIX, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
 };
-use crate::{Batch, Engine, Error, Hyper, MEAN, Metrics, Pixels, STD, clip};
+use crate::{Batch, Dropout, Engine, Error, Hyper, MEAN, Metrics, Pixels, STD, clip};
 
 /// Running statistics of a normalisation.
 #[derive(Clone)]
@@ -35,6 +35,8 @@ pub struct Oracle {
     running: Vec<Running>,
     /// Of parameters and running statistics, once there is one.
     average: Option<(Vec<Vec<f64>>, Vec<Running>)>,
+    /// What the step under way drops, and the number of its micro-batch's first image.
+    dropout: Option<(Dropout, usize)>,
 }
 
 /// What a forward pass leaves for the backward pass.
@@ -67,6 +69,7 @@ impl Oracle {
             params,
             running,
             average: None,
+            dropout: None,
         };
         oracle.load(state)?;
         Ok(oracle)
@@ -83,6 +86,22 @@ impl Oracle {
         let pass = self.forward(batch, true);
         let (_, d) = self.loss(&pass, batch, label_smoothing);
         self.backward(&pass, d, batch.images())
+    }
+
+    /// What [`Oracle::training_loss`] and [`Oracle::gradients`] drop. For finite differences.
+    pub fn drop_out(&mut self, dropout: Option<Dropout>) {
+        self.dropout = dropout.map(|dropout| (dropout, 0));
+    }
+
+    /// The factors of dropout on the means over planes, where they are not all 1.
+    fn masked(&self, pooled: &mut [f64], channels: usize) {
+        let Some((dropout, first)) = self.dropout else {
+            return;
+        };
+        let mask = dropout.mask(channels);
+        for (i, v) in pooled.iter_mut().enumerate() {
+            *v *= mask.factor(first + i / channels, i % channels);
+        }
     }
 
     /// Changes one element of a parameter. For finite differences.
@@ -157,6 +176,9 @@ impl Oracle {
                     for (i, v) in x.iter().enumerate() {
                         y[i / plane.elements() * plane.c + i % plane.c] +=
                             v / plane.pixels() as f64;
+                    }
+                    if train {
+                        self.masked(&mut y, plane.c);
                     }
                     y
                 }
@@ -273,6 +295,8 @@ impl Oracle {
                     winners.into_iter().zip(&dy).for_each(|(j, dy)| dx[j] += dy);
                 }
                 Op::AvgPool => {
+                    let mut dy = dy;
+                    self.masked(&mut dy, from.c);
                     for (j, dx) in dx.iter_mut().enumerate() {
                         *dx += dy[j / from.elements() * from.c + j % from.c] / from.pixels() as f64;
                     }
@@ -549,6 +573,7 @@ impl Engine for Oracle {
         let micro_batches: Vec<_> = batch.micro_batches(self.micro_batch).collect();
         let mut seen: Vec<Vec<Moments>> = vec![];
         for micro in &micro_batches {
+            self.dropout = hyper.dropout.map(|dropout| (dropout, total.images));
             let pass = self.forward(micro, true);
             let (metrics, d) = self.loss(&pass, micro, hyper.label_smoothing);
             let share = micro.images() as f64 / batch.images() as f64;
@@ -561,6 +586,7 @@ impl Engine for Oracle {
             total.add(&metrics);
             seen.push(pass.moments);
         }
+        self.dropout = None;
         if hyper.average.is_some() && self.average.is_none() {
             self.average = Some((self.params.clone(), self.running.clone()));
         }
@@ -653,6 +679,7 @@ mod tests {
         label_smoothing: 0.0,
         clip_norm: None,
         average: None,
+        dropout: None,
     };
 
     /// tests/goldens/update_goldens.py

@@ -36,6 +36,7 @@ pub(crate) const HYPER: Hyper = Hyper {
     label_smoothing: 0.0,
     clip_norm: None,
     average: None,
+    dropout: None,
 };
 
 /// `runner bench engine`.

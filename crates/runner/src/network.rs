@@ -119,6 +119,7 @@ fn lacks(run: &Run) -> Option<(&'static str, &'static str)> {
             "moving average of parameters",
             run.ema.half_life.is_some(),
         ),
+        ("model.dropout", "dropout", run.model.dropout > 0.0),
         ("mixup.alpha", "mixed labels", run.mixup.alpha > 0.0),
         (
             "mixup.cutmix_alpha",
@@ -387,6 +388,7 @@ mod tests {
         for key in ["optimizer.clip_norm", "mixup.alpha", "mixup.cutmix_alpha"] {
             assert_eq!(lacks(&[&format!("{key}=1")]), Some(key));
         }
+        assert_eq!(lacks(&["model.dropout=0.5"]), Some("model.dropout"));
         assert_eq!(lacks(&["ema.half_life=1 epoch"]), Some("ema.half_life"));
     }
 

@@ -313,6 +313,13 @@ fn numbers(run: &Run, found: &mut Findings) {
     found.range("schedule.base_lr", base_lr, positive(base_lr), "above 0");
     let factor = schedule.factor;
     found.range("schedule.factor", factor, positive(factor), "above 0");
+    let dropout = run.model.dropout;
+    found.range(
+        "model.dropout",
+        dropout,
+        fraction(dropout),
+        "at least 0 and below 1",
+    );
     let (power, end_lr) = (schedule.power, schedule.end_lr);
     found.range("schedule.power", power, positive(power), "above 0");
     let is_rate = end_lr >= 0.0 && end_lr.is_finite();

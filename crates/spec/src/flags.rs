@@ -100,7 +100,7 @@ const FLAGS: &[Flag] = &[
     ("replace_stem_max_pool", Keys(&["model.stem_pool"]), "`\"conv\"`"),
     ("se_ratio", NotYet, "there is no squeeze-and-excitation"),
     ("drop_connect_rate", NotYet, "every block runs in every step"),
-    ("dropout_rate", NotYet, "there is no dropout"),
+    ("dropout_rate", Keys(&["model.dropout"]), ""),
     ("moving_average_decay", Keys(&["ema.half_life"]), "ln 2 / -ln d steps: 0.9999 is `\"6931 steps\"`; with `ema.eval = \"average\"`"),
     ("bn_momentum", NotYet, "0.9"),
 ];

@@ -101,6 +101,9 @@ pub struct Model {
     pub stem: Stem,
     /// What brings the stem's result to half its sides.
     pub stem_pool: StemPool,
+    /// Chance of each channel before the classifier to be dropped in a training step, from 0 to below 1.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
+    pub dropout: f64,
     /// Text file with one label per line, in the order of the classes.
     pub labels: Option<String>,
 }
@@ -562,6 +565,7 @@ impl Default for Model {
             recipe: Recipe::Tpu2018,
             stem: Stem::Plain,
             stem_pool: StemPool::Max,
+            dropout: 0.0,
             labels: None,
         }
     }

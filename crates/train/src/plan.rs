@@ -1,7 +1,7 @@
 //! What will happen, in steps: the spec's lengths resolved against the number of examples.
 
 use data::Mix;
-use engine::{Decay, Hyper, Rule};
+use engine::{Decay, Dropout, Hyper, Rule};
 use spec::{EmaEval, Length, LengthError, Mode, OptimizerKind, Run, ScheduleKind};
 
 /// A run in steps.
@@ -27,6 +27,8 @@ pub struct Plan {
     pub(crate) scored: Scored,
     shape: Shape,
     average: Option<Average>,
+    /// Rate and seed.
+    dropout: (f64, u64),
     hyper: Hyper,
 }
 
@@ -142,6 +144,7 @@ impl Plan {
             },
             shape,
             average,
+            dropout: (run.model.dropout, run.seed),
             hyper: Hyper {
                 rule,
                 lr: 0.0,
@@ -152,6 +155,7 @@ impl Plan {
                 label_smoothing: run.loss.label_smoothing,
                 clip_norm: run.optimizer.clip_norm,
                 average: None,
+                dropout: None,
             },
         })
     }
@@ -189,6 +193,10 @@ impl Plan {
         Hyper {
             lr: self.lr(step),
             average: self.average.map(|average| average.decay(step)),
+            dropout: match self.dropout {
+                (rate, seed) if rate > 0.0 => Some(Dropout { rate, seed, step }),
+                _ => None,
+            },
             ..self.hyper
         }
     }

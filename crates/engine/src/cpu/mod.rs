@@ -552,6 +552,7 @@ impl Engine for Cpu {
                 accumulate: micro_batches > 0,
                 scale: 1.0 / batch.images() as f64,
                 label_smoothing: hyper.label_smoothing,
+                dropout: hyper.dropout.map(|dropout| (dropout, total.images)),
             };
             total.add(&self.run(&program, &micro, &part));
             micro_batches += 1;

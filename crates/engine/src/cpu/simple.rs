@@ -5,7 +5,7 @@ use super::pool::Pool;
 use std::sync::OnceLock;
 
 use crate::labels::{Target, hits, targets};
-use crate::{Batch, Metrics, TensorRule};
+use crate::{Batch, Dropout, Metrics, TensorRule};
 
 /// Columns of one task of the classifier.
 const COLUMNS: usize = 64;
@@ -96,6 +96,21 @@ pub(crate) fn linear_backward(
     }
     for row in d.chunks_exact(outputs) {
         db.iter_mut().zip(row).for_each(|(db, d)| *db += d);
+    }
+}
+
+/// Multiplies images x channels by the factors of dropout.
+pub(crate) fn drop_out(dropout: Option<(Dropout, usize)>, channels: usize, x: Span<'_, f32>) {
+    let Some((dropout, first)) = dropout else {
+        return;
+    };
+    let mask = dropout.mask(channels);
+    // SAFETY: no region runs.
+    let x = unsafe { x.get_mut() };
+    for (i, row) in x.chunks_exact_mut(channels).enumerate() {
+        for (c, v) in row.iter_mut().enumerate() {
+            *v *= mask.factor(first + i, c) as f32;
+        }
     }
 }
 

@@ -939,6 +939,7 @@ fn lacks(hyper: &Hyper, batch: &Batch<'_>) -> Option<&'static str> {
         (hyper.clip_norm.is_some(), "clipping of gradients"),
         (hyper.average.is_some(), "moving average of parameters"),
         (batch.mixed.is_some(), "mixed labels"),
+        (hyper.dropout.is_some(), "dropout"),
     ];
     let what = asked.into_iter().find(|(is_asked, _)| *is_asked);
     what.map(|(_, what)| what)

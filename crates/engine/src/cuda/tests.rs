@@ -641,6 +641,7 @@ const HYPER: Hyper = Hyper {
     label_smoothing: 0.1,
     clip_norm: None,
     average: None,
+    dropout: None,
 };
 
 /// A step in two micro-batches, and the logits after it, against the oracle. `steep`: nine in ten tensors, and logits;

@@ -265,6 +265,7 @@ const LEARNS_NOTHING: Hyper = Hyper {
     label_smoothing: 0.1,
     clip_norm: None,
     average: None,
+    dropout: None,
 };
 
 /// Logits, and loss, gradients and statistics of one training step.
@@ -315,6 +316,7 @@ fn check_steps(name: &'static str, make: Make, bound: Bound, steps: usize) {
             label_smoothing: 0.1,
             clip_norm: None,
             average: None,
+            dropout: None,
         };
         let loss = engine.train_step(&inputs.batch(), &hyper).unwrap().loss();
         let error = (loss / truth - 1.0).abs();

@@ -9,8 +9,8 @@ mod tape;
 use engine::cpu::{Cpu, Level, Options, Precision};
 use engine::oracle::Oracle;
 use engine::{
-    AVERAGE_PREFIX, Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Mixed, Pixels, Rule,
-    State, initial_state,
+    AVERAGE_PREFIX, Batch, Decay, Dropout, Engine, Error, Hyper, MOMENTUM_PREFIX, Mixed, Pixels,
+    Rule, State, initial_state,
 };
 use graph::{Graph, Init, ParamId, Plane, ValueId};
 
@@ -142,6 +142,7 @@ fn hyper() -> Hyper {
         label_smoothing: 0.1,
         clip_norm: None,
         average: None,
+        dropout: None,
     }
 }
 
@@ -774,5 +775,54 @@ fn other_stems_equal_the_oracles() {
             let error = error(&ours, &truth, name);
             assert!(error < 1e-3, "{stem:?}: {name} is off by {error}");
         }
+    }
+}
+
+const DROPOUT: Dropout = Dropout {
+    rate: 0.4,
+    seed: 3,
+    step: 7,
+};
+
+#[test]
+fn gradients_with_dropout_pass_finite_differences() {
+    for seed in 600..604 {
+        let r = &mut Random::new(seed);
+        let graph = random_graph(r, 4);
+        let data = Data::new(r, &graph, 3);
+        let mut oracle = Oracle::new(&graph, 8, &initial_state(&graph, seed)).unwrap();
+        let without = oracle.training_loss(&data.batch(), 0.1);
+        oracle.drop_out(Some(DROPOUT));
+        assert_ne!(oracle.training_loss(&data.batch(), 0.1), without);
+        let gradients = oracle.gradients(&data.batch(), 0.1);
+        for (p, gradient) in gradients.iter().enumerate() {
+            let scale = gradient.iter().map(|g| g * g).sum::<f64>().sqrt().max(1e-3);
+            for _ in 0..4 {
+                let (id, i, h) = (ParamId(p), r.below(gradient.len()), 1e-6);
+                let mut loss = |by| {
+                    oracle.nudge(id, i, by);
+                    let loss = oracle.training_loss(&data.batch(), 0.1);
+                    oracle.nudge(id, i, -by);
+                    loss
+                };
+                let slope = (loss(h) - loss(-h)) / (2.0 * h);
+                let error = (slope - gradient[i]).abs() / scale;
+                let name = &graph.params()[p].name;
+                assert!(error < 1e-6, "seed {seed}: {name}[{i}]: {error}");
+            }
+        }
+    }
+}
+
+/// Also that the images of a later micro-batch have masks of their own, and that scores have none.
+#[test]
+fn dropout_equals_the_oracles() {
+    let hyper = Hyper {
+        dropout: Some(DROPOUT),
+        ..hyper()
+    };
+    for seed in 610..613 {
+        let graph = random_graph(&mut Random::new(seed), 18);
+        check_graph(seed, &graph, 7, &hyper, &Options::new(3, 2));
     }
 }

@@ -109,6 +109,7 @@ fn check(make: impl Fn(&Graph, &State) -> Box<dyn Engine>, tolerance: f64) {
         label_smoothing: SMOOTHING,
         clip_norm: None,
         average: None,
+        dropout: None,
     };
     let ours = engine.train_step(&batch, &hyper).unwrap().loss();
     assert!((ours / loss - 1.0).abs() < tolerance, "{ours}, not {loss}");

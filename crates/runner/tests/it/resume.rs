@@ -326,7 +326,7 @@ fn verify_resume_proves_it() {
 
 /// Every part of the regime that a resume could get wrong, at once: the average, mixtures by the number of the step,
 /// LARS's momentum, a schedule that counts from the end.
-const REGIME: [&str; 9] = [
+const REGIME: [&str; 10] = [
     "optimizer.kind=lars",
     "optimizer.nesterov=false",
     "optimizer.clip_norm=1",
@@ -334,6 +334,7 @@ const REGIME: [&str; 9] = [
     "schedule.base_lr=4",
     "schedule.end_lr=1e-4",
     "ema.half_life=3 steps",
+    "model.dropout=0.2",
     "mixup.alpha=0.2",
     "mixup.cutmix_alpha=1",
 ];

@@ -890,6 +890,10 @@ fn what_is_not_supported_yet() {
 
 #[test]
 fn numbers_of_the_regime() {
+    check_range(
+        "model.dropout=1",
+        "expected at least 0 and below 1, not 1.0",
+    );
     check_range("optimizer.trust=0", "expected above 0, not 0.0");
     check_range("optimizer.clip_norm=0", "expected above 0, not 0.0");
     check_range("schedule.power=0", "expected above 0, not 0.0");
@@ -956,7 +960,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 63] = [
+const KEYS: [(&str, &str, bool); 64] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -967,6 +971,7 @@ const KEYS: [(&str, &str, bool); 63] = [
     ("model.recipe", "torchvision", true),
     ("model.stem", "deep", true),
     ("model.stem_pool", "conv", true),
+    ("model.dropout", "0.25", true),
     ("model.labels", "l", false),
     ("data.source", "zeros", true),
     ("data.train", "t", false),
