@@ -113,6 +113,7 @@ pub(crate) fn check(run: &Run) -> Vec<Finding> {
     numbers(run, &mut found);
     lengths(run, &mut found);
     milestones(run, &mut found);
+    progressive(run, &mut found);
     found.0
 }
 
@@ -240,7 +241,8 @@ fn batches(run: &Run, found: &mut Findings) {
         return; // which has been said
     }
     // Where the last plane is 1 x 1, one image is one value, and a normalisation makes that 0.
-    if run.model.resolution == 32 && bn_batch == 1 && run.mode != Mode::Eval {
+    let has_32 = run.model.resolution == 32 || run.progressive.resolution.contains(&32);
+    if has_32 && bn_batch == 1 && run.mode != Mode::Eval {
         let key = match train.bn_batch {
             Some(_) => "train.bn_batch",
             None => "train.batch_size",
@@ -397,6 +399,39 @@ fn milestones(run: &Run, found: &mut Findings) {
         if is_longer(pair[1], pair[0], run) == Some(false) {
             found.keys(
                 "schedule.milestones",
+                LENGTH_KEYS,
+                format!(
+                    "expected increasing lengths, but \"{}\" follows \"{}\"",
+                    pair[1], pair[0]
+                ),
+                None,
+            );
+        }
+    }
+}
+
+fn progressive(run: &Run, found: &mut Findings) {
+    let (until, sides) = (&run.progressive.until, &run.progressive.resolution);
+    let is_compiled_in = |side: &usize| side.is_multiple_of(32) && (32..=448).contains(side);
+    found.range(
+        "progressive.resolution",
+        sides,
+        sides.iter().all(is_compiled_in),
+        "multiples of 32 from 32 to 448",
+    );
+    if until.len() != sides.len() {
+        let (lengths, sides) = (until.len(), sides.len());
+        found.keys(
+            "progressive.until",
+            &["progressive.resolution"],
+            format!("expected a length for each of progressive.resolution: {sides}, not {lengths}"),
+            Some("after the last length the images have model.resolution".into()),
+        );
+    }
+    for pair in until.windows(2) {
+        if is_longer(pair[1], pair[0], run) == Some(false) {
+            found.keys(
+                "progressive.until",
                 LENGTH_KEYS,
                 format!(
                     "expected increasing lengths, but \"{}\" follows \"{}\"",

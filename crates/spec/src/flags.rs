@@ -67,8 +67,8 @@ const FLAGS: &[Flag] = &[
     ("enable_lars", Keys(&["optimizer.kind"]), "`\"lars2018\"`, or `\"lars\"` for the reference since 2019, with any batch; with `schedule.kind = \"polynomial\"` and `optimizer.nesterov = false`"),
     ("poly_rate", Keys(&["schedule.base_lr"]), "per 256 images of the batch"),
     // The benchmark's.
-    ("data_dir_small", NotYet, "a run has one resolution"),
-    ("use_fast_lr", Keys(&["schedule.warmup", "schedule.milestones"]), "4 epochs and 21, 35 and 43 epochs; the resolution stays the same"),
+    ("data_dir_small", NotYet, "`[progressive]` makes small images of the same shards"),
+    ("use_fast_lr", Keys(&["schedule.warmup", "schedule.milestones"]), "4 epochs and 21, 35 and 43 epochs; `[progressive]` has the resolutions"),
     // The parameter file of r1.9.
     ("param_file", NotNeeded, FILE),
     ("param_overrides", NotNeeded, SETS),

@@ -25,8 +25,8 @@ pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};
 pub use run::{
     Checkpoint, Crop, Data, Decay, Decode, Ema, EmaEval, Eval, Instructions, Loss, Mixup, Mlflow,
-    Mode, Model, Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind,
-    Source, Stem, StemPool, Track, Train,
+    Mode, Model, Optimizer, OptimizerKind, Precision, Progressive, Recipe, Resize, Run, Schedule,
+    ScheduleKind, Source, Stem, StemPool, Track, Train,
 };
 pub use schema::schema;
 pub use sweep::{Cell, Halving, Sweep, sweep};

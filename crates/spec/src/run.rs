@@ -58,6 +58,9 @@ pub struct Run {
     /// The moving average of the parameters.
     #[serde(default)]
     pub ema: Ema,
+    /// Images that grow while the run goes on.
+    #[serde(default)]
+    pub progressive: Progressive,
     /// Evaluation.
     #[serde(default)]
     pub eval: Eval,
@@ -406,6 +409,19 @@ pub struct Mixup {
     pub cutmix_alpha: f64,
 }
 
+/// `[progressive]`: images that grow (or shrink) while the run goes on; the parameters are the same throughout.
+///
+/// An evaluation has the resolution of the steps before it, and there is one where the resolution changes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Progressive {
+    /// Until when each resolution of the list lasts; increasing. After the last one it is `model.resolution`.
+    pub until: Vec<Length>,
+    /// Side of the images until then, in pixels: multiples of 32 from 32 to 448, one for each of `until`.
+    #[schemars(extend("items" = json!({ "type": "integer", "minimum": 32, "maximum": 448, "multipleOf": 32 })))]
+    pub resolution: Vec<usize>,
+}
+
 /// `[ema]`: the moving average of parameters and running statistics.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -747,6 +763,7 @@ impl Run {
             loss: Loss::default(),
             mixup: Mixup::default(),
             ema: Ema::default(),
+            progressive: Progressive::default(),
             eval: Eval::default(),
             checkpoint: Checkpoint::default(),
             track: Track::default(),
@@ -774,6 +791,7 @@ impl Run {
             .iter()
             .chain(&self.schedule.milestones)
             .chain(&self.ema.half_life)
+            .chain(&self.progressive.until)
             .any(|length| length.unit == Unit::Percent);
         let ends = [ScheduleKind::Cosine, ScheduleKind::Polynomial];
         let length_matters = in_percent || ends.contains(&self.schedule.kind);

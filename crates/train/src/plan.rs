@@ -4,6 +4,8 @@ use data::Mix;
 use engine::{Decay, Dropout, Hyper, Rule};
 use spec::{EmaEval, Length, LengthError, Mode, OptimizerKind, Run, ScheduleKind};
 
+use crate::Progress;
+
 /// A run in steps.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Plan {
@@ -25,6 +27,8 @@ pub struct Plan {
     pub(crate) mix: (Mix, u64),
     /// What an evaluation scores.
     pub(crate) scored: Scored,
+    /// The last step of each resolution, and the resolution; increasing, the last one is the run's.
+    phases: Vec<(u64, usize)>,
     shape: Shape,
     average: Option<Average>,
     /// Rate and seed.
@@ -114,6 +118,16 @@ impl Plan {
                 })
             }
         };
+        let mut phases = vec![];
+        for (until, &side) in run
+            .progressive
+            .until
+            .iter()
+            .zip(&run.progressive.resolution)
+        {
+            phases.push((steps(until)?.min(total), side));
+        }
+        phases.push((total, run.model.resolution));
         let evaluates = run.mode != Mode::Train;
         Ok(Self {
             steps: total,
@@ -142,6 +156,7 @@ impl Plan {
                 (Some(_), EmaEval::Average) => Scored::Average,
                 (Some(_), EmaEval::Both) => Scored::Both,
             },
+            phases,
             shape,
             average,
             dropout: (run.model.dropout, run.seed),
@@ -199,6 +214,21 @@ impl Plan {
             },
             ..self.hyper
         }
+    }
+
+    /// The resolution of the images of the update that follows where a run has come to, and the last step that has it. An
+    /// evaluation that is still due belongs to the steps before it.
+    pub fn phase(&self, at: &Progress) -> (u64, usize) {
+        let owes = at.is_eval_due && !at.is_evaluated();
+        let is_open = |&&(end, _): &&(u64, usize)| at.step < end || owes && at.step == end;
+        let last = self.phases.last();
+        let phase = self.phases.iter().find(is_open).or(last);
+        *phase.expect("a run has a resolution")
+    }
+
+    /// Every resolution that there is, in their order.
+    pub fn resolutions(&self) -> impl Iterator<Item = usize> {
+        self.phases.iter().map(|&(_, side)| side)
     }
 
     /// Passes over the training set after `step` updates.
@@ -364,6 +394,25 @@ mod tests {
             close(plan.lr(step), 0.4 * factor);
             assert!(plan.lr(step - 1) != plan.lr(step));
         }
+    }
+
+    #[test]
+    fn phases_follow_each_other() {
+        let text = "train.batch_size = 10\ntrain.length = \"10 epochs\"\nmodel.resolution = 288\n\
+                    progressive.until = [\"2 epochs\", \"5 epochs\"]\nprogressive.resolution = [128, 224]";
+        let plan = plan(text, 100);
+        let at = |step, is_eval_due| {
+            plan.phase(&Progress {
+                step,
+                is_eval_due,
+                ..Progress::default()
+            })
+        };
+        assert_eq!((at(0, false), at(19, false)), ((20, 128), (20, 128)));
+        assert_eq!((at(20, false), at(20, true)), ((50, 224), (20, 128)));
+        assert_eq!((at(50, true), at(50, false)), ((50, 224), (100, 288)));
+        assert_eq!((at(100, true), at(100, false)), ((100, 288), (100, 288)));
+        assert!(plan.resolutions().eq([128, 224, 288]));
     }
 
     /// docs/reference/vectors.json, `ema_decay_0.9999`: ln 2 / -ln 0.9999 is 6931.1 steps.

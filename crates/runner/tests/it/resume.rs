@@ -342,7 +342,12 @@ const REGIME: [&str; 10] = [
 #[test]
 fn verify_resume_proves_it_for_the_whole_regime() {
     let mut args = vec!["verify-resume", "configs/quickstart.toml", "--steps", "8"];
-    let sets = ["train.batch_size=32", "train.bn_batch=16"];
+    let sets = [
+        "train.batch_size=32",
+        "train.bn_batch=16",
+        "progressive.until=['4 steps']",
+        "progressive.resolution=[64]",
+    ];
     for set in REGIME.iter().chain(&sets) {
         args.extend(["--set", set]);
     }
@@ -382,4 +387,42 @@ fn an_average_is_scored_beside_the_parameters_or_in_their_place() {
     let raw = score("ema.eval=raw");
     assert_eq!(raw["loss"], scored["loss"]);
     assert_ne!(raw["loss"], alone["loss"]);
+}
+
+/// Killed where the resolution changes: before the evaluation there, after it, and in the steps around.
+#[test]
+fn images_that_grow_go_on_where_they_were() {
+    let grows = [
+        "progressive.until=['5 steps']",
+        "progressive.resolution=[64]",
+        "train.length=9 steps",
+    ];
+    let sets = [&SETS[..], &grows].concat();
+    let straight = Home::new();
+    let (_, said) = straight.check(&sets, 0);
+    for phase in ["64 px until step 5", "32 px until step 9"] {
+        assert!(said.contains(phase), "{phase} is missing in {said}");
+    }
+    let metrics = fs::read_to_string(straight.path().join("metrics.jsonl")).unwrap();
+    let scored = metrics
+        .lines()
+        .map(json)
+        .filter(|l| l["eval/top1"].is_f64());
+    let scored: Vec<u64> = scored.map(|l| l["step"].as_u64().unwrap()).collect();
+    assert_eq!(scored, [5, 7, 9]);
+    let home = Home::new();
+    for at in [5, 6] {
+        let args = home.args(&sets);
+        let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+        let child = runner(&args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        kill_when(child, || lines(&home) >= at);
+    }
+    home.check(&sets, 0);
+    let found = train::compare(&home.path(), &straight.path()).unwrap();
+    assert_eq!(found.differences, Vec::<String>::new());
+    assert_eq!(found.lines, 9 + 3);
 }

@@ -271,7 +271,7 @@ fn unknown_section() {
         &[],
         "x.toml:4:2: optim: unknown section\nhint: did you mean [optimizer]?\n\
          x.toml:7:2: zzz: unknown section\n\
-         hint: the sections are checkpoint, data, ema, eval, loss, mixup, model, optimizer, schedule, track, train",
+         hint: the sections are checkpoint, data, ema, eval, loss, mixup, model, optimizer, progressive, schedule, track, train",
     );
 }
 
@@ -910,6 +910,39 @@ fn numbers_of_the_regime() {
 }
 
 #[test]
+fn images_grow_by_a_list_of_lengths() {
+    let refused = |set: &[&str], said: &str| {
+        let errors = parse(FAKE, "x.toml", &sets(set)).unwrap_err().to_string();
+        assert!(errors.contains(said), "{errors}");
+    };
+    refused(
+        &[
+            "progressive.until=['1 epoch', '2 epochs']",
+            "progressive.resolution=[64]",
+        ],
+        "expected a length for each of progressive.resolution: 1, not 2",
+    );
+    refused(
+        &[
+            "progressive.until=['2 epochs', '1 epoch']",
+            "progressive.resolution=[64, 96]",
+        ],
+        "expected increasing lengths, but \"1 epoch\" follows \"2 epochs\"",
+    );
+    refused(
+        &[
+            "progressive.until=['2 epochs']",
+            "progressive.resolution=[65]",
+        ],
+        "expected multiples of 32 from 32 to 448, not [65]",
+    );
+    fake(&[
+        "progressive.until=['18 epochs', '41 epochs']",
+        "progressive.resolution=[128, 224]",
+    ]);
+}
+
+#[test]
 fn lars_has_no_nesterov() {
     let set = ["optimizer.kind=lars2018"];
     let errors = parse(FAKE, "x.toml", &sets(&set)).unwrap_err().to_string();
@@ -960,7 +993,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 64] = [
+const KEYS: [(&str, &str, bool); 66] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1013,6 +1046,8 @@ const KEYS: [(&str, &str, bool); 64] = [
     ("loss.label_smoothing", "0.1", true),
     ("mixup.alpha", "0.2", true),
     ("mixup.cutmix_alpha", "1", true),
+    ("progressive.until", "['1 epoch']", true),
+    ("progressive.resolution", "[64]", true),
     ("ema.half_life", "1 epoch", true),
     ("ema.warmup", "false", true),
     ("ema.eval", "raw", false),
@@ -1056,8 +1091,21 @@ fn the_computation_changes_with_what_is_computed_only() {
             "optimizer.kind" => "optimizer.nesterov=false",
             _ => "optimizer.nesterov=true",
         };
-        let base = fake(&[nesterov]).computation();
-        let changed = fake(&[nesterov, &format!("{key}={value}")]).computation();
+        // As many lengths as resolutions.
+        let phases = match key {
+            "progressive.until" => [
+                "progressive.until=['2 epochs']",
+                "progressive.resolution=[32]",
+            ],
+            "progressive.resolution" => [
+                "progressive.until=['2 epochs']",
+                "progressive.resolution=[32]",
+            ],
+            _ => ["progressive.until=[]", "progressive.resolution=[]"],
+        };
+        let [until, sides] = phases;
+        let base = fake(&[nesterov, until, sides]).computation();
+        let changed = fake(&[nesterov, until, sides, &format!("{key}={value}")]).computation();
         assert_eq!(changed != base, is_computed, "{key}");
     }
 }
@@ -1080,6 +1128,10 @@ fn the_length_is_computed_where_the_schedule_depends_on_it() {
     assert!(has_length(&["schedule.kind=polynomial"]));
     assert!(has_length(&["schedule.warmup=5%"]));
     assert!(has_length(&["ema.half_life=5%"]));
+    assert!(has_length(&[
+        "progressive.until=['5%']",
+        "progressive.resolution=[64]"
+    ]));
     assert!(!has_length(&["ema.half_life=5 epochs"]));
     assert!(has_length(&["schedule.milestones=['1 epoch', '50%']"]));
     assert!(!has_length(&["eval.every=5%"]));
