@@ -74,6 +74,15 @@ struct Steps {
     checkpoints: u64,
     peak_lr: f64,
     warmup: f64,
+    /// The sides of the images, in their order.
+    resolutions: Vec<Phase>,
+}
+
+#[derive(Serialize)]
+struct Phase {
+    /// The last step that has it.
+    until: u64,
+    resolution: usize,
 }
 
 /// Bytes.
@@ -213,6 +222,9 @@ impl Report {
                 checkpoints: plan.checkpoints(),
                 peak_lr: plan.peak_lr,
                 warmup: plan.warmup,
+                resolutions: (plan.phases().iter())
+                    .map(|&(until, resolution)| Phase { until, resolution })
+                    .collect(),
             }
         });
         let time = Time::new(run, steps.as_ref(), images_per_s);
@@ -286,6 +298,14 @@ impl Report {
                 "rate        to {} in {:.0} steps",
                 s.peak_lr, s.warmup
             ));
+            if s.resolutions.len() > 1 {
+                let phases = s.resolutions.iter();
+                let phases = phases.map(|p| format!("{} px to step {}", p.resolution, p.until));
+                let phases = phases.collect::<Vec<_>>().join(", ");
+                line(format!(
+                    "images      {phases}; the table and memory are of the last"
+                ));
+            }
             let eval = self
                 .data
                 .eval_examples

@@ -108,7 +108,7 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
         let here = at_resolution(&run, side);
         let mut engine = network::engine(&here, &network::network(&here), state.take())?;
         let (what, steps, images) = (engine.describe(), plan.steps, plan.batch_size);
-        let grows = match plan.resolutions().count() {
+        let grows = match plan.phases().len() {
             1 => String::new(),
             _ => format!(", {side} px until step {end}"),
         };

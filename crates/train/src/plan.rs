@@ -226,9 +226,9 @@ impl Plan {
         *phase.expect("a run has a resolution")
     }
 
-    /// Every resolution that there is, in their order.
-    pub fn resolutions(&self) -> impl Iterator<Item = usize> {
-        self.phases.iter().map(|&(_, side)| side)
+    /// Every resolution that there is and the last step that has it, in their order.
+    pub fn phases(&self) -> &[(u64, usize)] {
+        &self.phases
     }
 
     /// Passes over the training set after `step` updates.
@@ -238,8 +238,11 @@ impl Plan {
 
     /// How many evaluations there are.
     pub fn evaluations(&self) -> u64 {
-        self.eval_every
-            .map_or(0, |every| self.steps.div_ceil(every))
+        let Some(every) = self.eval_every else {
+            return 0;
+        };
+        let between = self.changes().filter(|step| !step.is_multiple_of(every));
+        self.steps.div_ceil(every) + between.count() as u64
     }
 
     /// How many checkpoints there are.
@@ -249,18 +252,38 @@ impl Plan {
         let at_evaluations = self
             .eval_every
             .map_or(0, |b| every(b) - every(least_common_multiple(a, b)));
-        every(a) + at_evaluations + self.steps.min(1)
+        let is_counted = |step: u64| {
+            let at_evaluation = self.eval_every.is_some_and(|b| step.is_multiple_of(b));
+            step.is_multiple_of(a) || at_evaluation
+        };
+        let between = self.changes().filter(|&step| !is_counted(step));
+        every(a) + at_evaluations + between.count() as u64 + self.steps.min(1)
     }
 
-    /// Whether an evaluation follows update number `step`; the last one always is followed by one.
+    /// The steps after which the resolution changes.
+    fn changes(&self) -> impl Iterator<Item = u64> {
+        let mut last = 0;
+        let ends = self.phases.iter().map(|&(end, _)| end);
+        let is_new = move |end: &u64| std::mem::replace(&mut last, *end) != *end;
+        ends.filter(is_new).filter(|&end| end < self.steps)
+    }
+
+    /// Whether an evaluation follows update number `step`; the last one of the run and of each resolution always is
+    /// followed by one.
     pub fn is_eval_due(&self, step: u64) -> bool {
-        let is_due = |every: u64| step.is_multiple_of(every) || step >= self.steps;
+        let is_due = |every: u64| {
+            let changes = || self.changes().any(|change| change == step);
+            step.is_multiple_of(every) || step >= self.steps || changes()
+        };
         step > 0 && self.eval_every.is_some_and(is_due)
     }
 
     /// Whether a checkpoint follows update number `step`; every evaluation has one before it.
     pub fn is_checkpoint_due(&self, step: u64) -> bool {
-        step.is_multiple_of(self.checkpoint_every) || step == self.steps || self.is_eval_due(step)
+        step.is_multiple_of(self.checkpoint_every)
+            || step == self.steps
+            || self.is_eval_due(step)
+            || self.changes().any(|change| change == step)
     }
 }
 
@@ -412,7 +435,18 @@ mod tests {
         assert_eq!((at(20, false), at(20, true)), ((50, 224), (20, 128)));
         assert_eq!((at(50, true), at(50, false)), ((50, 224), (100, 288)));
         assert_eq!((at(100, true), at(100, false)), ((100, 288), (100, 288)));
-        assert!(plan.resolutions().eq([128, 224, 288]));
+        assert_eq!(plan.phases(), [(20, 128), (50, 224), (100, 288)]);
+        // Every 10 steps, and both changes are among them.
+        assert_eq!((plan.evaluations(), plan.checkpoints()), (10, 10));
+        let text = format!("{text}\neval.every = \"40 steps\"\ncheckpoint.every = \"30 steps\"");
+        let plan = self::plan(&text, 100);
+        let due = |f: &dyn Fn(u64) -> bool| (1..=100).filter(|&s| f(s)).collect::<Vec<_>>();
+        assert_eq!(due(&|s| plan.is_eval_due(s)), [20, 40, 50, 80, 100]);
+        assert_eq!(
+            due(&|s| plan.is_checkpoint_due(s)),
+            [20, 30, 40, 50, 60, 80, 90, 100]
+        );
+        assert_eq!((plan.evaluations(), plan.checkpoints()), (5, 8));
     }
 
     /// docs/reference/vectors.json, `ema_decay_0.9999`: ln 2 / -ln 0.9999 is 6931.1 steps.
