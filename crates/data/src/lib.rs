@@ -13,6 +13,7 @@ mod example;
 mod jpeg;
 mod loader;
 mod made;
+mod mix;
 mod order;
 mod random;
 mod resize;
@@ -21,6 +22,7 @@ mod stages;
 pub use error::{BadRecord, Error, Reason};
 pub use loader::{Loader, READ_AHEAD, eval, train};
 pub use made::{Labelled, photo};
+pub use mix::{Mix, Mixed};
 pub use order::Cursor;
 pub use stages::{Stages, level, stages};
 

@@ -22,6 +22,8 @@ pub(crate) enum Purpose {
     Augment { shard: usize, record: u64 },
     /// Label and pixels of this made-up example, for training or for evaluation.
     Fake { index: u64, is_eval: bool },
+    /// How the batch of an update is mixed; in place of the epoch, the number of that update.
+    Mix,
 }
 
 /// SplitMix64 from a start that is a hash of seed, epoch and purpose: draw number n mixes start + n * [`STEP`].
@@ -37,6 +39,7 @@ impl Random {
             Purpose::Window { shard, record } => (1, shard as u64, record),
             Purpose::Augment { shard, record } => (2, shard as u64, record),
             Purpose::Fake { index, is_eval } => (3, index, u64::from(is_eval)),
+            Purpose::Mix => (4, 0, 0),
         };
         let state = [seed, epoch, kind, a, b]
             .iter()
@@ -103,6 +106,7 @@ mod tests {
             (0, 0, Purpose::Shards),
             (1, 0, Purpose::Shards),
             (0, 1, Purpose::Shards),
+            (0, 0, Purpose::Mix),
             (0, 0, Purpose::Window { shard, record }),
             (0, 0, Purpose::Augment { shard, record }),
             (0, 0, Purpose::Augment { shard: 2, record }),
@@ -127,7 +131,7 @@ mod tests {
         .into_iter()
         .map(|(seed, epoch, purpose)| Random::new(seed, epoch, purpose).bits())
         .collect();
-        assert_eq!(firsts.len(), 9);
+        assert_eq!(firsts.len(), 10);
     }
 
     #[test]

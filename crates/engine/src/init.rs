@@ -20,10 +20,10 @@ fn hash(name: &str) -> u64 {
 }
 
 /// The generator of one tensor.
-struct Stream(u64);
+pub(crate) struct Stream(u64);
 
 impl Stream {
-    fn new(seed: u64, name: &str) -> Self {
+    pub(crate) fn new(seed: u64, name: &str) -> Self {
         Self(mix(
             mix(seed.wrapping_add(0x9e37_79b9_7f4a_7c15)) ^ hash(name)
         ))
@@ -31,7 +31,7 @@ impl Stream {
 
     /// Number `counter` of the stream, uniform in the open interval (0, 1): a multiple of 2^-53 plus 2^-54, rounded to
     /// the nearest f64 below 1.
-    fn uniform(&self, counter: u64) -> f64 {
+    pub(crate) fn uniform(&self, counter: u64) -> f64 {
         let bits = mix(self
             .0
             .wrapping_add(counter.wrapping_mul(0x9e37_79b9_7f4a_7c15)));

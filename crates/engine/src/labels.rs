@@ -1,9 +1,57 @@
-//! Cross-entropy with label smoothing, and hits: one row at a time, the same for every engine.
+//! Cross-entropy with label smoothing and mixed labels, and hits: one row at a time, the same for every engine.
+
+use crate::Batch;
 
 /// Target of the true class and of every other class: 1 - s + s / K, and s / K.
 pub(crate) fn targets(smoothing: f64, classes: usize) -> (f64, f64) {
     let spread = smoothing / classes as f64;
     (1.0 - smoothing + spread, spread)
+}
+
+/// The target of one image: every class has `off`, but for two, which may be the same.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Target {
+    pub(crate) off: f64,
+    /// A class and its target.
+    pub(crate) first: (usize, f64),
+    pub(crate) second: (usize, f64),
+    /// The class of the larger share, which hits are counted for.
+    pub(crate) label: usize,
+}
+
+impl Target {
+    /// Of image `i` of a batch; `on` and `off` are those of an image of one class.
+    pub(crate) fn new(batch: &Batch<'_>, i: usize, (on, off): (f64, f64)) -> Self {
+        let label = batch.labels[i] as usize;
+        let single = Self {
+            off,
+            first: (label, on),
+            second: (label, on),
+            label,
+        };
+        let Some(mixed) = batch.mixed else {
+            return single;
+        };
+        let (other, share) = (mixed.labels[i] as usize, mixed.share);
+        if other == label {
+            return single;
+        }
+        Self {
+            off,
+            first: (label, off + share * (on - off)),
+            second: (other, off + (1.0 - share) * (on - off)),
+            label: if share >= 0.5 { label } else { other },
+        }
+    }
+
+    /// Of a class.
+    pub(crate) fn of(&self, class: usize) -> f64 {
+        match class {
+            class if class == self.first.0 => self.first.1,
+            class if class == self.second.0 => self.second.1,
+            _ => self.off,
+        }
+    }
 }
 
 /// Whether the label scores highest (lowest class wins ties), and whether fewer than five score strictly higher.
@@ -29,6 +77,33 @@ mod tests {
         assert_eq!(hits(&[5.0, 4.0, 3.0, 2.0, 1.0, 0.0], 5), (false, false));
         assert_eq!(hits(&[5.0, 4.0, 3.0, 2.0, 1.0, 0.0], 4), (false, true));
         assert_eq!(hits(&[f32::NAN, 0.0], 0), (false, false));
+    }
+
+    #[test]
+    fn mixed_targets_are_the_mean_of_both() {
+        let (labels, others) = ([1, 2, 0], [2, 2, 1]);
+        let batch = Batch {
+            pixels: crate::Pixels::U8(&[]),
+            labels: &labels,
+            mixed: Some(crate::Mixed {
+                labels: &others,
+                share: 0.25,
+            }),
+        };
+        let all = |i| {
+            let target = Target::new(&batch, i, targets(0.3, 3));
+            (target.label, [0, 1, 2].map(|class| target.of(class)))
+        };
+        let close = |(label, ours): (usize, [f64; 3]), (expected, theirs): (usize, [f64; 3])| {
+            assert_eq!(label, expected);
+            for (a, b) in ours.iter().zip(theirs) {
+                assert!((a - b).abs() < 1e-12, "{ours:?} is not {theirs:?}");
+            }
+        };
+        // 0.1 for each class, and 0.7 in the proportion of 1 to 3.
+        close(all(0), (2, [0.1, 0.275, 0.625]));
+        close(all(1), (2, [0.1, 0.1, 0.8]));
+        close(all(2), (1, [0.275, 0.625, 0.1]));
     }
 
     #[test]

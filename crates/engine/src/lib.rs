@@ -6,6 +6,7 @@
 
 pub mod cpu;
 pub mod cuda;
+mod dropout;
 mod init;
 mod labels;
 pub mod oracle;
@@ -14,9 +15,12 @@ mod state;
 
 use std::fmt;
 
+pub use dropout::Dropout;
 pub use init::initial_state;
 pub use profile::KernelTime;
-pub use state::{LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
+pub use state::{
+    AVERAGE_PREFIX, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
+};
 
 /// Mean of each channel over ImageNet, 0..255 scale: 255 * (0.485, 0.456, 0.406).
 pub const MEAN: [f32; 3] = [123.675, 116.28, 103.53];
@@ -69,6 +73,17 @@ pub struct Batch<'a> {
     pub pixels: Pixels<'a>,
     /// Classes, each below the number of classes.
     pub labels: &'a [u32],
+    /// The other class of each image, where the images are mixtures.
+    pub mixed: Option<Mixed<'a>>,
+}
+
+/// What images are besides their first class: each shows two, all in the same proportion (mixup, cutmix).
+#[derive(Clone, Copy, Debug)]
+pub struct Mixed<'a> {
+    /// The second class of each image, below the number of classes.
+    pub labels: &'a [u32],
+    /// Share of the first class in the target, from 0 to 1; the second has the rest.
+    pub share: f64,
 }
 
 impl<'a> Batch<'a> {
@@ -87,6 +102,11 @@ impl<'a> Batch<'a> {
             self.labels.iter().all(|&l| (l as usize) < classes),
             "labels below {classes}"
         );
+        if let Some(mixed) = self.mixed {
+            assert_eq!(mixed.labels.len(), images, "a second label for each image");
+            let are_classes = mixed.labels.iter().all(|&l| (l as usize) < classes);
+            assert!(are_classes, "second labels below {classes}");
+        }
     }
 
     /// The micro-batches of at most `size` images, in order.
@@ -95,9 +115,14 @@ impl<'a> Batch<'a> {
         (0..self.images()).step_by(size).map(move |from| {
             let to = (from + size).min(self.images());
             let (pixels, labels) = (self.pixels, self.labels);
+            let part = |mixed: Mixed<'a>| Mixed {
+                labels: &mixed.labels[from..to],
+                ..mixed
+            };
             Batch {
                 pixels: pixels.slice(from * per_image..to * per_image),
                 labels: &labels[from..to],
+                mixed: self.mixed.map(part),
             }
         })
     }
@@ -125,12 +150,101 @@ impl Decay {
     }
 }
 
-/// What one update depends on besides the gradient.
+/// How a gradient becomes an update; m is the momentum, a what momentum keeps.
 ///
-/// The update is SGD with momentum m, which TensorFlow and PyTorch define alike: g = gradient + weight_decay * w;
-/// a = m a + g; w = w - lr a, or w = w - lr (g + m a) with Nesterov. The learning rate stays outside of a.
+/// LARS (You, Gitman and Ginsburg 2017, "Large batch training of convolutional networks", section 4) gives each tensor
+/// a rate of its own: the learning rate times trust |w| / (|g| + weight_decay |w|), without the factor where |w| or
+/// |g| is 0. Here it acts on convolution and classifier weights; normalisations and biases take the plain rate. It has
+/// no Nesterov. There are two generations, which differ in where decay and rate enter.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Rule {
+    /// SGD with momentum, which TensorFlow and PyTorch define alike: g = gradient + weight_decay * w; a = m a + g;
+    /// w = w - lr a, or w = w - lr (g + m a) with Nesterov. The learning rate stays outside of a.
+    Sgd,
+    /// The TPU reference of 2018. Decay is part of the loss: g = gradient + weight_decay * w wherever decay acts, so
+    /// |g| has it too; a = m a + g; w = w - rate a.
+    Lars2018 {
+        /// The trust coefficient (eta).
+        trust: f64,
+    },
+    /// The reference since 2019, and the paper. |g| is of the gradient alone, and decay acts only where the rate is
+    /// a tensor's own: a = m a + rate (gradient + weight_decay * w); w = w - a.
+    Lars {
+        /// The trust coefficient (eta).
+        trust: f64,
+    },
+}
+
+/// What an update of one tensor comes to, once its norms are known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct TensorRule {
+    /// Coefficient of w in g.
+    decay: f64,
+    /// Learning rate of the tensor.
+    rate: f64,
+    /// Whether the rate is inside of a.
+    is_rate_inside: bool,
+}
+
+impl Rule {
+    /// How a tensor of `class` is updated. `norms` gives |w| and |g|, g with the decay that it is called with; it is
+    /// called where the rule needs them only.
+    fn of_tensor(
+        self,
+        hyper: &Hyper,
+        class: graph::DecayClass,
+        norms: impl FnOnce(f64) -> (f64, f64),
+    ) -> TensorRule {
+        let has_own_rate = class == graph::DecayClass::Weight;
+        let decay = match hyper.decay.covers(class) {
+            true => hyper.weight_decay,
+            false => 0.0,
+        };
+        let rate = |trust: f64, (w, g): (f64, f64)| {
+            let is_defined = w > 0.0 && g > 0.0;
+            let factor = if is_defined {
+                trust * w / (g + decay * w)
+            } else {
+                1.0
+            };
+            hyper.lr * factor
+        };
+        match self {
+            Rule::Lars2018 { trust } if has_own_rate => TensorRule {
+                decay,
+                rate: rate(trust, norms(decay)),
+                is_rate_inside: false,
+            },
+            Rule::Lars { trust } if has_own_rate => TensorRule {
+                decay,
+                rate: rate(trust, norms(0.0)),
+                is_rate_inside: true,
+            },
+            Rule::Lars { .. } => TensorRule {
+                decay: 0.0,
+                rate: hyper.lr,
+                is_rate_inside: true,
+            },
+            Rule::Sgd | Rule::Lars2018 { .. } => TensorRule {
+                decay,
+                rate: hyper.lr,
+                is_rate_inside: false,
+            },
+        }
+    }
+}
+
+/// What a gradient of the norm `norm` is multiplied by so that it is at most `most` long. As PyTorch's
+/// `clip_grad_norm_`, which adds 1e-6 to the norm.
+fn clip(norm: f64, most: f64) -> f64 {
+    (most / (norm + 1e-6)).min(1.0)
+}
+
+/// What one update depends on besides the gradient.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Hyper {
+    /// How the gradient becomes an update.
+    pub rule: Rule,
     /// Learning rate.
     pub lr: f64,
     /// m.
@@ -143,6 +257,14 @@ pub struct Hyper {
     pub decay: Decay,
     /// Share of the target spread over all classes (Szegedy et al. 2016, section 7).
     pub label_smoothing: f64,
+    /// The longest that the gradient of all parameters together may be, without weight decay; a longer one is scaled
+    /// down (Pascanu, Mikolov and Bengio 2013, section 3.2).
+    pub clip_norm: Option<f64>,
+    /// d of the moving average v of parameters and running statistics, v = d v + (1 - d) w after the update. The
+    /// engine keeps the average only if it was made to.
+    pub average: Option<f64>,
+    /// Dropout of what the classifier reads.
+    pub dropout: Option<Dropout>,
 }
 
 /// What a step saw. Sums, not means, so that partial batches add up exactly.
@@ -296,14 +418,24 @@ pub trait Engine {
     /// What it runs on, for people.
     fn describe(&self) -> String;
 
-    /// Takes over parameters and running statistics; momentum starts at zero where the state has none.
+    /// Takes over parameters and running statistics; momentum starts at zero where the state has none, and the average
+    /// at the values themselves.
     ///
     /// # Errors
     /// If a tensor is missing, unknown or of another shape. The engine is then unchanged.
     fn load(&mut self, state: &State) -> Result<(), Error>;
 
-    /// Parameters, running statistics and momentum as they are now.
+    /// Parameters, running statistics, momentum and the average, if one is kept, as they are now.
     fn state(&self) -> State;
+
+    /// Exchanges parameters and running statistics with their moving average, to score that; the next call changes
+    /// them back.
+    ///
+    /// # Panics
+    /// If the engine keeps no average.
+    fn swap_average(&mut self) {
+        unreachable!("this engine keeps no average")
+    }
 
     /// One update from one global batch. The batch runs as micro-batches of the engine's normalisation batch, the
     /// gradient is the mean over all images, and running statistics move once, by the mean over the micro-batches.

@@ -5,9 +5,11 @@
 
 use graph::{Graph, NORM_EPSILON, NORM_UPDATE, NormId, Op, ParamId, Plane, ValueId};
 
-use crate::labels::{hits, targets};
-use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
-use crate::{Batch, Engine, Error, Hyper, MEAN, Metrics, Pixels, STD};
+use crate::labels::{Target, hits, targets};
+use crate::state::{
+    self, AVERAGE_PREFIX, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
+};
+use crate::{Batch, Dropout, Engine, Error, Hyper, MEAN, Metrics, Pixels, STD, clip};
 
 /// Running statistics of a normalisation.
 #[derive(Clone)]
@@ -31,6 +33,10 @@ pub struct Oracle {
     params: Vec<Vec<f64>>,
     momentum: Vec<Vec<f64>>,
     running: Vec<Running>,
+    /// Of parameters and running statistics, once there is one.
+    average: Option<(Vec<Vec<f64>>, Vec<Running>)>,
+    /// What the step under way drops, and the number of its micro-batch's first image.
+    dropout: Option<(Dropout, usize)>,
 }
 
 /// What a forward pass leaves for the backward pass.
@@ -62,6 +68,8 @@ impl Oracle {
             momentum: params.clone(),
             params,
             running,
+            average: None,
+            dropout: None,
         };
         oracle.load(state)?;
         Ok(oracle)
@@ -70,14 +78,30 @@ impl Oracle {
     /// Mean loss of one batch in training mode; nothing changes. For finite differences.
     pub fn training_loss(&self, batch: &Batch<'_>, label_smoothing: f64) -> f64 {
         let pass = self.forward(batch, true);
-        self.loss(&pass, batch.labels, label_smoothing).0.loss()
+        self.loss(&pass, batch, label_smoothing).0.loss()
     }
 
     /// Gradient of the mean loss over `batch`, run as one micro-batch, for every parameter.
     pub fn gradients(&self, batch: &Batch<'_>, label_smoothing: f64) -> Vec<Vec<f64>> {
         let pass = self.forward(batch, true);
-        let (_, d) = self.loss(&pass, batch.labels, label_smoothing);
+        let (_, d) = self.loss(&pass, batch, label_smoothing);
         self.backward(&pass, d, batch.images())
+    }
+
+    /// What [`Oracle::training_loss`] and [`Oracle::gradients`] drop. For finite differences.
+    pub fn drop_out(&mut self, dropout: Option<Dropout>) {
+        self.dropout = dropout.map(|dropout| (dropout, 0));
+    }
+
+    /// The factors of dropout on the means over planes, where they are not all 1.
+    fn masked(&self, pooled: &mut [f64], channels: usize) {
+        let Some((dropout, first)) = self.dropout else {
+            return;
+        };
+        let mask = dropout.mask(channels);
+        for (i, v) in pooled.iter_mut().enumerate() {
+            *v *= mask.factor(first + i / channels, i % channels);
+        }
     }
 
     /// Changes one element of a parameter. For finite differences.
@@ -153,6 +177,9 @@ impl Oracle {
                         y[i / plane.elements() * plane.c + i % plane.c] +=
                             v / plane.pixels() as f64;
                     }
+                    if train {
+                        self.masked(&mut y, plane.c);
+                    }
                     y
                 }
                 (Op::Linear { weight, bias }, Some((x, plane))) => {
@@ -195,27 +222,25 @@ impl Oracle {
     }
 
     /// Sums over the batch, and the gradient of the mean loss by the logits.
-    fn loss(&self, pass: &Pass, labels: &[u32], smoothing: f64) -> (Metrics, Vec<f64>) {
+    fn loss(&self, pass: &Pass, batch: &Batch<'_>, smoothing: f64) -> (Metrics, Vec<f64>) {
         let classes = self.graph.classes();
-        let (on, off) = targets(smoothing, classes);
+        let images = batch.images();
         let mut metrics = Metrics {
-            images: labels.len(),
+            images,
             ..Metrics::default()
         };
         let mut d = vec![];
-        for (row, &label) in pass.values[self.graph.logits().0]
-            .chunks(classes)
-            .zip(labels)
-        {
-            let label = label as usize;
+        let rows = pass.values[self.graph.logits().0].chunks(classes);
+        for (i, row) in rows.enumerate() {
+            let targets = Target::new(batch, i, targets(smoothing, classes));
             let max = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
             let sum: f64 = row.iter().map(|v| (v - max).exp()).sum();
             for (class, v) in row.iter().enumerate() {
-                let target = if class == label { on } else { off };
+                let target = targets.of(class);
                 metrics.loss_sum -= target * (v - max - sum.ln());
-                d.push(((v - max).exp() / sum - target) / labels.len() as f64);
+                d.push(((v - max).exp() / sum - target) / images as f64);
             }
-            let (first, fifth) = hits(row, label);
+            let (first, fifth) = hits(row, targets.label);
             metrics.top1 += usize::from(first);
             metrics.top5 += usize::from(fifth);
         }
@@ -270,6 +295,8 @@ impl Oracle {
                     winners.into_iter().zip(&dy).for_each(|(j, dy)| dx[j] += dy);
                 }
                 Op::AvgPool => {
+                    let mut dy = dy;
+                    self.masked(&mut dy, from.c);
                     for (j, dx) in dx.iter_mut().enumerate() {
                         *dx += dy[j / from.elements() * from.c + j % from.c] / from.pixels() as f64;
                     }
@@ -320,23 +347,43 @@ impl Oracle {
     }
 
     fn update(&mut self, grads: &[Vec<f64>], hyper: &Hyper) {
+        let norm =
+            |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+        let all = norm(&mut grads.iter().flatten().copied());
+        let scale = hyper.clip_norm.map_or(1.0, |most| clip(all, most));
         for (i, p) in self.graph.params().iter().enumerate() {
-            let decay = if hyper.decay.covers(p.decay) {
-                hyper.weight_decay
-            } else {
-                0.0
-            };
-            for (j, grad) in grads[i].iter().enumerate() {
-                let (w, a) = (&mut self.params[i][j], &mut self.momentum[i][j]);
-                let g = grad + decay * *w;
-                *a = hyper.momentum * *a + g;
-                *w -= hyper.lr
-                    * if hyper.nesterov {
-                        g + hyper.momentum * *a
-                    } else {
-                        *a
-                    };
+            let (w, m) = (&mut self.params[i], hyper.momentum);
+            let gradient = |w: &[f64], j: usize, decay: f64| scale * grads[i][j] + decay * w[j];
+            let rule = hyper.rule.of_tensor(hyper, p.decay, |decay| {
+                let of_gradient = norm(&mut (0..w.len()).map(|j| gradient(w, j, decay)));
+                (norm(&mut w.iter().copied()), of_gradient)
+            });
+            for j in 0..w.len() {
+                let (g, a) = (gradient(w, j, rule.decay), &mut self.momentum[i][j]);
+                if rule.is_rate_inside {
+                    *a = m * *a + rule.rate * g;
+                    w[j] -= *a;
+                } else {
+                    *a = m * *a + g;
+                    w[j] -= rule.rate * if hyper.nesterov { g + m * *a } else { *a };
+                }
             }
+        }
+    }
+
+    fn move_average(&mut self, decay: f64) {
+        let (params, running) = self.average.as_mut().expect("made before the first update");
+        let to = |v: &mut Vec<f64>, w: &[f64]| {
+            v.iter_mut()
+                .zip(w)
+                .for_each(|(v, w)| *v = decay * *v + (1.0 - decay) * w);
+        };
+        for (v, w) in params.iter_mut().zip(&self.params) {
+            to(v, w);
+        }
+        for (v, w) in running.iter_mut().zip(&self.running) {
+            to(&mut v.mean, &w.mean);
+            to(&mut v.var, &w.var);
         }
     }
 }
@@ -462,6 +509,23 @@ impl Engine for Oracle {
                 var: get(RUNNING_VAR),
             };
         }
+        let has_average = state.keys().any(|name| name.starts_with(AVERAGE_PREFIX));
+        self.average = has_average.then(|| {
+            let get = |name: String| {
+                let average = state.get(&format!("{AVERAGE_PREFIX}{name}"));
+                wide(average.unwrap_or_else(|| &state[&name]))
+            };
+            let params = self.graph.params().iter();
+            let norms = self.graph.norms().iter();
+            let running = norms.map(|n| Running {
+                mean: get(format!("{}{RUNNING_MEAN}", n.name)),
+                var: get(format!("{}{RUNNING_VAR}", n.name)),
+            });
+            (
+                params.map(|p| get(p.name.clone())).collect(),
+                running.collect(),
+            )
+        });
         Ok(())
     }
 
@@ -488,6 +552,18 @@ impl Engine for Oracle {
                 tensor(&[n.channels], &self.running[i].var),
             );
         }
+        if let Some((params, running)) = &self.average {
+            for (p, values) in self.graph.params().iter().zip(params) {
+                let name = format!("{AVERAGE_PREFIX}{}", p.name);
+                state.insert(name, tensor(&p.shape, values));
+            }
+            for (n, r) in self.graph.norms().iter().zip(running) {
+                for (suffix, values) in [(RUNNING_MEAN, &r.mean), (RUNNING_VAR, &r.var)] {
+                    let name = format!("{AVERAGE_PREFIX}{}{suffix}", n.name);
+                    state.insert(name, tensor(&[n.channels], values));
+                }
+            }
+        }
         state
     }
 
@@ -497,8 +573,9 @@ impl Engine for Oracle {
         let micro_batches: Vec<_> = batch.micro_batches(self.micro_batch).collect();
         let mut seen: Vec<Vec<Moments>> = vec![];
         for micro in &micro_batches {
+            self.dropout = hyper.dropout.map(|dropout| (dropout, total.images));
             let pass = self.forward(micro, true);
-            let (metrics, d) = self.loss(&pass, micro.labels, hyper.label_smoothing);
+            let (metrics, d) = self.loss(&pass, micro, hyper.label_smoothing);
             let share = micro.images() as f64 / batch.images() as f64;
             for (sum, grad) in grads
                 .iter_mut()
@@ -508,6 +585,10 @@ impl Engine for Oracle {
             }
             total.add(&metrics);
             seen.push(pass.moments);
+        }
+        self.dropout = None;
+        if hyper.average.is_some() && self.average.is_none() {
+            self.average = Some((self.params.clone(), self.running.clone()));
         }
         self.update(&grads, hyper);
         let (keep, update) = (
@@ -524,12 +605,21 @@ impl Engine for Oracle {
                     + update * seen.iter().map(|m| unbiased(&m[i])).sum::<f64>();
             }
         }
+        if let Some(decay) = hyper.average {
+            self.move_average(decay);
+        }
         Ok(total)
+    }
+
+    fn swap_average(&mut self) {
+        let (params, running) = self.average.as_mut().expect("there is an average");
+        std::mem::swap(params, &mut self.params);
+        std::mem::swap(running, &mut self.running);
     }
 
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
         let pass = self.forward(batch, false);
-        Ok(self.loss(&pass, batch.labels, 0.0).0)
+        Ok(self.loss(&pass, batch, 0.0).0)
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
@@ -538,8 +628,224 @@ impl Engine for Oracle {
         let batch = Batch {
             pixels,
             labels: &labels,
+            mixed: None,
         };
         let logits = &self.forward(&batch, false).values[self.graph.logits().0];
         Ok(logits.iter().map(|&v| v as f32).collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::{Decay, Mixed, Rule, initial_state};
+
+    /// A classifier alone: its weight has this shape, and a bias for each row.
+    fn classifier(classes: usize, channels: usize) -> Oracle {
+        let plane = Plane {
+            h: 1,
+            w: 1,
+            c: channels,
+        };
+        let mut graph = Graph::new(plane);
+        let pooled = graph.avg_pool("pooled", graph.input());
+        let init = graph::Init::Uniform { bound: 0.1 };
+        graph.linear("fc", pooled, classes, init, init);
+        Oracle::new(&graph, 8, &initial_state(&graph, 0)).unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    fn numbers(value: &Value) -> Vec<f64> {
+        let numbers = value.as_array().expect("a list").iter();
+        numbers.map(|v| v.as_f64().expect("a number")).collect()
+    }
+
+    fn check(what: &str, ours: &[f64], theirs: &[f64], tolerance: f64) {
+        assert_eq!(ours.len(), theirs.len(), "{what}");
+        for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
+            let is_near = (a - b).abs() <= tolerance * (1.0 + b.abs());
+            assert!(is_near, "{what}: number {i} is {a}, not {b}");
+        }
+    }
+
+    const PLAIN: Hyper = Hyper {
+        rule: Rule::Sgd,
+        lr: 0.1,
+        momentum: 0.9,
+        nesterov: false,
+        weight_decay: 0.0,
+        decay: Decay::NoNormNoBias,
+        label_smoothing: 0.0,
+        clip_norm: None,
+        average: None,
+        dropout: None,
+    };
+
+    /// tests/goldens/update_goldens.py
+    fn goldens() -> Value {
+        serde_json::from_str(include_str!("../tests/goldens/updates.json"))
+            .unwrap_or_else(|e| panic!("{e}"))
+    }
+
+    #[test]
+    fn ten_updates_by_every_rule_are_pytorchs_and_numpys() {
+        let golden = goldens();
+        let number = |key: &str| golden[key].as_f64().expect("a number");
+        let (trust, base) = (
+            number("trust"),
+            Hyper {
+                lr: number("lr"),
+                momentum: number("momentum"),
+                weight_decay: number("weight_decay"),
+                ..PLAIN
+            },
+        );
+        let nesterov = Hyper {
+            nesterov: true,
+            ..base
+        };
+        let ruled = |rule| Hyper { rule, ..base };
+        let cases = [
+            ("sgd", base),
+            ("nesterov", nesterov),
+            (
+                "clipped",
+                Hyper {
+                    clip_norm: Some(number("clip_norm")),
+                    ..base
+                },
+            ),
+            (
+                "averaged",
+                Hyper {
+                    average: Some(number("average")),
+                    ..nesterov
+                },
+            ),
+            ("lars2018", ruled(Rule::Lars2018 { trust })),
+            ("lars", ruled(Rule::Lars { trust })),
+        ];
+        let split = |all: Vec<f64>| vec![all[..24].to_vec(), all[24..].to_vec()];
+        for (name, hyper) in cases {
+            let mut oracle = classifier(8, 3);
+            oracle.params = split(numbers(&golden["start"]));
+            oracle.average = Some((oracle.params.clone(), vec![]));
+            let gradients = golden["gradients"].as_array().expect("a list");
+            let after = golden["updates"][name].as_array().expect("a list");
+            assert_eq!(after.len(), 10);
+            for (step, (gradient, after)) in gradients.iter().zip(after).enumerate() {
+                oracle.update(&split(numbers(gradient)), &hyper);
+                if let Some(decay) = hyper.average {
+                    oracle.move_average(decay);
+                    oracle.swap_average();
+                }
+                let ours = oracle.params.concat();
+                check(
+                    &format!("{name}, step {step}"),
+                    &ours,
+                    &numbers(after),
+                    1e-12,
+                );
+                if hyper.average.is_some() {
+                    oracle.swap_average();
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn losses_of_mixed_labels_are_pytorchs() {
+        let golden = goldens();
+        let cases = golden["losses"].as_array().expect("a list");
+        assert_eq!(cases.len(), 4);
+        for case in cases {
+            let labels = |key: &str| numbers(&case[key]).iter().map(|&v| v as u32).collect();
+            let (first, second): (Vec<u32>, Vec<u32>) = (labels("first"), labels("second"));
+            let oracle = classifier(5, 3);
+            let mut values = vec![vec![]; oracle.graph.nodes().len()];
+            values[oracle.graph.logits().0] = numbers(&case["logits"]);
+            let pass = Pass {
+                values,
+                moments: vec![],
+            };
+            let batch = Batch {
+                pixels: Pixels::U8(&[]),
+                labels: &first,
+                mixed: Some(Mixed {
+                    labels: &second,
+                    share: case["share"].as_f64().expect("a number"),
+                }),
+            };
+            let smoothing = case["smoothing"].as_f64().expect("a number");
+            let (metrics, d) = oracle.loss(&pass, &batch, smoothing);
+            let loss = case["loss"].as_f64().expect("a number");
+            check("loss", &[metrics.loss()], &[loss], 1e-12);
+            check("gradient", &d, &numbers(&case["gradient"]), 1e-12);
+        }
+    }
+
+    /// docs/reference/vectors.json: `nesterov` and `lars_first_step`.
+    #[test]
+    fn first_updates_are_the_references() {
+        let vectors: Value =
+            serde_json::from_str(include_str!("../../../docs/reference/vectors.json"))
+                .unwrap_or_else(|e| panic!("{e}"));
+        let mut oracle = classifier(2, 1);
+        let bias = vec![0.0; 2];
+        oracle.params[0] = vec![1.0; 2];
+        let nesterov = Hyper {
+            nesterov: true,
+            ..PLAIN
+        };
+        for step in vectors["nesterov"]["steps"].as_array().expect("a list") {
+            oracle.update(&[vec![0.5; 2], bias.clone()], &nesterov);
+            let (w, a) = (&step["w"], &step["accumulator"]);
+            let theirs = [w, a].map(|v| v.as_f64().expect("a number"));
+            check(
+                "nesterov",
+                &[oracle.params[0][0], oracle.momentum[0][0]],
+                &theirs,
+                1e-12,
+            );
+        }
+        let first = &vectors["lars_first_step"];
+        let number = |key: &str| first[key].as_f64().expect("a number");
+        let trust = number("eta");
+        // With decay in the loss the vector's gradient has it already.
+        for (key, rule) in [
+            ("decay_in_loss", Rule::Lars2018 { trust }),
+            ("decay_in_update", Rule::Lars { trust }),
+        ] {
+            let mut oracle = classifier(2, 1);
+            oracle.params[0] = numbers(&first["w"]);
+            let decay = number("weight_decay");
+            let mut gradient = numbers(&first["grad"]);
+            if key == "decay_in_loss" {
+                for (g, w) in gradient.iter_mut().zip(&oracle.params[0]) {
+                    *g -= decay * w;
+                }
+            }
+            let hyper = Hyper {
+                rule,
+                lr: number("lr"),
+                weight_decay: decay,
+                ..PLAIN
+            };
+            oracle.update(&[gradient, bias.clone()], &hyper);
+            check(key, &oracle.params[0], &numbers(&first[key]["w"]), 1e-12);
+        }
+    }
+
+    /// LARS: a tensor that is 0, or whose gradient is, has no ratio of norms.
+    #[test]
+    fn a_norm_of_zero_leaves_the_plain_rate() {
+        for rule in [Rule::Lars2018 { trust: 0.001 }, Rule::Lars { trust: 0.001 }] {
+            let mut oracle = classifier(2, 1);
+            oracle.params[0] = vec![0.0; 2];
+            let hyper = Hyper { rule, ..PLAIN };
+            oracle.update(&[vec![0.5, -0.5], vec![0.0; 2]], &hyper);
+            check("weight", &oracle.params[0], &[-0.05, 0.05], 1e-12);
+        }
     }
 }

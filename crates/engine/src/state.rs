@@ -8,6 +8,8 @@ use crate::Error;
 
 /// Momentum of parameter `p` is named `optimizer.momentum.p`.
 pub const MOMENTUM_PREFIX: &str = "optimizer.momentum.";
+/// The moving average of `p`, a parameter or a running statistic, is named `ema.p`.
+pub const AVERAGE_PREFIX: &str = "ema.";
 /// Suffix of a normalisation's running mean.
 pub const RUNNING_MEAN: &str = ".running_mean";
 /// Suffix of a normalisation's running (unbiased) variance.
@@ -26,22 +28,24 @@ pub struct Tensor {
 }
 
 /// Everything that training changes in a network, by torchvision's names (`conv1.weight` OIHW, `fc.weight`
-/// `[classes, channels]`, `bn1.running_mean`, ..) and [`MOMENTUM_PREFIX`].
+/// `[classes, channels]`, `bn1.running_mean`, ..), [`MOMENTUM_PREFIX`] and [`AVERAGE_PREFIX`].
 pub type State = BTreeMap<String, Tensor>;
 
-/// Checks that `state` is one of `graph`'s: all parameters and statistics, momentum at will, nothing else.
+/// Checks that `state` is one of `graph`'s: all parameters and statistics, momentum and averages at will, nothing
+/// else.
 pub(crate) fn check(graph: &Graph, state: &State) -> Result<(), Error> {
     let mut known: BTreeMap<String, (Vec<usize>, bool)> = BTreeMap::new();
     for p in graph.params() {
         known.insert(p.name.clone(), (p.shape.clone(), true));
-        known.insert(
-            format!("{MOMENTUM_PREFIX}{}", p.name),
-            (p.shape.clone(), false),
-        );
+        for prefix in [MOMENTUM_PREFIX, AVERAGE_PREFIX] {
+            known.insert(format!("{prefix}{}", p.name), (p.shape.clone(), false));
+        }
     }
     for n in graph.norms() {
         for suffix in [RUNNING_MEAN, RUNNING_VAR] {
-            known.insert(format!("{}{suffix}", n.name), (vec![n.channels], true));
+            let name = format!("{}{suffix}", n.name);
+            known.insert(format!("{AVERAGE_PREFIX}{name}"), (vec![n.channels], false));
+            known.insert(name, (vec![n.channels], true));
         }
     }
     known.insert(LOSS_SCALE.into(), (vec![2], false));

@@ -132,9 +132,17 @@ where
     }
 }
 
-/// 7x7 convolution of stride 2 to 64 channels, normalisation, ReLU, 3x3 max-pool of stride 2.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Stem;
+/// From an image to 64 channels of a quarter of its sides: a convolution of stride 2 with normalisation and ReLU, then a
+/// pool of stride 2. Whatever the two are, the shapes are the same, so they are values.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stem {
+    /// Three 3x3 convolutions to 32, 32 and 64 channels, each with normalisation and ReLU, instead of one 7x7 (ResNet-C
+    /// and -D: He et al. 2019, "Bag of tricks for image classification", section 4.2).
+    pub is_deep: bool,
+    /// A 3x3 convolution of stride 2 with normalisation and ReLU instead of the 3x3 max-pool (ResNet-RS: Bello et al.
+    /// 2021, appendix B).
+    pub has_conv_pool: bool,
+}
 
 impl<H: Strided<2, Out: Strided<2>>, W: Strided<2, Out: Strided<2>>, C: Channels<3>>
     Module<Act<(usize, H, W, C)>> for Stem
@@ -149,15 +157,31 @@ impl<H: Strided<2, Out: Strided<2>>, W: Strided<2, Out: Strided<2>>, C: Channels
 
     fn try_forward(&self, x: Act<(usize, H, W, C)>) -> Result<Self::Output, Infallible> {
         let (n, h, w, _) = x.shape;
-        let id = stem(&mut x.recorder(), x.id);
+        let id = stem(&mut x.recorder(), x.id, *self);
         Ok(x.then((n, h.strided().strided(), w.strided().strided(), Const), id))
     }
 }
 
-fn stem(r: &mut Recorder, x: ValueId) -> ValueId {
-    let y = r.conv_bn(("conv1", "bn1"), x, 64, (7, 2), false);
-    let y = r.relu(y);
-    r.max_pool(y)
+/// Names are torchvision's, and timm's where torchvision has no such stem.
+fn stem(r: &mut Recorder, x: ValueId, kind: Stem) -> ValueId {
+    let convs: &[_] = match kind.is_deep {
+        false => &[(("conv1", "bn1"), 64, (7, 2))],
+        true => &[
+            (("conv1.0", "conv1.1"), 32, (3, 2)),
+            (("conv1.3", "conv1.4"), 32, (3, 1)),
+            (("conv1.6", "bn1"), 64, (3, 1)),
+        ],
+    };
+    let mut y = x;
+    for &(names, out, window) in convs {
+        y = r.conv_bn(names, y, out, window, false);
+        y = r.relu(y);
+    }
+    if !kind.has_conv_pool {
+        return r.max_pool(y);
+    }
+    let y = r.conv_bn(("maxpool.0", "maxpool.1"), y, 64, (3, 2), false);
+    r.relu(y)
 }
 
 /// Group `L` of a ResNet: a first block `F`, which may change the shape, and `N` blocks `R`, which keep it.

@@ -1,4 +1,4 @@
-//! The six depths as types, and the one `match` from configuration to types.
+//! The depths as types, and the one `match` from configuration to types.
 
 use std::fmt;
 
@@ -44,9 +44,10 @@ type KeepFirst = BasicKeep<64>;
 
 fn basic_net<F: Default, const A: usize, const B: usize, const C: usize, const D: usize>(
     classes: usize,
+    stem: Stem,
 ) -> BasicNet<F, A, B, C, D> {
     (
-        Stem,
+        stem,
         Default::default(),
         Default::default(),
         Default::default(),
@@ -57,9 +58,10 @@ fn basic_net<F: Default, const A: usize, const B: usize, const C: usize, const D
 
 fn bottleneck_net<const A: usize, const B: usize, const C: usize, const D: usize>(
     classes: usize,
+    stem: Stem,
 ) -> BottleneckNet<A, B, C, D> {
     (
-        Stem,
+        stem,
         Default::default(),
         Default::default(),
         Default::default(),
@@ -69,7 +71,7 @@ fn bottleneck_net<const A: usize, const B: usize, const C: usize, const D: usize
 }
 
 /// The depths that are compiled in.
-pub const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
+pub const DEPTHS: [usize; 9] = [18, 34, 50, 101, 152, 200, 270, 350, 420];
 
 /// A depth or resolution that is not compiled in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,24 +97,32 @@ impl std::error::Error for Unsupported {}
 
 /// Records one depth at one resolution; a macro, because `R` is a type of its own to every layer.
 macro_rules! at {
-    ($r:literal, $depth:expr, $classes:expr, $recipe:expr) => {
+    ($r:literal, $depth:expr, $classes:expr, $recipe:expr, $stem:expr) => {
         match ($depth, $recipe) {
-            (18, Recipe::Tpu2018) => {
-                record::<_, $r>(&basic_net::<ProjectFirst, 1, 1, 1, 1>($classes), $recipe)
-            }
-            (18, Recipe::Torchvision) => {
-                record::<_, $r>(&basic_net::<KeepFirst, 1, 1, 1, 1>($classes), $recipe)
-            }
-            (34, Recipe::Tpu2018) => {
-                record::<_, $r>(&basic_net::<ProjectFirst, 2, 3, 5, 2>($classes), $recipe)
-            }
-            (34, Recipe::Torchvision) => {
-                record::<_, $r>(&basic_net::<KeepFirst, 2, 3, 5, 2>($classes), $recipe)
-            }
-            (50, _) => record::<_, $r>(&bottleneck_net::<2, 3, 5, 2>($classes), $recipe),
-            (101, _) => record::<_, $r>(&bottleneck_net::<2, 3, 22, 2>($classes), $recipe),
-            (152, _) => record::<_, $r>(&bottleneck_net::<2, 7, 35, 2>($classes), $recipe),
-            (200, _) => record::<_, $r>(&bottleneck_net::<2, 23, 35, 2>($classes), $recipe),
+            (18, Recipe::Tpu2018) => record::<_, $r>(
+                &basic_net::<ProjectFirst, 1, 1, 1, 1>($classes, $stem),
+                $recipe,
+            ),
+            (18, Recipe::Torchvision) => record::<_, $r>(
+                &basic_net::<KeepFirst, 1, 1, 1, 1>($classes, $stem),
+                $recipe,
+            ),
+            (34, Recipe::Tpu2018) => record::<_, $r>(
+                &basic_net::<ProjectFirst, 2, 3, 5, 2>($classes, $stem),
+                $recipe,
+            ),
+            (34, Recipe::Torchvision) => record::<_, $r>(
+                &basic_net::<KeepFirst, 2, 3, 5, 2>($classes, $stem),
+                $recipe,
+            ),
+            (50, _) => record::<_, $r>(&bottleneck_net::<2, 3, 5, 2>($classes, $stem), $recipe),
+            (101, _) => record::<_, $r>(&bottleneck_net::<2, 3, 22, 2>($classes, $stem), $recipe),
+            (152, _) => record::<_, $r>(&bottleneck_net::<2, 7, 35, 2>($classes, $stem), $recipe),
+            (200, _) => record::<_, $r>(&bottleneck_net::<2, 23, 35, 2>($classes, $stem), $recipe),
+            // The depths of ResNet-RS (Bello et al. 2021, appendix C).
+            (270, _) => record::<_, $r>(&bottleneck_net::<3, 28, 52, 3>($classes, $stem), $recipe),
+            (350, _) => record::<_, $r>(&bottleneck_net::<3, 35, 71, 3>($classes, $stem), $recipe),
+            (420, _) => record::<_, $r>(&bottleneck_net::<3, 43, 86, 3>($classes, $stem), $recipe),
             _ => return Err(Unsupported::Depth($depth)),
         }
     };
@@ -128,8 +138,22 @@ macro_rules! resolutions {
         /// # Errors
         /// If the depth or the resolution is not compiled in.
         pub fn resnet(depth: usize, resolution: usize, classes: usize, recipe: Recipe) -> Result<Graph, Unsupported> {
+            resnet_with(Stem::default(), depth, resolution, classes, recipe)
+        }
+
+        /// The same with another stem.
+        ///
+        /// # Errors
+        /// If the depth or the resolution is not compiled in.
+        pub fn resnet_with(
+            stem: Stem,
+            depth: usize,
+            resolution: usize,
+            classes: usize,
+            recipe: Recipe,
+        ) -> Result<Graph, Unsupported> {
             Ok(match resolution {
-                $($r => at!($r, depth, classes, recipe),)*
+                $($r => at!($r, depth, classes, recipe, stem),)*
                 _ => return Err(Unsupported::Resolution(resolution)),
             })
         }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use engine::KernelTime;
 use engine::cpu::{Cpu, Level, Memory, Options, peak};
-use engine::{Batch, Decay, Engine, Hyper, Pixels};
+use engine::{Batch, Decay, Engine, Hyper, Pixels, Rule};
 use graph::Graph;
 use serde::Serialize;
 
@@ -27,12 +27,16 @@ const WARM_UP: Duration = Duration::from_millis(300);
 const TIMED: Duration = Duration::from_secs(3);
 /// SGD as configs/ have it; the rate is small enough for any network to stay finite on noise.
 pub(crate) const HYPER: Hyper = Hyper {
+    rule: Rule::Sgd,
     lr: 1e-3,
     momentum: 0.9,
     nesterov: false,
     weight_decay: 1e-4,
     decay: Decay::All,
     label_smoothing: 0.0,
+    clip_norm: None,
+    average: None,
+    dropout: None,
 };
 
 /// `runner bench engine`.
@@ -145,6 +149,7 @@ fn time(
     let batch = Batch {
         pixels: Pixels::U8(&images.pixels),
         labels: &images.labels,
+        mixed: None,
     };
     let mut seconds = vec![];
     let since = Instant::now();

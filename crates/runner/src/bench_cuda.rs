@@ -86,6 +86,7 @@ pub(crate) fn cuda(args: &BenchCudaArgs) -> Result<ExitCode, Failure> {
     let batch = Batch {
         pixels: Pixels::U8(&images.pixels),
         labels: &images.labels,
+        mixed: None,
     };
     run(&mut engine, &batch, args.mode, WARM_UP, Duration::ZERO)?;
     let (steps, seconds) = run(&mut engine, &batch, args.mode, args.steps, TIMED)?;

@@ -18,7 +18,12 @@ pub(crate) fn network(run: &Run) -> Graph {
         spec::Recipe::Tpu2018 => nn::Recipe::Tpu2018,
         spec::Recipe::Torchvision => nn::Recipe::Torchvision,
     };
-    nn::resnet(
+    let stem = nn::Stem {
+        is_deep: run.model.stem == spec::Stem::Deep,
+        has_conv_pool: run.model.stem_pool == spec::StemPool::Conv,
+    };
+    nn::resnet_with(
+        stem,
         run.model.depth,
         run.model.resolution,
         run.model.classes,
@@ -73,6 +78,12 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
             check_memory(run, graph, input)
         }
         (Target::Cuda(card), _) => {
+            if let Some((key, what)) = lacks(run) {
+                return Err(Failure::Spec(format!(
+                    "{key}: a card has no {what} yet, and this run computes on {card}\n\
+                     hint: train.device = \"cpu\" has it"
+                )));
+            }
             let options = cuda_options(run, &card);
             let memory = cuda::Memory::plan(graph, &options, &card, run.train.batch_size);
             if memory.total() <= card.memory {
@@ -88,6 +99,36 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
             )))
         }
     }
+}
+
+/// What a spec asks for and the engine of cards does not do: the key, and its name.
+fn lacks(run: &Run) -> Option<(&'static str, &'static str)> {
+    let asked = [
+        (
+            "optimizer.kind",
+            "LARS",
+            run.optimizer.kind != spec::OptimizerKind::Sgd,
+        ),
+        (
+            "optimizer.clip_norm",
+            "clipping of gradients",
+            run.optimizer.clip_norm.is_some(),
+        ),
+        (
+            "ema.half_life",
+            "moving average of parameters",
+            run.ema.half_life.is_some(),
+        ),
+        ("model.dropout", "dropout", run.model.dropout > 0.0),
+        ("mixup.alpha", "mixed labels", run.mixup.alpha > 0.0),
+        (
+            "mixup.cutmix_alpha",
+            "mixed labels",
+            run.mixup.cutmix_alpha > 0.0,
+        ),
+    ];
+    let found = asked.into_iter().find(|(_, _, is_asked)| *is_asked);
+    found.map(|(key, what, _)| (key, what))
 }
 
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
@@ -254,6 +295,7 @@ pub(crate) fn options(run: &Run) -> Options {
             spec::Instructions::Amx => Level::Amx,
         },
         winograd: run.train.winograd,
+        average: run.ema.half_life.is_some(),
         ..Options::new(run.train.bn_batch(), threads(run))
     }
 }
@@ -331,6 +373,24 @@ mod tests {
     fn is_accepted(key: &str, value: usize) -> bool {
         let text = "name = \"t\"\ndata.source = \"fake\"";
         spec::parse(text, "t.toml", &[format!("{key}={value}")]).is_ok()
+    }
+
+    #[test]
+    fn what_a_card_lacks_is_named() {
+        let lacks = |set: &[&str]| {
+            let sets: Vec<String> = set.iter().map(|set| set.to_string()).collect();
+            let text = "name = \"t\"\ndata.source = \"fake\"";
+            let run = spec::parse(text, "t.toml", &sets).unwrap_or_else(|e| panic!("{e}"));
+            super::lacks(&run).map(|(key, _)| key)
+        };
+        assert_eq!(lacks(&[]), None);
+        let lars = ["optimizer.kind=lars", "optimizer.nesterov=false"];
+        assert_eq!(lacks(&lars), Some("optimizer.kind"));
+        for key in ["optimizer.clip_norm", "mixup.alpha", "mixup.cutmix_alpha"] {
+            assert_eq!(lacks(&[&format!("{key}=1")]), Some(key));
+        }
+        assert_eq!(lacks(&["model.dropout=0.5"]), Some("model.dropout"));
+        assert_eq!(lacks(&["ema.half_life=1 epoch"]), Some("ema.half_life"));
     }
 
     /// The spec may not know `nn`, so it has its own list.

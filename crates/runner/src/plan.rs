@@ -74,6 +74,15 @@ struct Steps {
     checkpoints: u64,
     peak_lr: f64,
     warmup: f64,
+    /// The sides of the images, in their order.
+    resolutions: Vec<Phase>,
+}
+
+#[derive(Serialize)]
+struct Phase {
+    /// The last step that has it.
+    until: u64,
+    resolution: usize,
 }
 
 /// Bytes.
@@ -86,6 +95,8 @@ struct MemoryReport {
     /// Weights of evaluation, with normalisations folded in.
     folded: usize,
     scratch: usize,
+    /// Moving average of the parameters.
+    average: usize,
     /// Batches that wait between decoding and the engine.
     batches: usize,
     /// Records that wait to be shuffled, and those that are read ahead.
@@ -211,11 +222,19 @@ impl Report {
                 checkpoints: plan.checkpoints(),
                 peak_lr: plan.peak_lr,
                 warmup: plan.warmup,
+                resolutions: (plan.phases().iter())
+                    .map(|&(until, resolution)| Phase { until, resolution })
+                    .collect(),
             }
         });
         let time = Time::new(run, steps.as_ref(), images_per_s);
         let counts = graph.counts();
-        let checkpoint = (2 * counts.params + counts.running_statistics) * size_of::<f32>();
+        let average = match run.ema.half_life {
+            Some(_) => counts.params + counts.running_statistics,
+            None => 0,
+        };
+        let values = 2 * counts.params + counts.running_statistics + average;
+        let checkpoint = values * size_of::<f32>();
         Ok(Self {
             name: run.name.clone(),
             model: Model {
@@ -279,6 +298,14 @@ impl Report {
                 "rate        to {} in {:.0} steps",
                 s.peak_lr, s.warmup
             ));
+            if s.resolutions.len() > 1 {
+                let phases = s.resolutions.iter();
+                let phases = phases.map(|p| format!("{} px to step {}", p.resolution, p.until));
+                let phases = phases.collect::<Vec<_>>().join(", ");
+                line(format!(
+                    "images      {phases}; the table and memory are of the last"
+                ));
+            }
             let eval = self
                 .data
                 .eval_examples
@@ -399,6 +426,7 @@ impl MemoryReport {
             parameters: engine.parameters,
             gradients: engine.gradients,
             optimizer: engine.optimizer,
+            average: engine.average,
             arena: engine.arena,
             folded: engine.folded,
             scratch: engine.scratch,
@@ -441,9 +469,11 @@ impl MemoryReport {
             ("batches", self.batches),
             ("records", self.records),
             ("checkpoint", self.checkpoint),
+            ("average", self.average),
         ];
         let parts: Vec<_> = parts
             .iter()
+            .filter(|(name, bytes)| *name != "average" || *bytes > 0)
             .map(|(name, bytes)| format!("{name} {}", mib(*bytes)))
             .collect();
         format!("memory      {}: {}", mib(self.peak_bytes), parts.join(", "))

@@ -33,7 +33,11 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
         return evaluate::latest(&run, how.fresh);
     }
     let graph = network::network(&run);
-    network::check(&run, &graph)?;
+    let sides = run.progressive.resolution.iter();
+    for &side in sides.chain([&run.model.resolution]) {
+        let run = at_resolution(&run, side);
+        network::check(&run, &network::network(&run))?;
+    }
     let labels = network::labels(&run)?;
     let input = Input::open(&run)?;
     let plan = Plan::new(&run, input.train_examples)
@@ -83,7 +87,7 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let mut trackers = Trackers::open(&dir, resume, &config, terminal);
     let (title, params) = (network::title(&run), graph.counts().params);
     trackers.note(&format!("{}: {title}, {params} parameters", run.name));
-    let (mut at, state) = match start {
+    let (mut at, mut state) = match start {
         Some((progress, state)) => {
             trackers.note(&format!(
                 "resuming at step {} of {}",
@@ -97,25 +101,36 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
             (Progress::default(), None)
         }
     };
-    let mut engine = network::engine(&run, &graph, state)?;
-    let what = engine.describe();
-    trackers.note(&format!(
-        "{what}, {} steps of {} images",
-        plan.steps, plan.batch_size
-    ));
-
     let (checkpoints, stop, mut pace) = (Checkpoints::of(&dir), stop_on_signals(), Pace::default());
-    let (plan, input, keep) = (&plan, &input, run.checkpoint.keep);
-    let job = Job {
-        plan,
-        input,
-        checkpoints: &checkpoints,
-        keep,
-        meta,
-        until,
-        stop: &stop,
+    // Every resolution has an engine of its own, which takes over from the one before.
+    let ended = loop {
+        let (end, side) = plan.phase(&at);
+        let here = at_resolution(&run, side);
+        let mut engine = network::engine(&here, &network::network(&here), state.take())?;
+        let (what, steps, images) = (engine.describe(), plan.steps, plan.batch_size);
+        let grows = match plan.phases().len() {
+            1 => String::new(),
+            _ => format!(", {side} px until step {end}"),
+        };
+        trackers.note(&format!("{what}, {steps} steps of {images} images{grows}"));
+        let job = Job {
+            plan: &plan,
+            input: &input.at(side),
+            checkpoints: &checkpoints,
+            keep: run.checkpoint.keep,
+            meta: meta.clone(),
+            until: until.min(end),
+            stop: &stop,
+        };
+        let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
+        let is_stopped = stop.load(Ordering::Relaxed);
+        match ended {
+            Ok(Ended::Interrupted) if !is_stopped && at.step == end && end < until => {
+                state = Some(engine.state());
+            }
+            ended => break ended,
+        }
     };
-    let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
     let (status, reason) = match &ended {
         Ok(Ended::Done) => ("done", None),
         Ok(Ended::Interrupted) if stop.load(Ordering::Relaxed) => {
@@ -146,6 +161,13 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
             Ok(ExitCode::from(INTERRUPTED))
         }
     }
+}
+
+/// The same run with images of another size.
+fn at_resolution(run: &spec::Run, resolution: usize) -> spec::Run {
+    let mut run = run.clone();
+    run.model.resolution = resolution;
+    run
 }
 
 /// The summary of a run that has nothing left to do.

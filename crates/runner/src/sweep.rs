@@ -566,6 +566,9 @@ fn finish(
             loss: eval.loss,
             top1: best.value,
             top5: eval.top5,
+            ema_loss: None,
+            ema_top1: None,
+            ema_top5: None,
             images: sweep.base.data.eval_examples().unwrap_or(0),
             seconds: 0.0,
         });
@@ -749,6 +752,7 @@ mod tests {
                     top1: best,
                     top5: 1.0,
                     loss: 1.0,
+                    ema_top1: None,
                 }),
                 best: Some(Best {
                     metric: "top1".into(),

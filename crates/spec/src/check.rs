@@ -4,7 +4,7 @@ use std::fmt::Debug;
 use std::ops::RangeInclusive;
 
 use crate::length::{Length, Unit};
-use crate::run::{DEPTHS, Data, Mode, Run, ScheduleKind, Source};
+use crate::run::{DEPTHS, Data, Mode, OptimizerKind, Run, ScheduleKind, Source};
 
 /// What whole numbers can be; the schema says the same (`run`). The upper ends are far above what anybody trains, and
 /// low enough for every product of them: a batch stays within what `data` can index, an epoch within what a double
@@ -113,6 +113,7 @@ pub(crate) fn check(run: &Run) -> Vec<Finding> {
     numbers(run, &mut found);
     lengths(run, &mut found);
     milestones(run, &mut found);
+    progressive(run, &mut found);
     found.0
 }
 
@@ -240,7 +241,8 @@ fn batches(run: &Run, found: &mut Findings) {
         return; // which has been said
     }
     // Where the last plane is 1 x 1, one image is one value, and a normalisation makes that 0.
-    if run.model.resolution == 32 && bn_batch == 1 && run.mode != Mode::Eval {
+    let has_32 = run.model.resolution == 32 || run.progressive.resolution.contains(&32);
+    if has_32 && bn_batch == 1 && run.mode != Mode::Eval {
         let key = match train.bn_batch {
             Some(_) => "train.bn_batch",
             None => "train.batch_size",
@@ -313,6 +315,38 @@ fn numbers(run: &Run, found: &mut Findings) {
     found.range("schedule.base_lr", base_lr, positive(base_lr), "above 0");
     let factor = schedule.factor;
     found.range("schedule.factor", factor, positive(factor), "above 0");
+    let dropout = run.model.dropout;
+    found.range(
+        "model.dropout",
+        dropout,
+        fraction(dropout),
+        "at least 0 and below 1",
+    );
+    let (power, end_lr) = (schedule.power, schedule.end_lr);
+    found.range("schedule.power", power, positive(power), "above 0");
+    let is_rate = end_lr >= 0.0 && end_lr.is_finite();
+    found.range("schedule.end_lr", end_lr, is_rate, "at least 0");
+    let trust = optimizer.trust;
+    found.range("optimizer.trust", trust, positive(trust), "above 0");
+    if let Some(norm) = optimizer.clip_norm {
+        found.range("optimizer.clip_norm", norm, positive(norm), "above 0");
+    }
+    if optimizer.kind != OptimizerKind::Sgd && optimizer.nesterov {
+        found.keys(
+            "optimizer.nesterov",
+            &["optimizer.kind"],
+            "LARS has no Nesterov".into(),
+            Some("write optimizer.nesterov = false".into()),
+        );
+    }
+    let mixup = &run.mixup;
+    for (key, alpha) in [
+        ("mixup.alpha", mixup.alpha),
+        ("mixup.cutmix_alpha", mixup.cutmix_alpha),
+    ] {
+        let is_inside = (0.0..=1000.0).contains(&alpha);
+        found.range(key, alpha, is_inside, "at least 0 and at most 1000");
+    }
     let smoothing = run.loss.label_smoothing;
     found.range(
         "loss.label_smoothing",
@@ -345,12 +379,15 @@ fn lengths(run: &Run, found: &mut Findings) {
         is_whole,
         "steps, epochs or examples, of which the other lengths can be a percentage",
     );
-    for (key, every) in [
-        ("eval.every", run.eval.every),
-        ("checkpoint.every", run.checkpoint.every),
+    for (key, length) in [
+        ("eval.every", Some(run.eval.every)),
+        ("checkpoint.every", Some(run.checkpoint.every)),
+        ("ema.half_life", run.ema.half_life),
     ] {
-        let shown = every.to_string();
-        found.range(key, shown, every.value > 0.0, "a length above 0");
+        if let Some(length) = length {
+            let shown = length.to_string();
+            found.range(key, shown, length.value > 0.0, "a length above 0");
+        }
     }
 }
 
@@ -362,6 +399,39 @@ fn milestones(run: &Run, found: &mut Findings) {
         if is_longer(pair[1], pair[0], run) == Some(false) {
             found.keys(
                 "schedule.milestones",
+                LENGTH_KEYS,
+                format!(
+                    "expected increasing lengths, but \"{}\" follows \"{}\"",
+                    pair[1], pair[0]
+                ),
+                None,
+            );
+        }
+    }
+}
+
+fn progressive(run: &Run, found: &mut Findings) {
+    let (until, sides) = (&run.progressive.until, &run.progressive.resolution);
+    let is_compiled_in = |side: &usize| side.is_multiple_of(32) && (32..=448).contains(side);
+    found.range(
+        "progressive.resolution",
+        sides,
+        sides.iter().all(is_compiled_in),
+        "multiples of 32 from 32 to 448",
+    );
+    if until.len() != sides.len() {
+        let (lengths, sides) = (until.len(), sides.len());
+        found.keys(
+            "progressive.until",
+            &["progressive.resolution"],
+            format!("expected a length for each of progressive.resolution: {sides}, not {lengths}"),
+            Some("after the last length the images have model.resolution".into()),
+        );
+    }
+    for pair in until.windows(2) {
+        if is_longer(pair[1], pair[0], run) == Some(false) {
+            found.keys(
+                "progressive.until",
                 LENGTH_KEYS,
                 format!(
                     "expected increasing lengths, but \"{}\" follows \"{}\"",

@@ -9,11 +9,7 @@ use crate::load::Rank;
 use crate::run::Run;
 
 /// Values with a name but no meaning yet.
-const LATER: [(&str, &str); 3] = [
-    ("data.source", "bigtable"),
-    ("optimizer.kind", "lars"),
-    ("schedule.kind", "polynomial"),
-];
+const LATER: [(&str, &str); 1] = [("data.source", "bigtable")];
 
 /// What is wrong with a value in itself, and how to fix it; none if it is right.
 pub(crate) fn fault(

@@ -64,11 +64,11 @@ const FLAGS: &[Flag] = &[
     ("weight_decay", Keys(&["optimizer.weight_decay"]), ""),
     ("label_smoothing", Keys(&["loss.label_smoothing"]), ""),
     ("log_step_count_steps", NotNeeded, "every step is in metrics.jsonl, and the terminal follows the clock"),
-    ("enable_lars", NotYet, "`optimizer.kind` is `\"sgd\"`"),
-    ("poly_rate", NotYet, "`schedule.kind` is `\"step\"`, `\"cosine\"` or `\"constant\"`"),
+    ("enable_lars", Keys(&["optimizer.kind"]), "`\"lars2018\"`, or `\"lars\"` for the reference since 2019, with any batch; with `schedule.kind = \"polynomial\"` and `optimizer.nesterov = false`"),
+    ("poly_rate", Keys(&["schedule.base_lr"]), "per 256 images of the batch"),
     // The benchmark's.
-    ("data_dir_small", NotYet, "a run has one resolution"),
-    ("use_fast_lr", NotYet, "`schedule.kind` is `\"step\"`, `\"cosine\"` or `\"constant\"`"),
+    ("data_dir_small", NotYet, "`[progressive]` makes small images of the same shards"),
+    ("use_fast_lr", Keys(&["schedule.warmup", "schedule.milestones"]), "4 epochs and 21, 35 and 43 epochs; `[progressive]` has the resolutions"),
     // The parameter file of r1.9.
     ("param_file", NotNeeded, FILE),
     ("param_overrides", NotNeeded, SETS),
@@ -95,13 +95,13 @@ const FLAGS: &[Flag] = &[
     ("inference_batch_sizes", NotYet, EXPORT),
     ("export_moving_average", NotYet, EXPORT),
     // Keys of its parameter files that are no flags.
-    ("use_resnetd_stem", NotYet, "the stem is a 7x7 convolution"),
+    ("use_resnetd_stem", Keys(&["model.stem"]), "`\"deep\"`"),
     ("resnetd_shortcut", NotYet, "shortcuts are strided 1x1 convolutions"),
-    ("replace_stem_max_pool", NotYet, "the stem ends in a 3x3 max pooling"),
+    ("replace_stem_max_pool", Keys(&["model.stem_pool"]), "`\"conv\"`"),
     ("se_ratio", NotYet, "there is no squeeze-and-excitation"),
     ("drop_connect_rate", NotYet, "every block runs in every step"),
-    ("dropout_rate", NotYet, "there is no dropout"),
-    ("moving_average_decay", NotYet, "evaluation uses the parameters themselves"),
+    ("dropout_rate", Keys(&["model.dropout"]), ""),
+    ("moving_average_decay", Keys(&["ema.half_life"]), "ln 2 / -ln d steps: 0.9999 is `\"6931 steps\"`; with `ema.eval = \"average\"`"),
     ("bn_momentum", NotYet, "0.9"),
 ];
 

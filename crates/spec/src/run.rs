@@ -13,7 +13,7 @@ use crate::device::Device;
 use crate::length::{Length, Unit};
 
 /// The depths a network can have.
-pub(crate) const DEPTHS: [usize; 6] = [18, 34, 50, 101, 152, 200];
+pub(crate) const DEPTHS: [usize; 9] = [18, 34, 50, 101, 152, 200, 270, 350, 420];
 
 /// A checked run, as written; lengths are not yet steps.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -52,6 +52,15 @@ pub struct Run {
     /// What is minimised.
     #[serde(default)]
     pub loss: Loss,
+    /// Images that are mixtures of two.
+    #[serde(default)]
+    pub mixup: Mixup,
+    /// The moving average of the parameters.
+    #[serde(default)]
+    pub ema: Ema,
+    /// Images that grow while the run goes on.
+    #[serde(default)]
+    pub progressive: Progressive,
     /// Evaluation.
     #[serde(default)]
     pub eval: Eval,
@@ -80,7 +89,7 @@ pub enum Mode {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Model {
-    /// Layers with weights: 18, 34, 50, 101, 152 or 200.
+    /// Layers with weights: 18, 34, 50, 101, 152, 200, 270, 350 or 420.
     #[schemars(extend("enum" = DEPTHS))]
     pub depth: usize,
     /// Side of the square images in pixels: a multiple of 32 from 32 to 448.
@@ -91,6 +100,13 @@ pub struct Model {
     pub classes: usize,
     /// Whose details to follow where the well-known implementations differ.
     pub recipe: Recipe,
+    /// How the network begins.
+    pub stem: Stem,
+    /// What brings the stem's result to half its sides.
+    pub stem_pool: StemPool,
+    /// Chance of each channel before the classifier to be dropped in a training step, from 0 to below 1.
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
+    pub dropout: f64,
     /// Text file with one label per line, in the order of the classes.
     pub labels: Option<String>,
 }
@@ -103,6 +119,26 @@ pub enum Recipe {
     Tpu2018,
     /// torchvision.
     Torchvision,
+}
+
+/// How a network begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Stem {
+    /// A 7x7 convolution to 64 channels.
+    Plain,
+    /// Three 3x3 convolutions to 32, 32 and 64 channels (ResNet-D).
+    Deep,
+}
+
+/// The second half of a stem.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum StemPool {
+    /// The maximum of 3x3 pixels.
+    Max,
+    /// A 3x3 convolution with normalisation and ReLU (ResNet-RS).
+    Conv,
 }
 
 /// `[data]`: the images and what is done to them.
@@ -272,13 +308,20 @@ pub struct Optimizer {
     /// Share of the last update kept in the next, from 0 to below 1.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub momentum: f64,
-    /// Whether the gradient is taken ahead (Nesterov).
+    /// Whether the gradient is taken ahead (Nesterov); LARS has none.
     pub nesterov: bool,
     /// Factor of half the squared parameters in the loss, 0 or more.
     #[schemars(range(min = 0))]
     pub weight_decay: f64,
     /// Which parameters decay.
     pub decay: Decay,
+    /// LARS's coefficient (eta) of the ratio of norms, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub trust: f64,
+    /// The longest that the gradient of all parameters together may be, weight decay not counted, above 0; a longer one
+    /// is scaled down. Any if absent.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub clip_norm: Option<f64>,
 }
 
 /// The rule of an optimizer.
@@ -287,6 +330,11 @@ pub struct Optimizer {
 pub enum OptimizerKind {
     /// Stochastic gradient descent with momentum.
     Sgd,
+    /// LARS as the TPU reference of 2018 has it: decay in the gradient, the learning rate outside of the momentum.
+    Lars2018,
+    /// LARS as the paper and the reference since 2019 have it: decay beside the gradient, the learning rate inside of the
+    /// momentum.
+    Lars,
 }
 
 /// Which parameters decay.
@@ -317,6 +365,12 @@ pub struct Schedule {
     /// What a step schedule multiplies by, above 0.
     #[schemars(extend("exclusiveMinimum" = 0))]
     pub factor: f64,
+    /// Exponent of a polynomial schedule, above 0.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub power: f64,
+    /// Learning rate at the end of a cosine or polynomial schedule, whatever the batch, 0 or more.
+    #[schemars(range(min = 0))]
+    pub end_lr: f64,
 }
 
 /// The shape of the learning rate after the warmup.
@@ -325,8 +379,10 @@ pub struct Schedule {
 pub enum ScheduleKind {
     /// Constant between milestones.
     Step,
-    /// Half a cosine from the full rate to 0 at the end of the run.
+    /// Half a cosine from the full rate to `end_lr` at the end of the run.
     Cosine,
+    /// From the full rate to `end_lr` at the end of the run, by the part of the run that is left to the power of `power`.
+    Polynomial,
     /// The full rate throughout.
     Constant,
 }
@@ -338,6 +394,59 @@ pub struct Loss {
     /// Share of the target that is spread over all classes, from 0 to below 1.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub label_smoothing: f64,
+}
+
+/// `[mixup]`: training images that are mixtures of two, an image and the one after it in the batch; all of a batch in the
+/// same proportion. Their targets are mixed alike.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Mixup {
+    /// Both parameters of the beta distribution of the proportion in which pixels are averaged, at most 1000;
+    /// 0 is never.
+    #[schemars(range(min = 0, max = 1000))]
+    pub alpha: f64,
+    /// The same of the area that is pasted (CutMix), at most 1000; 0 is never. Where both are above 0, a batch has
+    /// either, with equal chance.
+    #[schemars(range(min = 0, max = 1000))]
+    pub cutmix_alpha: f64,
+}
+
+/// `[progressive]`: images that grow (or shrink) while the run goes on; the parameters are the same throughout.
+///
+/// An evaluation has the resolution of the steps before it, and there is one where the resolution changes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Progressive {
+    /// Until when each resolution of the list lasts; increasing. After the last one it is `model.resolution`.
+    pub until: Vec<Length>,
+    /// Side of the images until then, in pixels: multiples of 32 from 32 to 448, one for each of `until`.
+    #[schemars(extend("items" = json!({ "type": "integer", "minimum": 32, "maximum": 448, "multipleOf": 32 })))]
+    pub resolution: Vec<usize>,
+}
+
+/// `[ema]`: the moving average of parameters and running statistics.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Ema {
+    /// How long until what was learned has half of its weight; a decay of 0.9999 a step is "6931 steps". None is kept if
+    /// absent.
+    pub half_life: Option<Length>,
+    /// Whether the decay is at most (1 + t) / (10 + t) after t steps, so that the first steps are soon forgotten.
+    pub warmup: bool,
+    /// What an evaluation scores where an average is kept.
+    pub eval: EmaEval,
+}
+
+/// What an evaluation scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum EmaEval {
+    /// The parameters and, as `eval/ema_top1` and so on, the average; the best checkpoint is the average's.
+    Both,
+    /// The average instead of the parameters.
+    Average,
+    /// The parameters.
+    Raw,
 }
 
 /// `[eval]`: evaluation.
@@ -472,6 +581,9 @@ impl Default for Model {
             resolution: 224,
             classes: 1000,
             recipe: Recipe::Tpu2018,
+            stem: Stem::Plain,
+            stem_pool: StemPool::Max,
+            dropout: 0.0,
             labels: None,
         }
     }
@@ -525,6 +637,8 @@ impl Default for Optimizer {
             nesterov: true,
             weight_decay: 1e-4,
             decay: Decay::NoNorm,
+            trust: 0.001,
+            clip_norm: None,
         }
     }
 }
@@ -537,6 +651,18 @@ impl Default for Schedule {
             warmup: epochs(5.0),
             milestones: vec![epochs(30.0), epochs(60.0), epochs(80.0)],
             factor: 0.1,
+            power: 2.0,
+            end_lr: 0.0,
+        }
+    }
+}
+
+impl Default for Ema {
+    fn default() -> Self {
+        Self {
+            half_life: None,
+            warmup: true,
+            eval: EmaEval::Both,
         }
     }
 }
@@ -600,7 +726,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 19] = [
+const FREE: [&str; 20] = [
     "name",
     "mode",
     "run_dir",
@@ -612,6 +738,7 @@ const FREE: [&str; 19] = [
     "train.device",
     "train.threads",
     "train.instructions",
+    "ema.eval",
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
@@ -636,6 +763,9 @@ impl Run {
             optimizer: Optimizer::default(),
             schedule: Schedule::default(),
             loss: Loss::default(),
+            mixup: Mixup::default(),
+            ema: Ema::default(),
+            progressive: Progressive::default(),
             eval: Eval::default(),
             checkpoint: Checkpoint::default(),
             track: Track::default(),
@@ -658,13 +788,15 @@ impl Run {
     /// Every key that changes what is computed, dotted, with its value as text (`unset` where there is none): two
     /// runs may share checkpoints only if these are equal.
     pub fn computation(&self) -> BTreeMap<String, String> {
-        // Only the schedule can make the first steps depend on how many follow.
-        let schedule = [self.schedule.warmup];
-        let in_percent = schedule
+        // Only the schedule and the average can make the first steps depend on how many follow.
+        let in_percent = [self.schedule.warmup]
             .iter()
             .chain(&self.schedule.milestones)
+            .chain(&self.ema.half_life)
+            .chain(&self.progressive.until)
             .any(|length| length.unit == Unit::Percent);
-        let length_matters = in_percent || self.schedule.kind == ScheduleKind::Cosine;
+        let ends = [ScheduleKind::Cosine, ScheduleKind::Polynomial];
+        let length_matters = in_percent || ends.contains(&self.schedule.kind);
 
         let mut resolved = self.clone();
         resolved.train.bn_batch = Some(self.train.bn_batch());

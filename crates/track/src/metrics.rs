@@ -65,6 +65,27 @@ pub struct EvalMetrics {
     /// Share of the images whose five likeliest classes have the right one, from 0 to 1.
     #[serde(rename = "eval/top5", with = "number")]
     pub top5: f64,
+    /// `loss` of the moving average of the parameters, where that is scored beside them.
+    #[serde(
+        rename = "eval/ema_loss",
+        with = "number::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub ema_loss: Option<f64>,
+    /// Its `top1`.
+    #[serde(
+        rename = "eval/ema_top1",
+        with = "number::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub ema_top1: Option<f64>,
+    /// Its `top5`.
+    #[serde(
+        rename = "eval/ema_top5",
+        with = "number::optional",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub ema_top5: Option<f64>,
     /// Number of images.
     #[serde(rename = "eval/images")]
     pub images: u64,
@@ -76,12 +97,21 @@ pub struct EvalMetrics {
 impl EvalMetrics {
     /// What MLflow and TensorBoard get: every number with a room in its name.
     pub(crate) fn scalars(&self) -> Vec<Scalar> {
-        vec![
+        let average = [
+            ("eval/ema_loss", self.ema_loss),
+            ("eval/ema_top1", self.ema_top1),
+            ("eval/ema_top5", self.ema_top5),
+        ];
+        let mut scalars = vec![
             ("eval/loss".into(), self.loss),
             ("eval/top1".into(), self.top1),
             ("eval/top5".into(), self.top5),
-            ("eval/images".into(), self.images as f64),
-        ]
+        ];
+        for (name, value) in average {
+            scalars.extend(value.map(|value| (name.into(), value)));
+        }
+        scalars.push(("eval/images".into(), self.images as f64));
+        scalars
     }
 }
 
@@ -103,6 +133,21 @@ pub(crate) mod number {
             serializer.serialize_str(if is_positive { "Infinity" } else { "-Infinity" })
         } else {
             serializer.serialize_f64(*value)
+        }
+    }
+
+    /// The same of numbers that may be missing; a number that is missing is not written.
+    pub(crate) mod optional {
+        use serde::Serializer;
+
+        pub(crate) fn serialize<S: Serializer>(
+            value: &Option<f64>,
+            serializer: S,
+        ) -> Result<S::Ok, S::Error> {
+            match value {
+                Some(value) => super::serialize(value, serializer),
+                None => serializer.serialize_none(),
+            }
         }
     }
 
@@ -275,6 +320,9 @@ mod tests {
             loss: 3.0,
             top1: 4.0,
             top5: 5.0,
+            ema_loss: None,
+            ema_top1: None,
+            ema_top5: None,
             images: 6,
             seconds: 7.0,
         };

@@ -45,12 +45,15 @@ pub struct EvalSummary {
     /// Mean loss of the images.
     #[serde(with = "number")]
     pub loss: f64,
+    /// `top1` of the moving average of the parameters, where that is scored beside them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ema_top1: Option<f64>,
 }
 
 /// The best evaluation of a run.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Best {
-    /// By what it is the best: `top1`.
+    /// By what it is the best: `top1`, or `ema_top1` where that is there.
     pub metric: String,
     /// The value of that.
     #[serde(with = "number")]

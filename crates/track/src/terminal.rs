@@ -199,8 +199,12 @@ fn rates_text(images_per_s: f64, input_wait_fraction: f64) -> String {
 
 /// An evaluation in one line.
 fn eval_line(m: &EvalMetrics) -> String {
+    let average = match (m.ema_top1, m.ema_top5) {
+        (Some(top1), Some(top5)) => format!("  ema top1 {top1:.4}  top5 {top5:.4}"),
+        _ => String::new(),
+    };
     format!(
-        "eval at step {}  top1 {:.4}  top5 {:.4}  loss {:.4}  {} images in {:.1} s",
+        "eval at step {}  top1 {:.4}  top5 {:.4}  loss {:.4}{average}  {} images in {:.1} s",
         m.step, m.top1, m.top5, m.loss, m.images, m.seconds
     )
 }
@@ -321,6 +325,9 @@ mod tests {
             loss: 0.1203,
             top1: 0.9611,
             top5: 0.9972,
+            ema_loss: None,
+            ema_top1: None,
+            ema_top5: None,
             images: 359,
             seconds: 0.41,
         };

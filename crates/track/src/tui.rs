@@ -412,6 +412,9 @@ mod tests {
                     loss: m.loss * 1.1,
                     top1: m.top1 * 0.98,
                     top5: 1.0,
+                    ema_loss: None,
+                    ema_top1: None,
+                    ema_top5: None,
                     images: 359,
                     seconds: 0.4,
                 });

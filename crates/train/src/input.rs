@@ -62,6 +62,19 @@ impl Input {
         Ok(input)
     }
 
+    /// The same input in another resolution.
+    pub fn at(&self, resolution: usize) -> Self {
+        let resized = |config: &data::Config| data::Config {
+            resolution,
+            ..config.clone()
+        };
+        Self {
+            train: self.train.as_ref().map(resized),
+            eval: self.eval.as_ref().map(resized),
+            ..self.clone()
+        }
+    }
+
     /// Everything that decides the numbers of a run on this input.
     pub fn computation(&self, run: &Run) -> BTreeMap<String, String> {
         let mut keys = run.computation();

@@ -24,6 +24,7 @@ pub use error::Error;
 pub use input::{Input, eval_config};
 pub use pace::Pace;
 pub use plan::Plan;
+use plan::Scored;
 
 /// A run that is ready to go.
 pub struct Job<'a> {
@@ -162,13 +163,15 @@ fn start(
     trackers: &mut Trackers,
     pace: &mut Pace,
 ) -> Result<(Started, data::Cursor), Error> {
-    let batch = pace.wait_for(batches)?;
+    let mut batch = pace.wait_for(batches)?;
+    let (mix, seed) = job.plan.mix;
+    let mixed = mix.apply(&mut batch, seed, done);
     batch.bad_records.iter().for_each(|bad| trackers.note(bad));
     if let (0, Some(config)) = (done, &job.input.train) {
         let side = config.resolution;
         trackers.images(0, side, &first_images(&batch, side));
     }
-    let step = engine.start_step(&view(&batch), &job.plan.hyper(done))?;
+    let step = engine.start_step(&view(&batch, mixed.as_ref()), &job.plan.hyper(done))?;
     Ok((step, batch.cursor))
 }
 
@@ -203,8 +206,11 @@ fn write(
 /// How TensorBoard calls a tensor of the state. The momentum is the running sum of the gradients, all of them that
 /// engines give.
 fn histogram(name: &str) -> String {
-    match name.strip_prefix(engine::MOMENTUM_PREFIX) {
-        Some(name) => format!("gradients (momentum)/{}", name.trim_start_matches('.')),
+    if let Some(name) = name.strip_prefix(engine::MOMENTUM_PREFIX) {
+        return format!("gradients (momentum)/{}", name.trim_start_matches('.'));
+    }
+    match name.strip_prefix(engine::AVERAGE_PREFIX) {
+        Some(name) => format!("average/{name}"),
         None => format!("weights/{name}"),
     }
 }
@@ -230,24 +236,62 @@ fn evaluate(
         return Ok(true);
     };
     let started = Instant::now();
-    let Some(metrics) = score(config, engine, job.stop, |bad| trackers.note(bad))? else {
-        return Ok(false);
+    let score = |engine: &mut dyn Engine, trackers: &mut Trackers| {
+        score(config, engine, job.stop, |bad| trackers.note(bad))
+    };
+    let mut raw = None;
+    if job.plan.scored != Scored::Average {
+        raw = score(engine, trackers)?;
+        if raw.is_none() {
+            return Ok(false);
+        }
+    }
+    let mut average = None;
+    if job.plan.scored != Scored::Raw {
+        engine.swap_average();
+        let scored = score(engine, trackers);
+        engine.swap_average();
+        average = scored?;
+        if average.is_none() {
+            return Ok(false);
+        }
+    }
+    // The average is scored beside the parameters, or in their place.
+    let (metrics, average) = match raw {
+        Some(raw) => (raw, average),
+        None => (average.expect("one of the two is scored"), None),
     };
     let (loss, top1, top5) = (metrics.loss(), metrics.top1(), metrics.top5());
+    let ema_top1 = average.map(|m| m.top1());
     trackers.eval(&EvalMetrics {
         step: at.step,
         epoch: job.plan.epoch(at.step),
         loss,
         top1,
         top5,
+        ema_loss: average.map(|m| m.loss()),
+        ema_top1,
+        ema_top5: average.map(|m| m.top5()),
         images: metrics.images as u64,
         seconds: started.elapsed().as_secs_f64(),
     });
-    at.eval = Some((at.step, EvalSummary { top1, top5, loss }));
-    if at.best.as_ref().is_none_or(|best| top1 > best.value) {
+    let summary = EvalSummary {
+        top1,
+        top5,
+        loss,
+        ema_top1,
+    };
+    at.eval = Some((at.step, summary));
+    let (metric, value) = match ema_top1 {
+        Some(top1) => ("ema_top1", top1),
+        None => ("top1", top1),
+    };
+    // `ema.eval` may have changed since the last start.
+    let is_better = |best: &Best| best.metric != metric || value > best.value;
+    if at.best.as_ref().is_none_or(is_better) {
         at.best = Some(Best {
-            metric: "top1".into(),
-            value: top1,
+            metric: metric.into(),
+            value,
             step: at.step,
         });
         job.checkpoints.point_to(at)?;
@@ -274,7 +318,7 @@ pub fn score(
         let batch = batch?;
         batch.bad_records.iter().for_each(|bad| note(bad));
         if !batch.labels.is_empty() {
-            total.add(&engine.eval_step(&view(&batch))?);
+            total.add(&engine.eval_step(&view(&batch, None))?);
         }
     }
     match total.images {
@@ -284,7 +328,7 @@ pub fn score(
 }
 
 /// A batch as the engine takes it.
-fn view(batch: &data::Batch) -> engine::Batch<'_> {
+fn view<'a>(batch: &'a data::Batch, mixed: Option<&'a data::Mixed>) -> engine::Batch<'a> {
     let pixels = match &batch.pixels {
         data::Pixels::U8(p) => Pixels::U8(p),
         data::Pixels::F32(p) => Pixels::F32(p),
@@ -292,6 +336,10 @@ fn view(batch: &data::Batch) -> engine::Batch<'_> {
     engine::Batch {
         pixels,
         labels: &batch.labels,
+        mixed: mixed.map(|mixed| engine::Mixed {
+            labels: &mixed.labels,
+            share: mixed.share,
+        }),
     }
 }
 
@@ -324,8 +372,14 @@ fn computation(meta: &Meta) -> BTreeMap<String, String> {
 /// # Errors
 /// Names the keys that differ.
 pub fn check_network(path: &Path, meta: &Meta, run: &spec::Run) -> Result<(), Error> {
-    let keys = ["model.depth", "model.classes", "model.recipe"];
-    check_equal(path, &meta.computation, &run.computation(), |key| {
+    let keys = [
+        "model.depth",
+        "model.classes",
+        "model.recipe",
+        "model.stem",
+        "model.stem_pool",
+    ];
+    check_equal(path, &computation(meta), &run.computation(), |key| {
         keys.contains(&key)
     })
 }

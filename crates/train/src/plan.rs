@@ -1,7 +1,10 @@
 //! What will happen, in steps: the spec's lengths resolved against the number of examples.
 
-use engine::{Decay, Hyper};
-use spec::{Length, LengthError, Mode, Run, ScheduleKind};
+use data::Mix;
+use engine::{Decay, Dropout, Hyper, Rule};
+use spec::{EmaEval, Length, LengthError, Mode, OptimizerKind, Run, ScheduleKind};
+
+use crate::Progress;
 
 /// A run in steps.
 #[derive(Clone, Debug, PartialEq)]
@@ -20,8 +23,37 @@ pub struct Plan {
     pub peak_lr: f64,
     /// Length of the warmup in steps, not rounded: the reference's rate is linear in epochs.
     pub warmup: f64,
+    /// How training images are mixed, and the seed of that.
+    pub(crate) mix: (Mix, u64),
+    /// What an evaluation scores.
+    pub(crate) scored: Scored,
+    /// The last step of each resolution, and the resolution; increasing, the last one is the run's.
+    phases: Vec<(u64, usize)>,
     shape: Shape,
+    average: Option<Average>,
+    /// Rate and seed.
+    dropout: (f64, u64),
     hyper: Hyper,
+}
+
+/// What an evaluation scores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Scored {
+    /// The parameters.
+    Raw,
+    /// Their moving average.
+    Average,
+    /// Both.
+    Both,
+}
+
+/// The moving average of parameters and running statistics.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Average {
+    /// What a step keeps of it.
+    decay: f64,
+    /// Whether the first steps keep less.
+    is_warmed_up: bool,
 }
 
 /// The learning rate after the warmup.
@@ -29,8 +61,10 @@ pub struct Plan {
 enum Shape {
     /// `factor` at each of the steps.
     Step { milestones: Vec<u64>, factor: f64 },
-    /// Half a cosine down to 0 at the end.
-    Cosine,
+    /// Half a cosine down to `end` at the end.
+    Cosine { end: f64 },
+    /// Down to `end` at the end, by a power of the part of the run that is left.
+    Polynomial { power: f64, end: f64 },
     /// The peak.
     Constant,
 }
@@ -54,7 +88,13 @@ impl Plan {
                     .collect::<Result<_, _>>()?,
                 factor: run.schedule.factor,
             },
-            ScheduleKind::Cosine => Shape::Cosine,
+            ScheduleKind::Cosine => Shape::Cosine {
+                end: run.schedule.end_lr,
+            },
+            ScheduleKind::Polynomial => Shape::Polynomial {
+                power: run.schedule.power,
+                end: run.schedule.end_lr,
+            },
             ScheduleKind::Constant => Shape::Constant,
         };
         let decay = match run.optimizer.decay {
@@ -62,6 +102,32 @@ impl Plan {
             spec::Decay::NoNorm => Decay::NoNorm,
             spec::Decay::NoNormNoBias => Decay::NoNormNoBias,
         };
+        let trust = run.optimizer.trust;
+        let rule = match run.optimizer.kind {
+            OptimizerKind::Sgd => Rule::Sgd,
+            OptimizerKind::Lars2018 => Rule::Lars2018 { trust },
+            OptimizerKind::Lars => Rule::Lars { trust },
+        };
+        let average = match run.ema.half_life {
+            None => None,
+            Some(half_life) => {
+                let steps = half_life.exact_steps(examples, batch_size, Some(total))?;
+                Some(Average {
+                    decay: 0.5f64.powf(1.0 / steps),
+                    is_warmed_up: run.ema.warmup,
+                })
+            }
+        };
+        let mut phases = vec![];
+        for (until, &side) in run
+            .progressive
+            .until
+            .iter()
+            .zip(&run.progressive.resolution)
+        {
+            phases.push((steps(until)?.min(total), side));
+        }
+        phases.push((total, run.model.resolution));
         let evaluates = run.mode != Mode::Train;
         Ok(Self {
             steps: total,
@@ -78,14 +144,33 @@ impl Plan {
                 .schedule
                 .warmup
                 .exact_steps(examples, batch_size, Some(total))?,
+            mix: (
+                Mix {
+                    mixup: run.mixup.alpha,
+                    cutmix: run.mixup.cutmix_alpha,
+                },
+                run.seed,
+            ),
+            scored: match (average, run.ema.eval) {
+                (None, _) | (Some(_), EmaEval::Raw) => Scored::Raw,
+                (Some(_), EmaEval::Average) => Scored::Average,
+                (Some(_), EmaEval::Both) => Scored::Both,
+            },
+            phases,
             shape,
+            average,
+            dropout: (run.model.dropout, run.seed),
             hyper: Hyper {
+                rule,
                 lr: 0.0,
                 momentum: run.optimizer.momentum,
                 nesterov: run.optimizer.nesterov,
                 weight_decay: run.optimizer.weight_decay,
                 decay,
                 label_smoothing: run.loss.label_smoothing,
+                clip_norm: run.optimizer.clip_norm,
+                average: None,
+                dropout: None,
             },
         })
     }
@@ -103,9 +188,17 @@ impl Plan {
                 let passed = milestones.iter().filter(|&&m| step >= m).count();
                 self.peak_lr * factor.powi(passed as i32)
             }
-            Shape::Cosine => {
+            Shape::Cosine { end } => {
                 let done = (at - self.warmup) / (self.steps as f64 - self.warmup).max(1.0);
-                self.peak_lr * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
+                let left = 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos());
+                end + (self.peak_lr - end) * left
+            }
+            // The reference counts whole steps from the warmup's last, and one more to the end than there are.
+            Shape::Polynomial { .. } if at == self.warmup => self.peak_lr,
+            Shape::Polynomial { power, end } => {
+                let whole = (self.steps as f64 - self.warmup.floor() + 1.0).max(1.0);
+                let done = (at - self.warmup.floor()).clamp(1.0, whole);
+                end + (self.peak_lr - end) * (1.0 - done / whole).powf(*power)
             }
         }
     }
@@ -114,8 +207,28 @@ impl Plan {
     pub fn hyper(&self, step: u64) -> Hyper {
         Hyper {
             lr: self.lr(step),
+            average: self.average.map(|average| average.decay(step)),
+            dropout: match self.dropout {
+                (rate, seed) if rate > 0.0 => Some(Dropout { rate, seed, step }),
+                _ => None,
+            },
             ..self.hyper
         }
+    }
+
+    /// The resolution of the images of the update that follows where a run has come to, and the last step that has it. An
+    /// evaluation that is still due belongs to the steps before it.
+    pub fn phase(&self, at: &Progress) -> (u64, usize) {
+        let owes = at.is_eval_due && !at.is_evaluated();
+        let is_open = |&&(end, _): &&(u64, usize)| at.step < end || owes && at.step == end;
+        let last = self.phases.last();
+        let phase = self.phases.iter().find(is_open).or(last);
+        *phase.expect("a run has a resolution")
+    }
+
+    /// Every resolution that there is and the last step that has it, in their order.
+    pub fn phases(&self) -> &[(u64, usize)] {
+        &self.phases
     }
 
     /// Passes over the training set after `step` updates.
@@ -125,8 +238,11 @@ impl Plan {
 
     /// How many evaluations there are.
     pub fn evaluations(&self) -> u64 {
-        self.eval_every
-            .map_or(0, |every| self.steps.div_ceil(every))
+        let Some(every) = self.eval_every else {
+            return 0;
+        };
+        let between = self.changes().filter(|step| !step.is_multiple_of(every));
+        self.steps.div_ceil(every) + between.count() as u64
     }
 
     /// How many checkpoints there are.
@@ -136,18 +252,50 @@ impl Plan {
         let at_evaluations = self
             .eval_every
             .map_or(0, |b| every(b) - every(least_common_multiple(a, b)));
-        every(a) + at_evaluations + self.steps.min(1)
+        let is_counted = |step: u64| {
+            let at_evaluation = self.eval_every.is_some_and(|b| step.is_multiple_of(b));
+            step.is_multiple_of(a) || at_evaluation
+        };
+        let between = self.changes().filter(|&step| !is_counted(step));
+        every(a) + at_evaluations + between.count() as u64 + self.steps.min(1)
     }
 
-    /// Whether an evaluation follows update number `step`; the last one always is followed by one.
+    /// The steps after which the resolution changes.
+    fn changes(&self) -> impl Iterator<Item = u64> {
+        let mut last = 0;
+        let ends = self.phases.iter().map(|&(end, _)| end);
+        let is_new = move |end: &u64| std::mem::replace(&mut last, *end) != *end;
+        ends.filter(is_new).filter(|&end| end < self.steps)
+    }
+
+    /// Whether an evaluation follows update number `step`; the last one of the run and of each resolution always is
+    /// followed by one.
     pub fn is_eval_due(&self, step: u64) -> bool {
-        let is_due = |every: u64| step.is_multiple_of(every) || step >= self.steps;
+        let is_due = |every: u64| {
+            let changes = || self.changes().any(|change| change == step);
+            step.is_multiple_of(every) || step >= self.steps || changes()
+        };
         step > 0 && self.eval_every.is_some_and(is_due)
     }
 
     /// Whether a checkpoint follows update number `step`; every evaluation has one before it.
     pub fn is_checkpoint_due(&self, step: u64) -> bool {
-        step.is_multiple_of(self.checkpoint_every) || step == self.steps || self.is_eval_due(step)
+        step.is_multiple_of(self.checkpoint_every)
+            || step == self.steps
+            || self.is_eval_due(step)
+            || self.changes().any(|change| change == step)
+    }
+}
+
+impl Average {
+    /// Of the update that follows `step` updates: the half-life's, or (1 + t) / (10 + t) while that is less, as
+    /// TensorFlow's ExponentialMovingAverage has it with a number of updates.
+    fn decay(&self, step: u64) -> f64 {
+        let t = step as f64;
+        match self.is_warmed_up {
+            true => self.decay.min((1.0 + t) / (10.0 + t)),
+            false => self.decay,
+        }
     }
 }
 
@@ -220,6 +368,105 @@ mod tests {
         close(plan.lr(20), 0.1);
         close(plan.lr(60), 0.05);
         assert!(plan.lr(100).abs() < 1e-12);
+    }
+
+    /// docs/reference/vectors.json, `lars`; peak and warmup by batch are the tables' of docs/reference/spec.md, 6.4.
+    #[test]
+    fn polynomial_rates_are_the_references() {
+        let vectors = include_str!("../../../docs/reference/vectors.json");
+        let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+        let mut checked = 0;
+        for (table, points) in vectors["lars"].as_object().unwrap() {
+            for point in points.as_array().unwrap() {
+                let number = |key: &str| point[key].as_u64().unwrap();
+                let (batch, steps) = (number("batch"), number("train_steps"));
+                let (peak, warmup) = match (table.as_str(), batch) {
+                    (_, 16384) => (25.0, 5),
+                    ("table_2018", 32768) => (34.0, 12),
+                    (_, 32768) => (32.0, 14),
+                    other => panic!("{other:?}"),
+                };
+                let base_lr = peak * 256.0 / batch as f64;
+                let plan = plan(
+                    &format!(
+                        "train.batch_size = {batch}\ntrain.length = \"{steps} steps\"\nschedule.kind = \"polynomial\"\n\
+                         schedule.base_lr = {base_lr:?}\nschedule.warmup = \"{warmup} epochs\"\nschedule.end_lr = 1e-4"
+                    ),
+                    1_281_167,
+                );
+                close(plan.lr(number("step")), point["lr"].as_f64().unwrap());
+                checked += 1;
+            }
+        }
+        assert!(checked > 20, "{checked} rates were found");
+    }
+
+    /// docs/reference/vectors.json, `lr_fast_1024`.
+    #[test]
+    fn the_fast_regime_is_a_step_schedule() {
+        let vectors = include_str!("../../../docs/reference/vectors.json");
+        let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+        let plan = plan(
+            "schedule.warmup = \"4 epochs\"\nschedule.milestones = [\"21 epochs\", \"35 epochs\", \"43 epochs\"]\ntrain.length = \"62556 steps\"",
+            1_281_167,
+        );
+        let boundaries = vectors["lr_fast_1024"]["boundaries"].as_array().unwrap();
+        assert_eq!(boundaries.len(), 4);
+        for (boundary, factor) in boundaries.iter().zip([1.0, 0.1, 0.01, 0.001]) {
+            let step = boundary[1].as_u64().unwrap();
+            close(plan.lr(step), 0.4 * factor);
+            assert!(plan.lr(step - 1) != plan.lr(step));
+        }
+    }
+
+    #[test]
+    fn phases_follow_each_other() {
+        let text = "train.batch_size = 10\ntrain.length = \"10 epochs\"\nmodel.resolution = 288\n\
+                    progressive.until = [\"2 epochs\", \"5 epochs\"]\nprogressive.resolution = [128, 224]";
+        let plan = plan(text, 100);
+        let at = |step, is_eval_due| {
+            plan.phase(&Progress {
+                step,
+                is_eval_due,
+                ..Progress::default()
+            })
+        };
+        assert_eq!((at(0, false), at(19, false)), ((20, 128), (20, 128)));
+        assert_eq!((at(20, false), at(20, true)), ((50, 224), (20, 128)));
+        assert_eq!((at(50, true), at(50, false)), ((50, 224), (100, 288)));
+        assert_eq!((at(100, true), at(100, false)), ((100, 288), (100, 288)));
+        assert_eq!(plan.phases(), [(20, 128), (50, 224), (100, 288)]);
+        // Every 10 steps, and both changes are among them.
+        assert_eq!((plan.evaluations(), plan.checkpoints()), (10, 10));
+        let text = format!("{text}\neval.every = \"40 steps\"\ncheckpoint.every = \"30 steps\"");
+        let plan = self::plan(&text, 100);
+        let due = |f: &dyn Fn(u64) -> bool| (1..=100).filter(|&s| f(s)).collect::<Vec<_>>();
+        assert_eq!(due(&|s| plan.is_eval_due(s)), [20, 40, 50, 80, 100]);
+        assert_eq!(
+            due(&|s| plan.is_checkpoint_due(s)),
+            [20, 30, 40, 50, 60, 80, 90, 100]
+        );
+        assert_eq!((plan.evaluations(), plan.checkpoints()), (5, 8));
+    }
+
+    /// docs/reference/vectors.json, `ema_decay_0.9999`: ln 2 / -ln 0.9999 is 6931.1 steps.
+    #[test]
+    fn decays_of_the_average_are_the_references() {
+        let vectors = include_str!("../../../docs/reference/vectors.json");
+        let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+        let half_life = format!("{:?}", 2f64.ln() / -0.9999f64.ln() / 1000.0);
+        // 1000 steps are an epoch.
+        let text = format!("train.batch_size = 10\nema.half_life = \"{half_life} epochs\"");
+        let warmed = plan(&text, 10_000);
+        for (step, decay) in vectors["ema_decay_0.9999"].as_object().unwrap() {
+            let average = warmed.hyper(step.parse().unwrap()).average;
+            close(average.unwrap(), decay.as_f64().unwrap());
+        }
+        let cold = plan(&format!("{text}\nema.warmup = false"), 10_000);
+        close(cold.hyper(0).average.unwrap(), 0.9999);
+        assert_eq!(plan("", 10_000).hyper(0).average, None);
+        let half: f64 = (0..6931).map(|t| cold.hyper(t).average.unwrap()).product();
+        assert!((half - 0.5).abs() < 1e-4, "{half}");
     }
 
     #[test]

@@ -18,7 +18,7 @@ use super::pool::Pool;
 use super::simd::Element;
 use super::weights::Panels;
 use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad, wgrad_tiles, wino};
-use crate::{Batch, Metrics};
+use crate::{Batch, Dropout, Metrics};
 
 /// Results of at least this size are stored past the caches: they will have left them before they are read again.
 const STREAMED: usize = 8 << 20;
@@ -71,6 +71,8 @@ pub(crate) struct Part {
     /// One over the images of the global batch.
     pub(crate) scale: f64,
     pub(crate) label_smoothing: f64,
+    /// What is dropped, and the number of the first image in the global batch.
+    pub(crate) dropout: Option<(Dropout, usize)>,
 }
 
 impl Part {
@@ -79,6 +81,7 @@ impl Part {
         accumulate: false,
         scale: 1.0,
         label_smoothing: 0.0,
+        dropout: None,
     };
 }
 
@@ -548,6 +551,8 @@ impl Cpu {
             } => {
                 let (w, b) = (slot(params, weight), slot(params, bias));
                 let size = (n, inputs, outputs);
+                // Nobody else reads it, and the gradient of the weight needs it as it was read.
+                simple::drop_out(part.dropout, inputs, buffers.get(x));
                 simple::linear(pool, size, buffers.get(x), w, b, buffers.get(y));
             }
             Kernel::Loss { classes, logits, d } => {
@@ -563,13 +568,16 @@ impl Cpu {
                 x,
                 d,
                 dx,
-            } => simple::linear_backward(
-                pool,
-                (n, inputs, outputs),
-                (buffers.get(x), slot(params, weight), buffers.get(d)),
-                (slot(grads, weight), slot(grads, bias), part.accumulate),
-                buffers.get(dx),
-            ),
+            } => {
+                simple::linear_backward(
+                    pool,
+                    (n, inputs, outputs),
+                    (buffers.get(x), slot(params, weight), buffers.get(d)),
+                    (slot(grads, weight), slot(grads, bias), part.accumulate),
+                    buffers.get(dx),
+                );
+                simple::drop_out(part.dropout, inputs, buffers.get(dx));
+            }
             Kernel::AvgPoolBackward {
                 plane,
                 d,

@@ -38,8 +38,10 @@ use std::time::Duration;
 use graph::{Graph, Mode, NORM_UPDATE, ParamId};
 
 use crate::profile::{self, KernelTime, Profile};
-use crate::state::{self, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
-use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels};
+use crate::state::{
+    self, AVERAGE_PREFIX, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
+};
+use crate::{Batch, Engine, Error, Hyper, Metrics, Pixels, clip};
 use choose::CpuCaps;
 use execute::{Compiled, Part};
 use memory::{ALIGNMENT, Block, Span};
@@ -96,6 +98,8 @@ pub struct Options {
     pub level: Level,
     /// Whether 3 x 3 convolutions may be computed with fewer multiplications (Lavin and Gray 2016).
     pub winograd: bool,
+    /// Whether a moving average of parameters and running statistics is kept ([`Hyper::average`]).
+    pub average: bool,
 }
 
 impl Options {
@@ -107,6 +111,7 @@ impl Options {
             precision: Precision::F32,
             level: Level::detect(),
             winograd: true,
+            average: false,
         }
     }
 }
@@ -120,6 +125,8 @@ pub struct Memory {
     pub gradients: usize,
     /// Momentum.
     pub optimizer: usize,
+    /// Moving average of the parameters, where one is kept.
+    pub average: usize,
     /// The larger of the training and the evaluation arena.
     pub arena: usize,
     /// Weights of evaluation, with normalisations folded in.
@@ -145,6 +152,7 @@ impl Memory {
             parameters,
             gradients: parameters,
             optimizer: parameters,
+            average: if options.average { parameters } else { 0 },
             arena: train.arena_bytes.max(infer.arena_bytes),
             folded: infer.constant_bytes,
             scratch: worker.next_multiple_of(ALIGNMENT) * options.threads,
@@ -153,7 +161,8 @@ impl Memory {
 
     /// The sum.
     pub fn total(&self) -> usize {
-        self.parameters + self.gradients + self.optimizer + self.arena + self.folded + self.scratch
+        let owned = self.parameters + self.gradients + self.optimizer + self.average;
+        owned + self.arena + self.folded + self.scratch
     }
 }
 
@@ -229,6 +238,13 @@ impl Running {
     }
 }
 
+/// Moving averages.
+struct Average {
+    params: Block,
+    /// Mean and variance of each normalisation.
+    running: Vec<[Vec<f32>; 2]>,
+}
+
 /// The engine.
 pub struct Cpu {
     graph: Graph,
@@ -239,6 +255,7 @@ pub struct Cpu {
     grads: Block,
     momentum: Block,
     running: Vec<Running>,
+    average: Option<Average>,
     programs: BTreeMap<(usize, Mode), Arc<Compiled>>,
     arena: Block,
     folded: Block,
@@ -286,6 +303,15 @@ impl Cpu {
             grads: Block::new(memory.gradients)?,
             momentum: Block::new(memory.optimizer)?,
             running: graph.norms().iter().map(running).collect(),
+            average: match options.average {
+                true => Some(Average {
+                    params: Block::new(memory.average)?,
+                    running: (graph.norms().iter())
+                        .map(|n| [vec![0.0; n.channels], vec![0.0; n.channels]])
+                        .collect(),
+                }),
+                false => None,
+            },
             programs,
             arena: Block::new(memory.arena)?,
             folded: Block::new(memory.folded)?,
@@ -331,19 +357,47 @@ impl Cpu {
 
     fn update(&mut self, hyper: &Hyper) {
         let start = std::time::Instant::now();
+        let pool = &mut self.pool;
+        let mut scale = 1.0;
+        if let Some(most) = hyper.clip_norm {
+            let mut sum = 0.0;
+            for slot in &self.layout.slots {
+                let [w, g] =
+                    [&self.params, &self.grads].map(|block| block.span(slot.offset, slot.bytes));
+                sum += simple::squares(pool, w, g, 1.0, 0.0).1;
+            }
+            scale = clip(sum.sqrt(), most);
+        }
         for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
-            let decay = if hyper.decay.covers(p.decay) {
-                hyper.weight_decay
-            } else {
-                0.0
-            };
             let [w, a, g] = [&self.params, &self.momentum, &self.grads]
                 .map(|block| block.span(slot.offset, slot.bytes));
-            simple::update(&mut self.pool, w, a, g, hyper, decay);
+            let rule = hyper.rule.of_tensor(hyper, p.decay, |decay| {
+                let (w, g) = simple::squares(pool, w, g, scale, decay);
+                (w.sqrt(), g.sqrt())
+            });
+            simple::update(pool, w, a, g, rule, (hyper.momentum, hyper.nesterov, scale));
         }
         self.folded_for = None;
         let bytes = 5 * self.layout.bytes;
         self.measured(|| "update".to_owned(), start, 0, bytes);
+    }
+
+    /// Moves the average towards what has just been learned.
+    fn move_average(&mut self, decay: f64) {
+        let start = std::time::Instant::now();
+        let average = self
+            .average
+            .as_mut()
+            .expect("an engine that was made to keep an average");
+        let rate = (1.0 - decay) as f32;
+        let (v, w) = (average.params.all(), self.params.all());
+        simple::average(&mut self.pool, v, w, rate);
+        for (v, w) in average.running.iter_mut().zip(&self.running) {
+            simple::average_values(&mut v[0], &w.mean, rate);
+            simple::average_values(&mut v[1], &w.var, rate);
+        }
+        let bytes = 3 * self.layout.bytes;
+        self.measured(|| "moving average".to_owned(), start, 0, bytes);
     }
 
     /// Adds to the profile, if there is one.
@@ -409,11 +463,16 @@ impl Engine for Cpu {
     fn load(&mut self, state: &State) -> Result<(), Error> {
         state::check(&self.graph, state)?;
         for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
-            let momentum = state.get(&format!("{MOMENTUM_PREFIX}{}", p.name));
-            for (block, tensor) in [
-                (&self.params, Some(&state[&p.name])),
-                (&self.momentum, momentum),
-            ] {
+            let of = |prefix: &str| state.get(&format!("{prefix}{}", p.name));
+            let value = &state[&p.name];
+            let mut blocks = vec![
+                (&self.params, Some(value)),
+                (&self.momentum, of(MOMENTUM_PREFIX)),
+            ];
+            if let Some(average) = &self.average {
+                blocks.push((&average.params, of(AVERAGE_PREFIX).or(Some(value))));
+            }
+            for (block, tensor) in blocks {
                 // SAFETY: no region runs, and `&mut self` keeps others away.
                 let to = unsafe { block.span::<f32>(slot.offset, slot.bytes).get_mut() };
                 match (tensor, &slot.panels) {
@@ -431,6 +490,15 @@ impl Engine for Cpu {
                 .var
                 .copy_from_slice(&state[&format!("{}{RUNNING_VAR}", n.name)].values);
         }
+        if let Some(average) = &mut self.average {
+            for (n, running) in self.graph.norms().iter().zip(&mut average.running) {
+                for (suffix, values) in [RUNNING_MEAN, RUNNING_VAR].iter().zip(running) {
+                    let name = format!("{}{suffix}", n.name);
+                    let average = state.get(&format!("{AVERAGE_PREFIX}{name}"));
+                    values.copy_from_slice(&average.unwrap_or(&state[&name]).values);
+                }
+            }
+        }
         self.folded_for = None;
         Ok(())
     }
@@ -438,7 +506,11 @@ impl Engine for Cpu {
     fn state(&self) -> State {
         let mut state = State::new();
         for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
-            for (prefix, block) in [("", &self.params), (MOMENTUM_PREFIX, &self.momentum)] {
+            let mut blocks = vec![("", &self.params), (MOMENTUM_PREFIX, &self.momentum)];
+            if let Some(average) = &self.average {
+                blocks.push((AVERAGE_PREFIX, &average.params));
+            }
+            for (prefix, block) in blocks {
                 // SAFETY: no region runs; `&self` keeps writers away.
                 let values = unsafe { block.span::<f32>(slot.offset, slot.bytes).get() };
                 let values = match &slot.panels {
@@ -454,13 +526,21 @@ impl Engine for Cpu {
                 );
             }
         }
-        for (n, running) in self.graph.norms().iter().zip(&self.running) {
-            for (suffix, values) in [(RUNNING_MEAN, &running.mean), (RUNNING_VAR, &running.var)] {
-                let tensor = Tensor {
-                    shape: vec![n.channels],
-                    values: values.clone(),
-                };
-                state.insert(format!("{}{suffix}", n.name), tensor);
+        for (i, n) in self.graph.norms().iter().enumerate() {
+            let running = &self.running[i];
+            let mut all = vec![("", [&running.mean, &running.var])];
+            if let Some(average) = &self.average {
+                let [mean, var] = &average.running[i];
+                all.push((AVERAGE_PREFIX, [mean, var]));
+            }
+            for (prefix, values) in all {
+                for (suffix, values) in [RUNNING_MEAN, RUNNING_VAR].iter().zip(values) {
+                    let tensor = Tensor {
+                        shape: vec![n.channels],
+                        values: values.clone(),
+                    };
+                    state.insert(format!("{prefix}{}{suffix}", n.name), tensor);
+                }
             }
         }
         state
@@ -476,6 +556,7 @@ impl Engine for Cpu {
                 accumulate: micro_batches > 0,
                 scale: 1.0 / batch.images() as f64,
                 label_smoothing: hyper.label_smoothing,
+                dropout: hyper.dropout.map(|dropout| (dropout, total.images)),
             };
             total.add(&self.run(&program, &micro, &part));
             micro_batches += 1;
@@ -484,7 +565,23 @@ impl Engine for Cpu {
         self.running
             .iter_mut()
             .for_each(|r| r.update(micro_batches));
+        if let Some(decay) = hyper.average {
+            self.move_average(decay);
+        }
         Ok(total)
+    }
+
+    fn swap_average(&mut self) {
+        let average = self
+            .average
+            .as_mut()
+            .expect("an engine that was made to keep an average");
+        std::mem::swap(&mut self.params, &mut average.params);
+        for (running, [mean, var]) in self.running.iter_mut().zip(&mut average.running) {
+            std::mem::swap(&mut running.mean, mean);
+            std::mem::swap(&mut running.var, var);
+        }
+        self.folded_for = None;
     }
 
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
@@ -503,6 +600,7 @@ impl Engine for Cpu {
         let batch = Batch {
             pixels,
             labels: &labels,
+            mixed: None,
         };
         let mut all = vec![];
         for micro in batch.micro_batches(self.options.micro_batch) {

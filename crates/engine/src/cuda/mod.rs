@@ -27,7 +27,7 @@ use graph::{Graph, Mode, Program};
 use crate::labels::targets;
 use crate::profile::{self, KernelTime, Profile};
 use crate::state::{self, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
-use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Started};
+use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Rule, Started};
 use calls::{CHUNK, Call, Calls, CudaCaps, Layout, Places};
 use cudnn::{Bound, Device, Plan};
 use driver::{Address, Arg, Block, Captured, Event, Gpu, Pinned, failed};
@@ -935,6 +935,19 @@ fn check_memory(memory: &Memory, free: usize) -> Result<(), Error> {
 /// The loss scale that f16 begins with.
 const FIRST_SCALE: f32 = 65536.0;
 
+/// What a step asks for and the kernels do not do.
+fn lacks(hyper: &Hyper, batch: &Batch<'_>) -> Option<&'static str> {
+    let asked = [
+        (hyper.rule != Rule::Sgd, "LARS"),
+        (hyper.clip_norm.is_some(), "clipping of gradients"),
+        (hyper.average.is_some(), "moving average of parameters"),
+        (batch.mixed.is_some(), "mixed labels"),
+        (hyper.dropout.is_some(), "dropout"),
+    ];
+    let what = asked.into_iter().find(|(is_asked, _)| *is_asked);
+    what.map(|(_, what)| what)
+}
+
 impl Engine for Cuda {
     fn describe(&self) -> String {
         let Options {
@@ -999,6 +1012,12 @@ impl Engine for Cuda {
 
     fn start_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Started, Error> {
         batch.check(&self.graph);
+        if let Some(what) = lacks(hyper, batch) {
+            return Err(Error::device(
+                format!("CUDA has no {what}"),
+                "the CPU engine has it",
+            ));
+        }
         self.gpu.enter()?;
         assert!(self.running_steps.len() < 2, "two steps at most are begun");
         let images = batch.images();
@@ -1058,6 +1077,7 @@ impl Engine for Cuda {
         let batch = Batch {
             pixels,
             labels: &labels,
+            mixed: None,
         };
         let mut all = vec![];
         self.infer(&batch, |logits| all.extend(logits), true)?;

@@ -18,7 +18,7 @@ use crate::labels::targets;
 use crate::oracle::Oracle;
 use crate::{
     Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Metrics, Pixels, RUNNING_MEAN,
-    RUNNING_VAR, State, Tensor, initial_state,
+    RUNNING_VAR, Rule, State, Tensor, initial_state,
 };
 
 /// Says that a test is skipped; with REQUIRE_CUDA=1 that is a failure.
@@ -616,6 +616,7 @@ impl Data {
         Batch {
             pixels: Pixels::U8(&self.pixels),
             labels: &self.labels,
+            mixed: None,
         }
     }
 }
@@ -631,12 +632,16 @@ fn error(ours: &Tensor, truth: &Tensor) -> f64 {
 }
 
 const HYPER: Hyper = Hyper {
+    rule: Rule::Sgd,
     lr: 0.1,
     momentum: 0.9,
     nesterov: true,
     weight_decay: 1e-2,
     decay: Decay::NoNorm,
     label_smoothing: 0.1,
+    clip_norm: None,
+    average: None,
+    dropout: None,
 };
 
 /// A step in two micro-batches, and the logits after it, against the oracle. `steep`: nine in ten tensors, and logits;
@@ -762,6 +767,7 @@ fn images_of_both_kinds_are_the_same() {
     let wide = Batch {
         pixels: Pixels::F32(&pixels),
         labels: &data.labels,
+        mixed: None,
     };
     let hyper = hyper_of_inference(5);
     let (a, b) = (

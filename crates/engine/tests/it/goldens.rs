@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use engine::cpu::{Cpu, Options, Precision};
 use engine::oracle::Oracle;
 use engine::{
-    Batch, Decay, Engine, Hyper, MOMENTUM_PREFIX, Pixels, RUNNING_MEAN, RUNNING_VAR, State,
+    Batch, Decay, Engine, Hyper, MOMENTUM_PREFIX, Pixels, RUNNING_MEAN, RUNNING_VAR, Rule, State,
     initial_state,
 };
 use graph::{Graph, Init, Plane};
@@ -103,6 +103,7 @@ impl Inputs {
         Batch {
             pixels: Pixels::U8(&self.pixels),
             labels: &self.labels,
+            mixed: None,
         }
     }
 }
@@ -255,12 +256,16 @@ const ORACLE: Make = |graph, images, state| Box::new(Oracle::new(graph, images, 
 
 /// Without momentum and decay, what is kept as momentum is the gradient.
 const LEARNS_NOTHING: Hyper = Hyper {
+    rule: Rule::Sgd,
     lr: 0.0,
     momentum: 0.0,
     nesterov: false,
     weight_decay: 0.0,
     decay: Decay::NoNorm,
     label_smoothing: 0.1,
+    clip_norm: None,
+    average: None,
+    dropout: None,
 };
 
 /// Logits, and loss, gradients and statistics of one training step.
@@ -302,12 +307,16 @@ fn check_steps(name: &'static str, make: Make, bound: Bound, steps: usize) {
     let [lrs, losses] = ["lr", "loss"].map(|key| golden.array(key, f64::from_le_bytes));
     for (step, (&lr, truth)) in lrs.iter().zip(losses).enumerate().take(steps) {
         let hyper = Hyper {
+            rule: Rule::Sgd,
             lr,
             momentum: 0.9,
             nesterov: true,
             weight_decay: 0.1,
             decay: Decay::NoNorm,
             label_smoothing: 0.1,
+            clip_norm: None,
+            average: None,
+            dropout: None,
         };
         let loss = engine.train_step(&inputs.batch(), &hyper).unwrap().loss();
         let error = (loss / truth - 1.0).abs();

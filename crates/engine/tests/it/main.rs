@@ -8,7 +8,10 @@ mod tape;
 
 use engine::cpu::{Cpu, Level, Options, Precision};
 use engine::oracle::Oracle;
-use engine::{Batch, Decay, Engine, Error, Hyper, MOMENTUM_PREFIX, Pixels, State, initial_state};
+use engine::{
+    AVERAGE_PREFIX, Batch, Decay, Dropout, Engine, Error, Hyper, MOMENTUM_PREFIX, Mixed, Pixels,
+    Rule, State, initial_state,
+};
 use graph::{Graph, Init, ParamId, Plane, ValueId};
 
 /// A small generator for test cases (xorshift).
@@ -117,6 +120,7 @@ impl Data {
         Batch {
             pixels: Pixels::U8(&self.pixels),
             labels: &self.labels,
+            mixed: None,
         }
     }
 }
@@ -129,12 +133,16 @@ fn levels() -> impl Iterator<Item = Level> {
 fn hyper() -> Hyper {
     let (momentum, weight_decay) = (0.9, 1e-2);
     Hyper {
+        rule: Rule::Sgd,
         lr: 0.1,
         momentum,
         nesterov: true,
         weight_decay,
         decay: Decay::NoNorm,
         label_smoothing: 0.1,
+        clip_norm: None,
+        average: None,
+        dropout: None,
     }
 }
 
@@ -350,6 +358,7 @@ fn pixels_that_are_not_rounded_give_the_same() {
         let batch = Batch {
             pixels,
             labels: &data.labels,
+            mixed: None,
         };
         cpu.train_step(&batch, &hyper()).unwrap();
         cpu.state()
@@ -535,6 +544,7 @@ fn updates_are_the_references() {
     let batch = Batch {
         pixels: Pixels::U8(&pixels),
         labels: &labels,
+        mixed: None,
     };
     // Equal logits, class 0 is right: the gradient of its bias is -0.5 as long as the logits stay near equal, so
     // take one step at a time from a state whose momentum is the reference's.
@@ -610,5 +620,209 @@ fn pixels_are_normalised_as_the_reference_does() {
                 );
             }
         }
+    }
+}
+
+/// The rules besides plain SGD, each with a gradient that is clipped, and a moving average.
+fn rules() -> [Hyper; 3] {
+    [
+        Rule::Sgd,
+        Rule::Lars2018 { trust: 0.1 },
+        Rule::Lars { trust: 0.1 },
+    ]
+    .map(|rule| Hyper {
+        rule,
+        nesterov: rule == Rule::Sgd,
+        clip_norm: Some(0.5),
+        average: Some(0.7),
+        ..hyper()
+    })
+}
+
+fn averaging(micro_batch: usize, threads: usize) -> Options {
+    Options {
+        average: true,
+        ..Options::new(micro_batch, threads)
+    }
+}
+
+#[test]
+fn every_rule_clipping_and_averages_equal_the_oracles() {
+    for (i, hyper) in rules().iter().enumerate() {
+        for seed in 400..403 {
+            let seed = seed + 10 * i as u64;
+            let graph = random_graph(&mut Random::new(seed), 8);
+            check_graph(seed, &graph, 4, hyper, &averaging(4, 2));
+        }
+        check_graph(7, &wide_graph(), 3, hyper, &averaging(2, 2));
+    }
+}
+
+/// Tensors of several tasks, so that norms are sums of parts.
+#[test]
+fn norms_do_not_depend_on_threads() {
+    let graph = nn::resnet(18, 32, 10, nn::Recipe::Tpu2018).unwrap();
+    let data = Data::new(&mut Random::new(5), &graph, 4);
+    let state = initial_state(&graph, 5);
+    for hyper in &rules()[1..] {
+        let after = |threads| {
+            let mut cpu = Cpu::new(&graph, &averaging(4, threads), &state).unwrap();
+            cpu.train_step(&data.batch(), hyper).unwrap();
+            cpu.state()
+        };
+        let one = after(1);
+        assert!(one == after(2) && one == after(5), "{:?}", hyper.rule);
+    }
+}
+
+#[test]
+fn an_average_is_kept_scored_and_resumed() {
+    let graph = random_graph(&mut Random::new(8), 8);
+    let data = Data::new(&mut Random::new(9), &graph, 4);
+    let hyper = &rules()[0];
+    let mut cpu = Cpu::new(&graph, &averaging(4, 2), &initial_state(&graph, 8)).unwrap();
+    cpu.train_step(&data.batch(), hyper).unwrap();
+    let half = cpu.state();
+    cpu.train_step(&data.batch(), hyper).unwrap();
+    let whole = cpu.state();
+    let mut resumed = Cpu::new(&graph, &averaging(4, 2), &half).unwrap();
+    resumed.train_step(&data.batch(), hyper).unwrap();
+    assert!(resumed.state() == whole);
+
+    // Scored as if the average were all there is; and nothing has changed after that.
+    let mut averaged = State::new();
+    for (name, tensor) in &whole {
+        if let Some(name) = name.strip_prefix(AVERAGE_PREFIX) {
+            assert!(whole[name] != *tensor, "{name} is not its average");
+            averaged.insert(name.into(), tensor.clone());
+        }
+    }
+    let raw = cpu.eval_step(&data.batch()).unwrap();
+    cpu.swap_average();
+    let ours = cpu.eval_step(&data.batch()).unwrap();
+    cpu.swap_average();
+    let mut alone = Cpu::new(&graph, &Options::new(4, 2), &averaged).unwrap();
+    assert_eq!(ours, alone.eval_step(&data.batch()).unwrap());
+    assert_ne!(ours, raw);
+    assert_eq!(cpu.eval_step(&data.batch()).unwrap(), raw);
+    assert!(cpu.state() == whole);
+    // An engine that keeps none passes over it.
+    let mut without = Cpu::new(&graph, &Options::new(4, 2), &whole).unwrap();
+    assert_eq!(without.eval_step(&data.batch()).unwrap(), raw);
+    assert!(
+        !without
+            .state()
+            .keys()
+            .any(|name| name.starts_with(AVERAGE_PREFIX))
+    );
+}
+
+/// Two classes in each image, in micro-batches with a partial one: loss, hits and all gradients.
+#[test]
+fn mixed_labels_equal_the_oracles() {
+    for (seed, share) in [(500, 0.3), (501, 0.8)] {
+        let graph = random_graph(&mut Random::new(seed), 8);
+        let r = &mut Random::new(seed + 1);
+        let (data, others) = (Data::new(r, &graph, 5), Data::new(r, &graph, 5));
+        let batch = Batch {
+            mixed: Some(Mixed {
+                labels: &others.labels,
+                share,
+            }),
+            ..data.batch()
+        };
+        let state = initial_state(&graph, seed);
+        let mut oracle = Oracle::new(&graph, 3, &state).unwrap();
+        let b = oracle.train_step(&batch, &hyper()).unwrap();
+        for level in levels() {
+            let options = Options {
+                level,
+                ..Options::new(3, 2)
+            };
+            let mut cpu = Cpu::new(&graph, &options, &state).unwrap();
+            let a = cpu.train_step(&batch, &hyper()).unwrap();
+            assert!((a.loss() - b.loss()).abs() < 1e-4 * b.loss());
+            assert_eq!((a.top1, a.top5), (b.top1, b.top5));
+            let (error, name) = worst(&cpu.state(), &oracle.state());
+            assert!(error < F32.worst, "{name} is off by {error}");
+        }
+    }
+}
+
+/// The deep stem and the convolution in place of its pool, alone and together.
+#[test]
+fn other_stems_equal_the_oracles() {
+    for (is_deep, has_conv_pool) in [(true, false), (false, true), (true, true)] {
+        let stem = nn::Stem {
+            is_deep,
+            has_conv_pool,
+        };
+        let graph = nn::resnet_with(stem, 18, 32, 5, nn::Recipe::Torchvision).unwrap();
+        let data = Data::new(&mut Random::new(11), &graph, 4);
+        let state = initial_state(&graph, 11);
+        let mut oracle = Oracle::new(&graph, 4, &state).unwrap();
+        let b = oracle.train_step(&data.batch(), &hyper()).unwrap();
+        let mut cpu = Cpu::new(&graph, &Options::new(4, 2), &state).unwrap();
+        let a = cpu.train_step(&data.batch(), &hyper()).unwrap();
+        assert!((a.loss() - b.loss()).abs() < 1e-3 * b.loss());
+        let (ours, truth) = (cpu.state(), oracle.state());
+        let stems = truth.keys().filter(|name| {
+            name.starts_with("conv1") || name.starts_with("bn1") || name.starts_with("maxpool")
+        });
+        let stems: Vec<&String> = stems.collect();
+        assert!(stems.len() >= 5, "{stems:?}");
+        for name in stems {
+            let error = error(&ours, &truth, name);
+            assert!(error < 1e-3, "{stem:?}: {name} is off by {error}");
+        }
+    }
+}
+
+const DROPOUT: Dropout = Dropout {
+    rate: 0.4,
+    seed: 3,
+    step: 7,
+};
+
+#[test]
+fn gradients_with_dropout_pass_finite_differences() {
+    for seed in 600..604 {
+        let r = &mut Random::new(seed);
+        let graph = random_graph(r, 4);
+        let data = Data::new(r, &graph, 3);
+        let mut oracle = Oracle::new(&graph, 8, &initial_state(&graph, seed)).unwrap();
+        let without = oracle.training_loss(&data.batch(), 0.1);
+        oracle.drop_out(Some(DROPOUT));
+        assert_ne!(oracle.training_loss(&data.batch(), 0.1), without);
+        let gradients = oracle.gradients(&data.batch(), 0.1);
+        for (p, gradient) in gradients.iter().enumerate() {
+            let scale = gradient.iter().map(|g| g * g).sum::<f64>().sqrt().max(1e-3);
+            for _ in 0..4 {
+                let (id, i, h) = (ParamId(p), r.below(gradient.len()), 1e-6);
+                let mut loss = |by| {
+                    oracle.nudge(id, i, by);
+                    let loss = oracle.training_loss(&data.batch(), 0.1);
+                    oracle.nudge(id, i, -by);
+                    loss
+                };
+                let slope = (loss(h) - loss(-h)) / (2.0 * h);
+                let error = (slope - gradient[i]).abs() / scale;
+                let name = &graph.params()[p].name;
+                assert!(error < 1e-6, "seed {seed}: {name}[{i}]: {error}");
+            }
+        }
+    }
+}
+
+/// Also that the images of a later micro-batch have masks of their own, and that scores have none.
+#[test]
+fn dropout_equals_the_oracles() {
+    let hyper = Hyper {
+        dropout: Some(DROPOUT),
+        ..hyper()
+    };
+    for seed in 610..613 {
+        let graph = random_graph(&mut Random::new(seed), 18);
+        check_graph(seed, &graph, 7, &hyper, &Options::new(3, 2));
     }
 }

@@ -7,8 +7,8 @@ use dfdx::prelude::*;
 use engine::cpu::{Cpu, Options};
 use engine::oracle::Oracle;
 use engine::{
-    Batch, Decay, Engine, Hyper, MEAN, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, STD, State,
-    initial_state,
+    Batch, Decay, Engine, Hyper, MEAN, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, Rule, STD,
+    State, initial_state,
 };
 use graph::{Graph, Init, Plane};
 
@@ -96,15 +96,20 @@ fn check(make: impl Fn(&Graph, &State) -> Box<dyn Engine>, tolerance: f64) {
     let batch = Batch {
         pixels: engine::Pixels::F32(&pixels),
         labels: &labels,
+        mixed: None,
     };
     // Without momentum and decay, what is kept as momentum is the gradient.
     let hyper = Hyper {
+        rule: Rule::Sgd,
         lr: 0.0,
         momentum: 0.0,
         nesterov: false,
         weight_decay: 0.0,
         decay: Decay::All,
         label_smoothing: SMOOTHING,
+        clip_norm: None,
+        average: None,
+        dropout: None,
     };
     let ours = engine.train_step(&batch, &hyper).unwrap().loss();
     assert!((ours / loss - 1.0).abs() < tolerance, "{ours}, not {loss}");

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use graph::{Init, Op};
-use nn::{DEPTHS, RESOLUTIONS, Recipe, Unsupported, resnet};
+use nn::{DEPTHS, RESOLUTIONS, Recipe, Stem, Unsupported, resnet, resnet_with};
 
 fn check_counts(recipe: Recipe, depth: usize, classes: usize, params: usize) {
     let graph = resnet(depth, 224, classes, recipe).unwrap();
@@ -15,7 +15,7 @@ fn check_counts(recipe: Recipe, depth: usize, classes: usize, params: usize) {
 }
 
 /// docs/reference/spec.md §4.2: depth, trainable, conv, BN, linear, decayed, tensors, convs, MACs.
-const REFERENCE: [[usize; 9]; 6] = [
+const REFERENCE: [[usize; 9]; 9] = [
     [
         18,
         11_693_736,
@@ -82,6 +82,39 @@ const REFERENCE: [[usize; 9]; 6] = [
         203,
         15_007_481_856,
     ],
+    [
+        270,
+        89_599_272,
+        87_307_456,
+        242_816,
+        2_049_000,
+        89_356_456,
+        827,
+        275,
+        20_248_264_704,
+    ],
+    [
+        350,
+        112_786_216,
+        110_425_280,
+        311_936,
+        2_049_000,
+        112_474_280,
+        1061,
+        353,
+        25_925_779_456,
+    ],
+    [
+        420,
+        131_784_488,
+        129_365_184,
+        370_304,
+        2_049_000,
+        131_414_184,
+        1268,
+        422,
+        30_948_196_352,
+    ],
 ];
 
 #[test]
@@ -146,6 +179,44 @@ fn counts_of_ten_classes_equal_the_reference() {
     for (depth, params) in DEPTHS.into_iter().zip(params) {
         check_counts(Recipe::Tpu2018, depth, 10, params);
     }
+}
+
+/// The names are timm's (`resnet50d`, and `maxpool.0` of `resnetrs50`).
+#[test]
+fn stems_have_their_convolutions() {
+    let plain = resnet(50, 224, 1000, Recipe::Torchvision).unwrap();
+    let with = |is_deep, has_conv_pool| {
+        let stem = Stem {
+            is_deep,
+            has_conv_pool,
+        };
+        let graph = resnet_with(stem, 50, 224, 1000, Recipe::Torchvision).unwrap();
+        assert_eq!(
+            graph.nodes().last().unwrap().plane,
+            plain.nodes().last().unwrap().plane
+        );
+        let params = graph.params().iter();
+        let of_stem = params.filter(|p| !p.name.starts_with("layer") && !p.name.starts_with("fc"));
+        let weights = of_stem.filter(|p| p.shape.len() == 4);
+        let weights: Vec<_> = weights.map(|p| (p.name.clone(), p.shape.clone())).collect();
+        let more = graph.counts().params as i64 - plain.counts().params as i64;
+        (weights, more)
+    };
+    let named = |name: &str, shape: [usize; 4]| (name.to_string(), shape.to_vec());
+    let seven = named("conv1.weight", [64, 3, 7, 7]);
+    let deep = [
+        named("conv1.0.weight", [32, 3, 3, 3]),
+        named("conv1.3.weight", [32, 32, 3, 3]),
+        named("conv1.6.weight", [64, 32, 3, 3]),
+    ];
+    let pool = named("maxpool.0.weight", [64, 64, 3, 3]);
+    assert_eq!(with(false, false), (vec![seven.clone()], 0));
+    // timm has 25.58 million for resnet50d, whose shortcuts add none.
+    assert_eq!(with(true, false), (deep.to_vec(), 19_232));
+    let pooled = 64 * 64 * 9 + 2 * 64;
+    assert_eq!(with(false, true), (vec![seven, pool.clone()], pooled));
+    let both = [&deep[..], &[pool]].concat();
+    assert_eq!(with(true, true), (both, 19_232 + pooled));
 }
 
 #[test]

@@ -2,6 +2,6 @@
 use nn::{Basic, Head, Identity, Recipe, Stem, record};
 
 fn main() {
-    let net: (Stem, Basic<64, 128, 2, Identity>, Head<128>) = (Stem, Default::default(), Head(10));
+    let net: (Stem, Basic<64, 128, 2, Identity>, Head<128>) = (Stem::default(), Default::default(), Head(10));
     record::<_, 224>(&net, Recipe::Tpu2018);
 }

@@ -2,5 +2,5 @@
 use nn::{Head, Recipe, Stem, record};
 
 fn main() {
-    record::<_, 223>(&(Stem, Head::<64>(10)), Recipe::Tpu2018);
+    record::<_, 223>(&(Stem::default(), Head::<64>(10)), Recipe::Tpu2018);
 }

@@ -93,7 +93,7 @@ fn bench_engine_refuses_what_it_cannot_run() {
     for (args, expected) in [
         (
             ["--depth", "51"],
-            "[possible values: 18, 34, 50, 101, 152, 200]",
+            "[possible values: 18, 34, 50, 101, 152, 200, 270, 350, 420]",
         ),
         (
             ["--resolution", "33"],

@@ -323,3 +323,106 @@ fn verify_resume_proves_it() {
         "{out}"
     );
 }
+
+/// Every part of the regime that a resume could get wrong, at once: the average, mixtures by the number of the step,
+/// LARS's momentum, a schedule that counts from the end.
+const REGIME: [&str; 10] = [
+    "optimizer.kind=lars",
+    "optimizer.nesterov=false",
+    "optimizer.clip_norm=1",
+    "schedule.kind=polynomial",
+    "schedule.base_lr=4",
+    "schedule.end_lr=1e-4",
+    "ema.half_life=3 steps",
+    "model.dropout=0.2",
+    "mixup.alpha=0.2",
+    "mixup.cutmix_alpha=1",
+];
+
+#[test]
+fn verify_resume_proves_it_for_the_whole_regime() {
+    let mut args = vec!["verify-resume", "configs/quickstart.toml", "--steps", "8"];
+    let sets = [
+        "train.batch_size=32",
+        "train.bn_batch=16",
+        "progressive.until=['4 steps']",
+        "progressive.resolution=[64]",
+    ];
+    for set in REGIME.iter().chain(&sets) {
+        args.extend(["--set", set]);
+    }
+    let (out, said) = crate::check(&args, 0);
+    // Those of the network, 107 of them with an average.
+    assert!(
+        out.contains("of 8, then equal in every bit of 279 tensors"),
+        "{out}{said}"
+    );
+}
+
+#[test]
+fn an_average_is_scored_beside_the_parameters_or_in_their_place() {
+    let home = Home::new();
+    let both = [&SETS[..], &REGIME, &["train.length=4 steps"]].concat();
+    let (out, said) = home.check(&both, 0);
+    let summary = json(&out);
+    let average = summary["eval"]["ema_top1"].as_f64().unwrap();
+    assert_eq!(summary["best"]["metric"], "ema_top1");
+    assert_eq!(summary["best"]["value"], average);
+    assert!(said.contains("ema top1"), "{said}");
+    let metrics = fs::read_to_string(home.path().join("metrics.jsonl")).unwrap();
+    let last = json(metrics.lines().last().unwrap());
+    assert_eq!(last["eval/ema_top1"], average);
+
+    // `runner eval` says the same of the checkpoint, and of either alone.
+    let run = home.path();
+    let run = run.to_str().unwrap();
+    let score = |set: &str| json(&crate::check(&["eval", run, "--json", "--set", set], 0).0);
+    let scored = score("ema.eval=both");
+    assert_eq!(scored["top1"], summary["eval"]["top1"]);
+    assert_eq!(scored["ema_top1"], average);
+    assert_eq!(scored["ema_loss"], last["eval/ema_loss"]);
+    let alone = score("ema.eval=average");
+    assert_eq!(alone["loss"], scored["ema_loss"]);
+    assert!(alone["ema_loss"].is_null());
+    let raw = score("ema.eval=raw");
+    assert_eq!(raw["loss"], scored["loss"]);
+    assert_ne!(raw["loss"], alone["loss"]);
+}
+
+/// Killed where the resolution changes: before the evaluation there, after it, and in the steps around.
+#[test]
+fn images_that_grow_go_on_where_they_were() {
+    let grows = [
+        "progressive.until=['5 steps']",
+        "progressive.resolution=[64]",
+        "train.length=9 steps",
+    ];
+    let sets = [&SETS[..], &grows].concat();
+    let straight = Home::new();
+    let (_, said) = straight.check(&sets, 0);
+    for phase in ["64 px until step 5", "32 px until step 9"] {
+        assert!(said.contains(phase), "{phase} is missing in {said}");
+    }
+    let metrics = fs::read_to_string(straight.path().join("metrics.jsonl")).unwrap();
+    let scored = metrics
+        .lines()
+        .map(json)
+        .filter(|l| l["eval/top1"].is_f64());
+    let scored: Vec<u64> = scored.map(|l| l["step"].as_u64().unwrap()).collect();
+    assert_eq!(scored, [5, 7, 9]);
+    let home = Home::new();
+    for at in [5, 6] {
+        let args = home.args(&sets);
+        let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+        let child = runner(&args)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        kill_when(child, || lines(&home) >= at);
+    }
+    home.check(&sets, 0);
+    let found = train::compare(&home.path(), &straight.path()).unwrap();
+    assert_eq!(found.differences, Vec::<String>::new());
+    assert_eq!(found.lines, 9 + 3);
+}

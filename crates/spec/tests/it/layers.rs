@@ -229,7 +229,7 @@ fn every_layer_is_told_apart() {
          base.toml:4:2: modle: unknown section\nhint: did you mean [model]?\n\
          x.toml:4:1: train.batchsize: unknown key\nhint: did you mean train.batch_size?\n\
          x.toml:5:1: train.precision: expected one of \"f32\", \"bf16\", \"f16\", \"tf32\", not \"f64\"\n\
-         x.toml:7:7: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 20\n\
+         x.toml:7:7: model.depth: expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not 20\n\
          environment variable RUNNER__DATA__LANES: data.lanes: expected a whole number from 1 to 65536, not 0\n\
          environment variable RUNNER__DATA__LANES__X: data.lanes.x: unknown key\nhint: did you mean data.lanes?\n\
          environment variable RUNNER__OPTIMISER__KIND: optimiser: unknown section\nhint: did you mean [optimizer]?\n\
@@ -410,7 +410,8 @@ fn an_old_flag() {
          hint: the 2018 reference's iterations_per_loop is not needed here: checkpoint.every and eval.every say when \
          something happens between steps\n\
          --set optimizer.enable_lars=true: optimizer.enable_lars: unknown key\n\
-         hint: the 2018 reference's enable_lars has no key here yet: optimizer.kind is \"sgd\"\n\
+         hint: the 2018 reference's enable_lars is optimizer.kind here: \"lars2018\", or \"lars\" for the reference since \
+         2019, with any batch; with schedule.kind = \"polynomial\" and optimizer.nesterov = false\n\
          --set resnet_depth=50: resnet_depth: unknown key\n\
          hint: the 2018 reference's resnet_depth is model.depth here",
     );

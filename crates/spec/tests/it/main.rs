@@ -271,7 +271,7 @@ fn unknown_section() {
         &[],
         "x.toml:4:2: optim: unknown section\nhint: did you mean [optimizer]?\n\
          x.toml:7:2: zzz: unknown section\n\
-         hint: the sections are checkpoint, data, eval, loss, model, optimizer, schedule, track, train",
+         hint: the sections are checkpoint, data, ema, eval, loss, mixup, model, optimizer, progressive, schedule, track, train",
     );
 }
 
@@ -300,7 +300,7 @@ fn every_type_has_its_words() {
     );
     check_set(
         "model.depth=deep",
-        "expected one of 18, 34, 50, 101, 152, 200, not \"deep\"",
+        "expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not \"deep\"",
     );
     check_set("data.label_offset=0.5", "expected a whole number, not 0.5");
     check_set("schedule.base_lr=fast", "expected a number, not \"fast\"");
@@ -422,7 +422,7 @@ fn every_range_is_checked() {
     );
     check_range(
         "model.depth=51",
-        "expected one of 18, 34, 50, 101, 152, 200, not 51",
+        "expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not 51",
     );
     for resolution in ["0", "31", "100", "480"] {
         check_range(
@@ -589,6 +589,11 @@ fn the_ends_of_ranges_are_inside() {
         "schedule.warmup=0 epochs",
         "schedule.milestones=[]",
         "loss.label_smoothing=0",
+        "optimizer.clip_norm=0.5",
+        "schedule.end_lr=0",
+        "mixup.alpha=0",
+        "mixup.cutmix_alpha=1000",
+        "ema.half_life=0.5 epochs",
         "eval.crop_ratio=1",
         "eval.every=100%",
         "checkpoint.keep=1",
@@ -626,7 +631,7 @@ fn three_at_once() {
     check(
         "name = \"x\"\n[model]\ndepth = 51\n[data]\nsource = \"fake\"\nlane = 3\n[loss]\nlabel_smoothing = \"much\"\n",
         &["train.batch_size=0"],
-        "x.toml:3:1: model.depth: expected one of 18, 34, 50, 101, 152, 200, not 51\n\
+        "x.toml:3:1: model.depth: expected one of 18, 34, 50, 101, 152, 200, 270, 350, 420, not 51\n\
          x.toml:6:1: data.lane: unknown key\nhint: did you mean data.lanes?\n\
          x.toml:8:1: loss.label_smoothing: expected a number, not \"much\"\n\
          --set train.batch_size=0: train.batch_size: expected a whole number from 1 to 65536, not 0",
@@ -878,14 +883,72 @@ fn what_is_not_supported_yet() {
         "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"fake\", \"zeros\"",
     );
     check_set(
-        "optimizer.kind=lars",
-        "\"lars\" is not supported yet\nhint: supported: \"sgd\"",
+        "optimizer.kind=adam",
+        "expected one of \"sgd\", \"lars2018\", \"lars\", not \"adam\"",
     );
+}
+
+#[test]
+fn numbers_of_the_regime() {
+    check_range(
+        "model.dropout=1",
+        "expected at least 0 and below 1, not 1.0",
+    );
+    check_range("optimizer.trust=0", "expected above 0, not 0.0");
+    check_range("optimizer.clip_norm=0", "expected above 0, not 0.0");
+    check_range("schedule.power=0", "expected above 0, not 0.0");
+    check_range("schedule.end_lr=-1", "expected at least 0, not -1.0");
+    for key in ["mixup.alpha", "mixup.cutmix_alpha"] {
+        let range = "expected at least 0 and at most 1000";
+        check_range(&format!("{key}=-0.5"), &format!("{range}, not -0.5"));
+        check_range(&format!("{key}=1001"), &format!("{range}, not 1001.0"));
+    }
     check_set(
-        "schedule.kind=polynomial",
-        "\"polynomial\" is not supported yet\nhint: supported: \"step\", \"cosine\", \"constant\"",
+        "ema.half_life=0 epochs",
+        "expected a length above 0, not \"0 epochs\"",
     );
-    check_set("optimizer.kind=adam", "expected \"sgd\", not \"adam\"");
+}
+
+#[test]
+fn images_grow_by_a_list_of_lengths() {
+    let refused = |set: &[&str], said: &str| {
+        let errors = parse(FAKE, "x.toml", &sets(set)).unwrap_err().to_string();
+        assert!(errors.contains(said), "{errors}");
+    };
+    refused(
+        &[
+            "progressive.until=['1 epoch', '2 epochs']",
+            "progressive.resolution=[64]",
+        ],
+        "expected a length for each of progressive.resolution: 1, not 2",
+    );
+    refused(
+        &[
+            "progressive.until=['2 epochs', '1 epoch']",
+            "progressive.resolution=[64, 96]",
+        ],
+        "expected increasing lengths, but \"1 epoch\" follows \"2 epochs\"",
+    );
+    refused(
+        &[
+            "progressive.until=['2 epochs']",
+            "progressive.resolution=[65]",
+        ],
+        "expected multiples of 32 from 32 to 448, not [65]",
+    );
+    fake(&[
+        "progressive.until=['18 epochs', '41 epochs']",
+        "progressive.resolution=[128, 224]",
+    ]);
+}
+
+#[test]
+fn lars_has_no_nesterov() {
+    let set = ["optimizer.kind=lars2018"];
+    let errors = parse(FAKE, "x.toml", &sets(&set)).unwrap_err().to_string();
+    let said = "optimizer.nesterov: LARS has no Nesterov\nhint: write optimizer.nesterov = false";
+    assert!(errors.contains(said), "{errors}");
+    fake(&["optimizer.kind=lars2018", "optimizer.nesterov=false"]);
 }
 
 #[test]
@@ -930,7 +993,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 52] = [
+const KEYS: [(&str, &str, bool); 66] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -939,6 +1002,9 @@ const KEYS: [(&str, &str, bool); 52] = [
     ("model.resolution", "32", true),
     ("model.classes", "10", true),
     ("model.recipe", "torchvision", true),
+    ("model.stem", "deep", true),
+    ("model.stem_pool", "conv", true),
+    ("model.dropout", "0.25", true),
     ("model.labels", "l", false),
     ("data.source", "zeros", true),
     ("data.train", "t", false),
@@ -963,17 +1029,28 @@ const KEYS: [(&str, &str, bool); 52] = [
     ("train.threads", "1", false),
     ("train.instructions", "avx2", false),
     ("train.winograd", "false", true),
-    ("optimizer.kind", "sgd", true),
+    ("optimizer.kind", "lars", true),
     ("optimizer.momentum", "0", true),
     ("optimizer.nesterov", "false", true),
     ("optimizer.weight_decay", "0", true),
     ("optimizer.decay", "all", true),
+    ("optimizer.trust", "0.01", true),
+    ("optimizer.clip_norm", "1", true),
     ("schedule.kind", "constant", true),
     ("schedule.base_lr", "1", true),
     ("schedule.warmup", "0 steps", true),
     ("schedule.milestones", "[]", true),
     ("schedule.factor", "0.5", true),
+    ("schedule.power", "1", true),
+    ("schedule.end_lr", "1e-4", true),
     ("loss.label_smoothing", "0.1", true),
+    ("mixup.alpha", "0.2", true),
+    ("mixup.cutmix_alpha", "1", true),
+    ("progressive.until", "['1 epoch']", true),
+    ("progressive.resolution", "[64]", true),
+    ("ema.half_life", "1 epoch", true),
+    ("ema.warmup", "false", true),
+    ("ema.eval", "raw", false),
     ("eval.every", "5 steps", false),
     ("eval.crop_ratio", "1", true),
     ("checkpoint.every", "5 steps", false),
@@ -1009,9 +1086,27 @@ fn the_computation_changes_with_what_is_computed_only() {
     let base = fake(&[]).computation();
     for (key, value, is_computed) in KEYS {
         assert_eq!(base.contains_key(key), is_computed, "{key}");
-        let changed = fake(&[&format!("{key}={value}")]).computation();
-        let is_single = key == "optimizer.kind";
-        assert_eq!(changed != base, is_computed && !is_single, "{key}");
+        // LARS has no Nesterov.
+        let nesterov = match key {
+            "optimizer.kind" => "optimizer.nesterov=false",
+            _ => "optimizer.nesterov=true",
+        };
+        // As many lengths as resolutions.
+        let phases = match key {
+            "progressive.until" => [
+                "progressive.until=['2 epochs']",
+                "progressive.resolution=[32]",
+            ],
+            "progressive.resolution" => [
+                "progressive.until=['2 epochs']",
+                "progressive.resolution=[32]",
+            ],
+            _ => ["progressive.until=[]", "progressive.resolution=[]"],
+        };
+        let [until, sides] = phases;
+        let base = fake(&[nesterov, until, sides]).computation();
+        let changed = fake(&[nesterov, until, sides, &format!("{key}={value}")]).computation();
+        assert_eq!(changed != base, is_computed, "{key}");
     }
 }
 
@@ -1030,7 +1125,14 @@ fn the_length_is_computed_where_the_schedule_depends_on_it() {
     assert!(!has_length(&[]));
     assert!(!has_length(&["schedule.kind=constant"]));
     assert!(has_length(&["schedule.kind=cosine"]));
+    assert!(has_length(&["schedule.kind=polynomial"]));
     assert!(has_length(&["schedule.warmup=5%"]));
+    assert!(has_length(&["ema.half_life=5%"]));
+    assert!(has_length(&[
+        "progressive.until=['5%']",
+        "progressive.resolution=[64]"
+    ]));
+    assert!(!has_length(&["ema.half_life=5 epochs"]));
     assert!(has_length(&["schedule.milestones=['1 epoch', '50%']"]));
     assert!(!has_length(&["eval.every=5%"]));
 }

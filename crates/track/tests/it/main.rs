@@ -42,6 +42,9 @@ fn eval(step: u64) -> EvalMetrics {
         loss: 0.1203,
         top1: 0.9611,
         top5: 1.0,
+        ema_loss: None,
+        ema_top1: None,
+        ema_top5: None,
         images: 359,
         seconds: 0.4,
     }
@@ -66,6 +69,7 @@ fn summary() -> Summary {
             top1: 0.96,
             top5: 0.99,
             loss: 0.12,
+            ema_top1: None,
         }),
         best: Some(Best {
             metric: "top1".into(),
