@@ -75,7 +75,7 @@ pub fn train(
     let mut batches = data::train(config, at.cursor.clone())?;
     job.checkpoints.point_to(at)?;
     at.is_eval_due |= job.is_eval_due(at.step);
-    if at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+    if at.is_eval_due && !evaluate(&job, at, engine, trackers, pace)? {
         return Ok(Ended::Interrupted);
     }
     // A device of its own computes while the next batch is made: `under_way` is the step that it does.
@@ -90,7 +90,7 @@ pub fn train(
             Err(error) => {
                 // An engine that fails has nothing to save.
                 if at.step > 0 && !matches!(error, Error::Engine(_)) {
-                    save(&mut job, at, engine, trackers)?;
+                    save(&mut job, at, engine, trackers, pace)?;
                 }
                 return Err(error);
             }
@@ -104,18 +104,21 @@ pub fn train(
             }
         }
         let hyper = job.plan.hyper(at.step);
+        let waits = Instant::now();
         let metrics = engine.finish_step(step)?;
+        let blocked = waits.elapsed();
         at.step += 1;
         at.cursor = cursor;
         at.is_eval_due = job.is_eval_due(at.step);
         let goes_on = under_way.is_some();
-        trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics, goes_on));
+        let (lr, ends) = (hyper.lr, (blocked, goes_on));
+        trackers.step(&pace.step(job.plan, at.step, lr, &metrics, ends, trackers.busy()));
         if !metrics.loss().is_finite() {
             return Err(Error::Diverged { step: at.step });
         }
         if let Some(error) = failed {
             if !matches!(error, Error::Engine(_)) {
-                save(&mut job, at, engine, trackers)?;
+                save(&mut job, at, engine, trackers, pace)?;
             }
             return Err(error);
         }
@@ -123,9 +126,9 @@ pub fn train(
         // A step that is under way is finished first: it has changed what would be saved.
         let is_stopping = under_way.is_none() && job.stop.load(Ordering::Relaxed);
         if is_stopping || at.step == job.until || job.plan.is_checkpoint_due(at.step) {
-            save(&mut job, at, engine, trackers)?;
+            save(&mut job, at, engine, trackers, pace)?;
         }
-        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers, pace)? {
             return Ok(Ended::Interrupted);
         }
     }
@@ -178,15 +181,22 @@ fn save(
     at: &mut Progress,
     engine: &dyn Engine,
     trackers: &mut Trackers,
+    pace: &mut Pace,
 ) -> Result<(), Error> {
-    let state = engine.state();
-    trackers.tensors(
-        at.step,
-        state
-            .iter()
-            .map(|(name, t)| (histogram(name), &t.values[..])),
-    );
-    write(job, at, &state, trackers)
+    pace.part(
+        |spent| &mut spent.checkpoint,
+        trackers,
+        |trackers| {
+            let state = engine.state();
+            trackers.tensors(
+                at.step,
+                state
+                    .iter()
+                    .map(|(name, t)| (histogram(name), &t.values[..])),
+            );
+            write(job, at, &state, trackers)
+        },
+    )
 }
 
 fn write(
@@ -225,12 +235,18 @@ fn evaluate(
     at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
+    pace: &mut Pace,
 ) -> Result<bool, Error> {
     let Some(config) = job.input.eval.as_ref().filter(|_| !at.is_evaluated()) else {
         return Ok(true);
     };
     let started = Instant::now();
-    let Some(metrics) = score(config, engine, job.stop, |bad| trackers.note(bad))? else {
+    let scored = pace.part(
+        |spent| &mut spent.evaluation,
+        trackers,
+        |trackers| score(config, engine, job.stop, |bad| trackers.note(bad)),
+    );
+    let Some(metrics) = scored? else {
         return Ok(false);
     };
     let (loss, top1, top5) = (metrics.loss(), metrics.top1(), metrics.top5());

@@ -18,8 +18,8 @@ use std::fs;
 use std::path::Path;
 
 use track::{
-    Best, Config, EvalMetrics, EvalSummary, Resume, StepMetrics, Summary, Terminal, Trackers,
-    read_summary,
+    Best, Config, EvalMetrics, EvalSummary, Resume, Spent, StepMetrics, Summary, Terminal,
+    Trackers, read_summary,
 };
 
 fn step(step: u64) -> StepMetrics {
@@ -32,6 +32,7 @@ fn step(step: u64) -> StepMetrics {
         lr: 1e-5,
         images_per_s: 100.0,
         input_wait_fraction: 0.0,
+        spent: Spent::default(),
     }
 }
 
@@ -74,6 +75,12 @@ fn summary() -> Summary {
         }),
         images_per_s: 812.5,
         input_wait_fraction: 0.01,
+        time: Spent {
+            engine: 2.5,
+            decode: 0.5,
+            ..Spent::default()
+        }
+        .time(),
         reason: None,
     }
 }
