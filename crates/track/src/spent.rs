@@ -104,7 +104,7 @@ fn change(part: &str) -> &'static str {
         "evaluation" => "evaluate less often (eval.every), or fewer images",
         "checkpoint" => "save less often (checkpoint.every), or to a faster disk",
         "tracking" => "save less often (checkpoint.every), or set track.tensorboard = false",
-        _ => "try train.precision = \"bf16\" or a faster device; the rest keeps up",
+        _ => "try train.precision = \"bf16\", or a faster device",
     }
 }
 
