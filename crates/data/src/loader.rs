@@ -2,8 +2,11 @@
 
 use std::collections::VecDeque;
 use std::panic;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -28,6 +31,32 @@ pub struct Loader {
     /// Both are present until dropped.
     batches: Option<Receiver<Result<Batch, Error>>>,
     thread: Option<JoinHandle<()>>,
+    making: Arc<Making>,
+}
+
+/// What the thread has done so far, in nanoseconds.
+#[derive(Debug, Default)]
+struct Making {
+    all: AtomicU64,
+    reading: AtomicU64,
+}
+
+fn add(total: &AtomicU64, time: Duration) {
+    total.fetch_add(time.as_nanos() as u64, Ordering::Relaxed);
+}
+
+impl Loader {
+    /// Of the time that it took to make batches so far, the share in which nothing could be decoded because records
+    /// were still being read, from 0 to 1; 0 before the first batch.
+    pub fn reading_share(&self) -> f64 {
+        let of = |total: &AtomicU64| total.load(Ordering::Relaxed) as f64;
+        let (reading, all) = (of(&self.making.reading), of(&self.making.all));
+        if all > 0.0 {
+            (reading / all).min(1.0)
+        } else {
+            0.0
+        }
+    }
 }
 
 /// Endless batches for training, from the cursor on; each is full and may straddle epochs.
@@ -112,7 +141,9 @@ fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {
         .build()
         .map_err(|e| Error::Threads(e.to_string()))?;
     let (sender, batches) = mpsc::sync_channel(AHEAD);
+    let making = Arc::new(Making::default());
     let producer = Producer {
+        making: Arc::clone(&making),
         config: config.clone(),
         mode,
         cursor: order.cursor(),
@@ -131,6 +162,7 @@ fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {
     Ok(Loader {
         batches: Some(batches),
         thread: Some(thread),
+        making,
     })
 }
 
@@ -211,11 +243,16 @@ struct Producer {
     pool: ThreadPool,
     /// Bad records so far.
     bad: u64,
+    making: Arc<Making>,
 }
 
 impl Producer {
     fn run(mut self, sender: &SyncSender<Result<Batch, Error>>) {
-        while let Some(batch) = self.batch().transpose() {
+        loop {
+            let began = Instant::now();
+            let batch = self.batch().transpose();
+            add(&self.making.all, began.elapsed());
+            let Some(batch) = batch else { return };
             let is_last = batch.is_err();
             if sender.send(batch).is_err() || is_last {
                 return;
@@ -235,27 +272,35 @@ impl Producer {
         while labels.len() < size {
             let first = labels.len();
             let mut samples = Vec::with_capacity(size - first);
+            let began = Instant::now();
             while samples.len() < size - first
                 && let Some(sample) = reader.next()?
             {
                 samples.push(sample);
             }
+            add(&self.making.reading, began.elapsed());
             if samples.is_empty() {
                 break;
             }
             let slots = pixels.slots(len, first);
-            let mut decoded = Vec::new();
+            let (mut decoded, mut decoded_at) = (Vec::new(), Instant::now());
             // This thread, which is not of the pool, reads meanwhile.
-            self.pool.in_place_scope(|scope| {
+            let read_at = self.pool.in_place_scope(|scope| {
                 scope.spawn(|_| {
                     decoded = samples
                         .par_iter()
                         .zip(slots)
                         .map(|(sample, slot)| decode(config, mode, sample, slot))
                         .collect();
+                    decoded_at = Instant::now();
                 });
                 reader.read_ahead(size.min(READ_AHEAD));
+                Instant::now()
             });
+            add(
+                &self.making.reading,
+                read_at.saturating_duration_since(decoded_at),
+            );
             for (i, (sample, label)) in samples.into_iter().zip(decoded).enumerate() {
                 self.cursor.advance(&sample.step);
                 match label {

@@ -12,7 +12,7 @@ use std::process::ExitCode;
 use serde_json::{Map, Value, json};
 use spec::Run;
 use store::Lease;
-use track::{Summary, read_summary};
+use track::{Spent, Summary, read_summary};
 
 use crate::cli::{ReportArgs, RunsArgs};
 use crate::failure::Failure;
@@ -63,9 +63,7 @@ impl Told {
 
     /// How it stands. A directory whose lease is held has a process at it.
     fn status(&self) -> &'static str {
-        let is_held = self.dir.join(".lock").exists()
-            && matches!(Lease::take(&self.dir), Err(store::Error::Held { .. }));
-        if is_held {
+        if Lease::is_held(&self.dir) {
             return "running";
         }
         let step = self.step();
@@ -103,6 +101,23 @@ impl Told {
 
     fn last(&self, metric: &str) -> Option<f64> {
         self.metrics.get(metric)?.last().map(|p| p.2)
+    }
+
+    /// Where the time of its last start went, by the summary; of a run that has none yet, or was killed since, where
+    /// that of its steps went. And whether it is the whole.
+    fn spent(&self) -> Option<(Spent, bool)> {
+        let time = self.summary.as_ref().and_then(|s| s.time.as_ref());
+        let is_left_behind = ["running", "killed"].contains(&self.status);
+        if let Some(time) = time.filter(|_| !is_left_behind) {
+            return Some((time.seconds, true));
+        }
+        let (all, waiting) = self.seconds()?;
+        let steps = Spent {
+            engine: all - waiting,
+            decode: waiting,
+            ..Spent::default()
+        };
+        Some((steps, false))
     }
 
     /// Seconds of all steps, and of those waiting for input.
@@ -346,16 +361,65 @@ fn charts(told: &[Told]) -> Vec<(&'static str, Chart)> {
         .collect()
 }
 
-/// What limits a run, and what to change.
-fn advice(wait: f64) -> &'static str {
-    if wait > 0.5 {
-        "input: the engine waits more than it computes. Put the shards on a faster disk, use more cores, or smaller images"
-    } else if wait > 0.1 {
-        "partly input: try more cores for decoding, or a faster disk"
-    } else {
-        "the engine: input keeps up. Try train.precision = \"bf16\", or a faster device"
+/// Where the time went: a bar for each run, its parts in words, and what to change.
+fn times(told: &[Told]) -> String {
+    let spent: Vec<(&Told, Spent, bool)> = told
+        .iter()
+        .filter_map(|run| run.spent().map(|(spent, is_whole)| (run, spent, is_whole)))
+        .collect();
+    if spent.is_empty() {
+        return String::new();
     }
+    let mut text = "<h2>Where the time went</h2><div class=\"scroll\"><table class=\"time\"><thead><tr><th>run</th>\
+                    <th>time</th><th class=\"words\">on what</th><th class=\"words\">what to change</th></tr></thead>\
+                    <tbody>"
+        .to_string();
+    for (run, spent, is_whole) in spent {
+        let (mut bar, mut words) = (String::new(), String::new());
+        // A killed run does not say what its input waited for.
+        let called = |name: &'static str| match (name, is_whole) {
+            ("decode", false) => "input",
+            (name, _) => name,
+        };
+        for (name, share) in spent.shares().into_iter().filter(|s| s.1 >= 0.0005) {
+            let percent = 100.0 * share;
+            let colour = PARTS.iter().position(|part| *part == name).unwrap_or(0);
+            let _ = write!(
+                bar,
+                "<i class=\"p{colour}\" style=\"width:{percent:.2}%\"></i>"
+            );
+            let _ = write!(
+                words,
+                "<span><i class=\"key p{colour}\"></i>{} {percent:.1}&nbsp;%</span> ",
+                called(name)
+            );
+        }
+        let change = match spent.time().filter(|_| is_whole) {
+            Some(time) => time.change.join(". "),
+            None => "a run that ends says it".into(),
+        };
+        let _ = write!(
+            text,
+            "<tr><td class=\"name\">{}</td><td>{}</td><td class=\"words\"><div class=\"bar\">{bar}</div>{words}</td>\
+             <td class=\"words\">{}</td></tr>",
+            escaped(&run.name),
+            time(spent.total()),
+            escaped(&change),
+        );
+    }
+    text + "</tbody></table></div><p class=\"faint\">Of the last start of each run. A run that is going on, or was killed, \
+            shows its steps only.</p>"
 }
+
+/// The parts of [`Spent`] in the order of their colours.
+const PARTS: [&str; 6] = [
+    "engine",
+    "decode",
+    "input read",
+    "evaluation",
+    "checkpoint",
+    "tracking",
+];
 
 /// The page: no script, nothing from elsewhere.
 fn page(told: &[Told], charts: &[(&'static str, Chart)]) -> String {
@@ -415,26 +479,8 @@ fn page(told: &[Told], charts: &[(&'static str, Chart)]) -> String {
         chart.draw(&mut svg);
         let _ = write!(body, "<figure>{}</figure>", svg.finish(chart.title));
     }
-    body += "</div><h2>Where the time of the steps went</h2><table class=\"time\"><thead><tr><th>run</th><th>computing</th>\
-             <th>waiting for input</th><th></th><th>limited by</th></tr></thead><tbody>";
-    for run in told {
-        let Some((all, waiting)) = run.seconds() else {
-            continue;
-        };
-        let share = waiting / all;
-        let _ = write!(
-            body,
-            "<tr><td class=\"name\">{}</td><td>{}</td><td>{} ({:.0} %)</td><td><div class=\"bar\"><div style=\"width:{:.1}%\"></div>\
-             </div></td><td class=\"words\">{}</td></tr>",
-            escaped(&run.name),
-            time(all - waiting),
-            time(waiting),
-            100.0 * share,
-            100.0 * (1.0 - share),
-            escaped(advice(share)),
-        );
-    }
-    body += "</tbody></table>";
+    body += "</div>";
+    body += &times(told);
     body += &differences(told);
     format!(
         "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><meta name=\"viewport\" content=\"width=device-width\">\
@@ -518,12 +564,13 @@ fn series_style() -> String {
     for (i, [r, g, b]) in canvas::SERIES.iter().enumerate() {
         let _ = write!(
             text,
-            "path.s{i}{{stroke:rgb({r},{g},{b})}}rect.s{i}{{fill:rgb({r},{g},{b})}}"
+            "path.s{i}{{stroke:rgb({r},{g},{b})}}rect.s{i}{{fill:rgb({r},{g},{b})}}.p{i}{{background:rgb({r},{g},{b})}}"
         );
     }
     // On dark the darker ones are brightened.
     text += "@media(prefers-color-scheme:dark){path.s0{stroke:#4da3e0}rect.s0{fill:#4da3e0}path.s1{stroke:#ff8a3d}\
-             rect.s1{fill:#ff8a3d}path.s2{stroke:#2fc79c}rect.s2{fill:#2fc79c}}";
+             rect.s1{fill:#ff8a3d}path.s2{stroke:#2fc79c}rect.s2{fill:#2fc79c}.p0{background:#4da3e0}\
+             .p1{background:#ff8a3d}.p2{background:#2fc79c}}";
     text
 }
 
@@ -534,9 +581,10 @@ body{font:15px/1.5 system-ui,sans-serif;background:var(--back);color:var(--text)
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}\
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--faint)}\
 td,th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}\
-td.name,th:first-child{text-align:left}td.words,.time th:last-child{text-align:left;white-space:normal}td.best{color:var(--good);font-weight:700}\
+td.name,th:first-child{text-align:left}.words{text-align:left}td.words{white-space:normal;min-width:14rem}td.words span{white-space:nowrap;margin-right:.6rem}td.best{color:var(--good);font-weight:700}\
 .scroll{overflow-x:auto}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:1rem}\
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.5rem}svg{width:100%;height:auto;font-family:'DejaVu Sans',Verdana,sans-serif}\
 text.text{fill:var(--text)}text.faint{fill:var(--faint)}path.grid{stroke:var(--line)}path.faint{stroke:var(--faint)}\
-.bar{width:10rem;height:.8rem;background:#d55e00;border-radius:2px;overflow:hidden}.bar div{height:100%;background:#0072b2}\
+.bar{display:flex;gap:1px;min-width:16rem;height:.8rem;border-radius:2px;overflow:hidden;margin:.2rem 0}.bar i{height:100%;min-width:1px}\
+i.key{display:inline-block;width:.7rem;height:.7rem;border-radius:2px;margin-right:.3rem}p.faint{color:var(--faint)}\
 footer{margin:3rem 0 1rem;color:var(--faint)}";

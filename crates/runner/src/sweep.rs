@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs::OpenOptions;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -59,15 +60,16 @@ struct Entry<'a> {
     cell: &'a Cell,
     dir: PathBuf,
     status: Status,
-    /// By round.
+    /// By round, those of this sweep's halving.
     reached: BTreeMap<u32, Reached>,
     summary: Option<Summary>,
     /// In this start.
     seconds: f64,
 }
 
-/// `sweep.json`: by hash and round.
-type Rounds = BTreeMap<String, BTreeMap<u32, Reached>>;
+/// `sweep.json`: by hash and by the share of the length that was trained, such as `25%`. So it holds for another number
+/// of rounds too.
+type Rounds = BTreeMap<String, BTreeMap<String, Reached>>;
 
 const ROUNDS: &str = "sweep.json";
 
@@ -100,6 +102,19 @@ pub(crate) fn sweep(args: &SweepArgs) -> Result<ExitCode, Failure> {
     let mut trackers = open(args, &sweep, &root)?;
     let stop = stop_on_signals();
     let kept = read_rounds(&root);
+    let rungs = sweep.halving.map_or(1, |halving| halving.rungs);
+    let until = |rung: u32| {
+        let halving = sweep.halving.filter(|_| rung + 1 < rungs);
+        halving.map(|halving| halving.percent(rung))
+    };
+    let known = |hash: &str| -> BTreeMap<u32, Reached> {
+        let Some(kept) = kept.get(hash) else {
+            return BTreeMap::new();
+        };
+        let rungs =
+            (0..rungs).filter_map(|rung| Some((rung, kept.get(&share(until(rung)?))?.clone())));
+        rungs.collect()
+    };
     let mut entries: Vec<Entry<'_>> = sweep
         .cells
         .iter()
@@ -107,7 +122,7 @@ pub(crate) fn sweep(args: &SweepArgs) -> Result<ExitCode, Failure> {
             cell,
             dir: root.join(&cell.hash),
             status: Status::Waiting,
-            reached: kept.get(&cell.hash).cloned().unwrap_or_default(),
+            reached: known(&cell.hash),
             summary: None,
             seconds: 0.0,
         })
@@ -132,11 +147,9 @@ pub(crate) fn sweep(args: &SweepArgs) -> Result<ExitCode, Failure> {
         stop: &stop,
         started: AtomicUsize::new(0),
     };
-    let rungs = sweep.halving.map_or(1, |halving| halving.rungs);
     for rung in 0..rungs {
         let is_last = rung + 1 == rungs;
-        let until = sweep.halving.filter(|_| !is_last).map(|h| h.percent(rung));
-        shop.round(&mut entries, rung, until, &mut trackers);
+        shop.round(&mut entries, rung, until(rung), &mut trackers);
         let is_open = entries.iter().any(|entry| entry.status == Status::Waiting);
         if stop.load(Ordering::Relaxed) || is_open && is_last {
             break;
@@ -219,10 +232,10 @@ impl Shop<'_> {
                         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop();
                         let Some(entry) = next else { return };
                         self.bring(entry, rung, until, &note);
-                        if let Some(reached) = entry.reached.get(&rung) {
+                        if let (Some(reached), Some(until)) = (entry.reached.get(&rung), until) {
                             let mut rounds = rounds.lock().unwrap_or_else(PoisonError::into_inner);
                             let of_cell = rounds.entry(entry.cell.hash.clone()).or_default();
-                            of_cell.insert(rung, reached.clone());
+                            of_cell.insert(share(until), reached.clone());
                             if let Err(error) = write_rounds(self.root, &rounds) {
                                 note(&error.to_string());
                             }
@@ -355,6 +368,9 @@ impl Shop<'_> {
         if let Ok(parent) = std::fs::read_to_string(self.root.join("mlflow-run")) {
             command.env(tracking::PARENT, parent.trim());
         }
+        // A key at the terminal would reach it as well as us, and again by us: a second signal cuts a run short. In a
+        // group of its own it hears of signals from us alone, and so always once.
+        command.process_group(0);
         let mut child = command.spawn().map_err(|e| failed("start", &e))?;
         let mut is_told = false;
         loop {
@@ -364,14 +380,10 @@ impl Shop<'_> {
                 Err(error) => return Err(failed("wait", &error)),
             }
             if self.stop.load(Ordering::Relaxed) && !is_told {
-                // At a terminal it has had the signal too, and a second one would cut it short.
-                thread::sleep(Duration::from_millis(200));
-                if matches!(child.try_wait(), Ok(None)) && !shares_terminal() {
-                    let id = child.id().to_string();
-                    let told = Command::new("kill").args(["-s", "TERM", &id]).status();
-                    if told.is_err() {
-                        let _ = child.kill(); // its checkpoints are whole all the same
-                    }
+                let id = child.id().to_string();
+                let told = Command::new("kill").args(["-s", "TERM", &id]).status();
+                if told.is_err() {
+                    let _ = child.kill(); // its checkpoints are whole all the same
                 }
                 is_told = true;
             }
@@ -419,10 +431,9 @@ fn is_at_end(summary: &Summary) -> bool {
     summary.reason.as_deref() == Some("--until") || summary.status == "done"
 }
 
-/// Whether a key at the terminal signals our processes as well as us.
-fn shares_terminal() -> bool {
-    use std::io::IsTerminal;
-    std::io::stdin().is_terminal()
+/// How `sweep.json` calls a share of the length.
+fn share(percent: f64) -> String {
+    format!("{percent}%")
 }
 
 fn read_rounds(root: &Path) -> Rounds {
@@ -560,8 +571,10 @@ fn finish(
     };
     if let Some((eval, best)) = winner.and_then(|s| Some((s.eval.as_ref()?, s.best.as_ref()?))) {
         trackers.note(&format!("the best is {}", name(ranked[0].cell)));
+        // A step of a sweep is a run that is done: a later start, which may have another winner, tells it as a later
+        // point, and one that has nothing new tells nothing new.
         trackers.eval(&EvalMetrics {
-            step: best.step,
+            step: count("done") as u64,
             epoch: f64::NAN,
             loss: eval.loss,
             top1: best.value,
@@ -573,6 +586,10 @@ fn finish(
             seconds: 0.0,
         });
     }
+    if let Some(entry) = winner.and(ranked.first()) {
+        trackers.tag("runner.winner", &entry.cell.hash);
+    }
+    trackers.tag("mlflow.note.content", &markdown(&ranked));
     trackers.finish(&Summary {
         status: status.into(),
         step: winner.map_or(0, |s| s.step),
@@ -580,6 +597,7 @@ fn finish(
         best: winner.and_then(|s| s.best.clone()),
         images_per_s: winner.map_or(0.0, |s| s.images_per_s),
         input_wait_fraction: winner.map_or(0.0, |s| s.input_wait_fraction),
+        time: None,
         reason,
     });
     if let Some(path) = &args.junit {
@@ -615,6 +633,31 @@ fn finish(
 }
 
 fn table(ranked: &[&Entry<'_>]) -> String {
+    output::columns(&rows(ranked))
+}
+
+/// Room for a description in MLflow, in bytes.
+const NOTE: usize = 4500;
+
+/// The ranking as a table in Markdown, the first of the runs.
+fn markdown(ranked: &[&Entry<'_>]) -> String {
+    let rows = rows(ranked);
+    let line = |row: &Vec<String>| format!("| {} |\n", row.join(" | ").replace('\n', " "));
+    let mut text = String::new();
+    for (i, row) in rows.iter().enumerate() {
+        if text.len() > NOTE {
+            let _ = writeln!(text, "\nand {} more", rows.len() - i);
+            break;
+        }
+        text += &line(row);
+        if i == 0 {
+            text += &line(&vec!["---".into(); row.len()]);
+        }
+    }
+    text
+}
+
+fn rows(ranked: &[&Entry<'_>]) -> Vec<Vec<String>> {
     let keys: Vec<&String> = ranked.iter().flat_map(|e| e.cell.keys.keys()).collect();
     let mut columns: Vec<&String> = vec![];
     for key in keys {
@@ -641,7 +684,7 @@ fn table(ranked: &[&Entry<'_>]) -> String {
         row.push(entry.dir.display().to_string());
         rows.push(row);
     }
-    output::columns(&rows)
+    rows
 }
 
 fn as_json(sweep: &Sweep, ranked: &[&Entry<'_>], status: &str) -> serde_json::Value {
@@ -761,6 +804,7 @@ mod tests {
                 }),
                 images_per_s: 1.0,
                 input_wait_fraction: 0.0,
+                time: None,
                 reason: None,
             }),
             seconds: 1.5,

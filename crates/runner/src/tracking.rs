@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use serde_json::json;
 use spec::Run;
 use store::Lease;
-use track::{Access, Config, Dataset, Mlflow, Place};
+use track::{Access, Config, Dataset, Mlflow, Place, without_login};
 use train::{Input, Meta};
 
 use crate::cli::TrackSyncArgs;
@@ -79,9 +79,10 @@ fn named(uri: &str) -> Result<Place, Failure> {
             _ => ".".into(),
         })),
         None => Err(Failure::Spec(format!(
-            "environment variable {URI}: {uri:?} is no store that a run can be tracked in\n\
+            "environment variable {URI}: {:?} is no store that a run can be tracked in\n\
              hint: http://host:port, https://host or sqlite:///directory/mlflow.db; or say track.mlflow = \"sqlite\" \
-             or \"off\""
+             or \"off\"",
+            without_login(uri)
         ))),
     }
 }
@@ -205,10 +206,13 @@ mod tests {
             "file:///tmp/mlruns",
             "sqlite:///other.db",
             "http://a b",
+            "postgresql://me:secret@host/db",
+            "http://me:secret@host:port",
         ] {
             let Err(Failure::Spec(text)) = named(uri) else {
                 panic!("{uri} is no store");
             };
+            assert!(!text.contains("secret"), "{text}");
             assert!(text.contains("\nhint: "), "{text}");
         }
     }

@@ -534,17 +534,11 @@ impl<'de> Deserialize<'de> for Mlflow {
             .iter()
             .find_map(|scheme| text.strip_prefix(scheme));
         match host {
-            // The resolved spec goes into checkpoints, reports and the server's artifacts.
-            Some(host)
-                if host
-                    .split('/')
-                    .next()
-                    .is_some_and(|host| host.contains('@')) =>
-            {
-                Err(D::Error::custom(
-                    "a login would be written to every checkpoint; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD hold it",
-                ))
-            }
+            // The resolved spec goes into checkpoints, reports and the server's artifacts. A password may hold a slash,
+            // and what is no URL at all may hold one too.
+            _ if text.contains('@') => Err(D::Error::custom(
+                "a login would be written to every checkpoint; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD hold it",
+            )),
             Some(host) if !host.is_empty() => Ok(Self::Server(text)),
             _ => Err(D::Error::unknown_variant(&text, &MLFLOW)),
         }

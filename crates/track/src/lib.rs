@@ -15,6 +15,7 @@
 
 mod metrics;
 mod mlflow;
+mod spent;
 mod summary;
 mod system;
 mod tensorboard;
@@ -25,14 +26,15 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 pub use metrics::{EvalMetrics, StepMetrics};
 use metrics::{MetricsFile, Scalar};
-pub use mlflow::{Access, Credentials, Dataset, Mlflow, Place, Synced, sync};
+pub use mlflow::{Access, Credentials, Dataset, Mlflow, Place, Synced, sync, without_login};
 use mlflow::{Follower, Said};
+pub use spent::{Spent, Time};
 pub use summary::{Best, EvalSummary, Summary, read_summary};
 use system::Sampler;
 use tensorboard::EventFile;
@@ -119,6 +121,7 @@ pub struct Trackers {
     failures: u64,
     /// What failed first.
     first: Option<String>,
+    busy: Duration,
 }
 
 impl Trackers {
@@ -142,6 +145,7 @@ impl Trackers {
             screen: Screen::new(terminal, &name),
             failures: 0,
             first: None,
+            busy: Duration::ZERO,
         };
         let made = fs::create_dir_all(dir);
         trackers.count(made, "");
@@ -192,14 +196,28 @@ impl Trackers {
 
     /// Records a training step.
     pub fn step(&mut self, m: &StepMetrics) {
-        self.write(m, m.step, m.scalars());
-        self.screen.step(m);
+        self.timed(|trackers| {
+            trackers.write(m, m.step, m.scalars());
+            trackers.screen.step(m);
+        });
+    }
+
+    /// How long the loop has been here so far. What the trackers' own threads do is not in it.
+    pub fn busy(&self) -> Duration {
+        self.busy
+    }
+
+    fn timed<T>(&mut self, work: impl FnOnce(&mut Self) -> T) -> T {
+        let began = Instant::now();
+        let done = work(self);
+        self.busy += began.elapsed();
+        done
     }
 
     /// Tells TensorBoard what a run is, once, when it begins: its parameters, its spec, its network.
     pub fn describe(&mut self, params: &BTreeMap<String, String>, spec: &str, graph: &[GraphNode]) {
         self.has_hparams = true;
-        self.event(|events| {
+        self.timed_event(|events| {
             let params = params
                 .iter()
                 .map(|(key, value)| (key.as_str(), value.as_str()));
@@ -211,7 +229,7 @@ impl Trackers {
 
     /// Shows TensorBoard some images as the network gets them: `side` x `side` RGB of 0 to 255, one after the other.
     pub fn images(&mut self, step: u64, side: usize, pixels: &[u8]) {
-        self.event(|events| {
+        self.timed_event(|events| {
             let images = pixels
                 .chunks_exact(side * side * 3)
                 .map(|rgb| png(side, rgb));
@@ -222,12 +240,16 @@ impl Trackers {
 
     /// Shows TensorBoard how the values of tensors are spread. Of large ones a sample is looked at.
     pub fn tensors<'a>(&mut self, step: u64, tensors: impl Iterator<Item = (String, &'a [f32])>) {
-        self.event(|events| {
+        self.timed_event(|events| {
             for (name, values) in tensors {
                 events.histogram(&name, step, values)?;
             }
             Ok(())
         });
+    }
+
+    fn timed_event(&mut self, write: impl FnOnce(&mut EventFile) -> io::Result<()>) {
+        self.timed(|trackers| trackers.event(write));
     }
 
     /// Writes to the event file, if there is one.
@@ -238,6 +260,10 @@ impl Trackers {
 
     /// Records an evaluation.
     pub fn eval(&mut self, m: &EvalMetrics) {
+        self.timed(|trackers| trackers.tell_eval(m));
+    }
+
+    fn tell_eval(&mut self, m: &EvalMetrics) {
         self.write(m, m.step, m.scalars());
         self.event(|events| {
             let text = format!(
@@ -265,6 +291,10 @@ impl Trackers {
     /// MLflow's database may be locked by another program. It is waited for, but at most 5 s, and not again until it
     /// has caught up. A server is not waited for.
     pub fn sync(&mut self) -> u64 {
+        self.timed(Self::force)
+    }
+
+    fn force(&mut self) -> u64 {
         let synced = self.metrics.sync();
         self.count(synced, "metrics.jsonl");
         let synced = self.events.as_mut().map_or(Ok(()), EventFile::sync);
@@ -320,6 +350,16 @@ impl Trackers {
                 "the model {name} is not registered: MLflow without a server has no registry here\n\
                  hint: start `mlflow server` and name it with track.mlflow or MLFLOW_TRACKING_URI"
             )),
+            None => {}
+        }
+        self.hear();
+    }
+
+    /// Sets a tag of the run in MLflow; `mlflow.note.content` is what its page shows as the description, in Markdown.
+    pub fn tag(&mut self, key: &str, value: &str) {
+        match &mut self.mlflow {
+            Some(Store::File(writer)) => writer.tag(key, value),
+            Some(Store::Server(follower)) => follower.tag(key, value),
             None => {}
         }
         self.hear();

@@ -7,6 +7,8 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
+use crate::Spent;
+
 /// The numbers of one training step.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct StepMetrics {
@@ -33,6 +35,9 @@ pub struct StepMetrics {
     /// Share of the step's time spent waiting for images, from 0 to 1.
     #[serde(rename = "train/input_wait_fraction", with = "number")]
     pub input_wait_fraction: f64,
+    /// Where the time of the process went so far.
+    #[serde(skip)]
+    pub spent: Spent,
 }
 
 impl StepMetrics {
@@ -312,6 +317,7 @@ mod tests {
             lr: 6.0,
             images_per_s: 7.0,
             input_wait_fraction: 8.0,
+            spent: Spent::default(),
         };
         check(&step, &step.scalars());
         let eval = EvalMetrics {

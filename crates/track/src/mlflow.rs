@@ -28,7 +28,7 @@ use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, OptionalExtension, Transaction, TransactionBehavior, params};
 
-pub use access::{Access, Credentials};
+pub use access::{Access, Credentials, without_login};
 pub(crate) use follower::{Follower, Said};
 pub use follower::{Synced, sync};
 pub use rest::Dataset;
@@ -92,6 +92,7 @@ pub(crate) type Tag = (&'static str, String);
 
 enum Message {
     Point(Point),
+    Tag(String, String),
     /// Answered when everything before it is in the database; hung up if that failed.
     Sync(Sender<()>),
     /// The run's status, a last artifact; answered as above.
@@ -140,6 +141,7 @@ impl Writer {
             resume,
             open: None,
             pending: vec![],
+            words: vec![],
             is_failing: false,
             failed: failed.clone(),
         };
@@ -172,6 +174,14 @@ impl Writer {
             Ok(()) => {}
             Err(TrySendError::Full(_)) => self.fail(&dropped(step)),
             Err(TrySendError::Disconnected(_)) => self.fail(GONE),
+        }
+    }
+
+    /// Sets a tag of the run.
+    pub(crate) fn tag(&self, key: &str, value: &str) {
+        let tag = Message::Tag(key.into(), value.into());
+        if self.inbox.try_send(tag).is_err() {
+            self.fail("its thread takes nothing more");
         }
     }
 
@@ -249,6 +259,8 @@ struct Worker {
     resume: Option<Resume>,
     open: Option<Store>,
     pending: Vec<Point>,
+    /// Tags that are not written yet.
+    words: Vec<(String, String)>,
     /// Whether the last attempt failed.
     is_failing: bool,
     failed: Sender<String>,
@@ -273,6 +285,7 @@ impl Worker {
             match messages.recv_timeout(wait) {
                 Ok(Message::Point(point)) if self.pending.len() < ROOM => self.pending.push(point),
                 Ok(Message::Point(point)) => self.fail(dropped(point.step)),
+                Ok(Message::Tag(key, value)) => self.words.push((key, value)),
                 Ok(Message::Sync(reply)) => {
                     if self.flush() {
                         // The loop may have stopped waiting.
@@ -299,7 +312,10 @@ impl Worker {
         let flushed = self.try_flush();
         self.is_failing = flushed.is_err();
         match flushed {
-            Ok(()) => self.pending.clear(),
+            Ok(()) => {
+                self.pending.clear();
+                self.words.clear();
+            }
             Err(error) => self.fail(error),
         }
         !self.is_failing
@@ -322,6 +338,7 @@ impl Worker {
             }
         };
         store.write(&self.run, &self.pending)?;
+        store.tag(&self.run, &self.words)?;
         Ok(())
     }
 
@@ -452,6 +469,18 @@ impl Store {
             for (key, (value, milliseconds, step, is_nan)) in latest {
                 insert.execute(params![key, value, milliseconds, step, is_nan, run])?;
             }
+        }
+        transaction.commit()
+    }
+
+    fn tag(&mut self, run: &str, tags: &[(String, String)]) -> rusqlite::Result<()> {
+        if tags.is_empty() {
+            return Ok(());
+        }
+        let behavior = TransactionBehavior::Immediate;
+        let transaction = self.db.transaction_with_behavior(behavior)?;
+        for (key, value) in tags {
+            insert_tag(&transaction, run, key, value)?;
         }
         transaction.commit()
     }
@@ -678,6 +707,7 @@ mod tests {
     fn a_summary_has_a_status() {
         let check = |text: &str, expected| {
             let summary = Summary {
+                time: None,
                 status: text.into(),
                 step: 0,
                 eval: None,

@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use crate::metrics::number;
-use crate::replace;
+use crate::{Time, replace};
 
 /// How a run ended, and what it reached.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -28,6 +28,9 @@ pub struct Summary {
     /// Share of the training time spent waiting for images, from 0 to 1.
     #[serde(with = "number")]
     pub input_wait_fraction: f64,
+    /// Where the time went, and what limits the run; none if it did nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub time: Option<Time>,
     /// Why the run ended, if it is not done.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,

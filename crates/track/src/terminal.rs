@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanDuration, ProgressBar, ProgressDrawTarget, ProgressStyle};
 
+use crate::Spent;
 use crate::metrics::{EvalMetrics, Scalar, StepMetrics};
 use crate::tui::Tui;
 
@@ -72,7 +73,7 @@ impl Screen {
             Kind::Quiet => {}
             Kind::Lines(pace) => {
                 if pace.is_due(Instant::now()) {
-                    print(&step_line(m, images_per_s, input_wait_fraction));
+                    print(&step_line(m, images_per_s));
                 }
             }
             Kind::Tui(tui) => {
@@ -83,7 +84,7 @@ impl Screen {
                 let Bar { bar, first } = bar.get_or_insert_with(|| new_bar(m));
                 let steps = m.step.saturating_sub(first.0);
                 let left = m.total.saturating_sub(m.step);
-                let text = bar_text(m, images_per_s, input_wait_fraction);
+                let text = bar_text(m, images_per_s);
                 let eta = eta_text(steps, first.1.elapsed(), left);
                 bar.set_message(format!("{text}  {eta}"));
                 bar.set_position(m.step);
@@ -162,7 +163,7 @@ fn print(text: &str) {
 }
 
 /// A step in one line, with smoothed rates.
-fn step_line(m: &StepMetrics, images_per_s: f64, input_wait_fraction: f64) -> String {
+fn step_line(m: &StepMetrics, images_per_s: f64) -> String {
     let lr_digits = m.lr == 0.0 || m.lr >= 0.001;
     let lr = match lr_digits {
         true => format!("{:.4}", m.lr),
@@ -175,26 +176,30 @@ fn step_line(m: &StepMetrics, images_per_s: f64, input_wait_fraction: f64) -> St
         m.epoch,
         m.loss,
         m.top1,
-        rates_text(images_per_s, input_wait_fraction),
+        rates_text(images_per_s, &m.spent),
     )
 }
 
 /// What stands beside the bar: short, so that a terminal of 80 columns has room for the bar.
-fn bar_text(m: &StepMetrics, images_per_s: f64, input_wait_fraction: f64) -> String {
+fn bar_text(m: &StepMetrics, images_per_s: f64) -> String {
     format!(
         "{}/{}  loss {:.4}  top1 {:.3}  {}",
         m.step,
         m.total,
         m.loss,
         m.top1,
-        rates_text(images_per_s, input_wait_fraction),
+        rates_text(images_per_s, &m.spent),
     )
 }
 
-fn rates_text(images_per_s: f64, input_wait_fraction: f64) -> String {
+/// The rate, and what limits it.
+fn rates_text(images_per_s: f64, spent: &Spent) -> String {
     let decimals = if images_per_s < 10.0 { 1 } else { 0 };
-    let percent = 100.0 * input_wait_fraction;
-    format!("{images_per_s:.decimals$} images/s  input wait {percent:.0}%")
+    let limit = match spent.limit().as_str() {
+        "" => String::new(),
+        limit => format!("  limit {limit}"),
+    };
+    format!("{images_per_s:.decimals$} images/s{limit}")
 }
 
 /// An evaluation in one line.
@@ -260,23 +265,28 @@ mod tests {
             lr: 0.025,
             images_per_s: 812.4,
             input_wait_fraction: 0.012,
+            spent: Spent {
+                engine: 97.0,
+                decode: 3.0,
+                ..Spent::default()
+            },
         }
     }
 
     #[test]
     fn a_step_in_one_line() {
         assert_eq!(
-            step_line(&step(), 812.4, 0.012),
-            "step 120/345  epoch 5.3  loss 0.4213  top1 0.912  lr 0.0250  812 images/s  input wait 1%"
+            step_line(&step(), 812.4),
+            "step 120/345  epoch 5.3  loss 0.4213  top1 0.912  lr 0.0250  812 images/s  limit engine 97%"
         );
     }
 
     #[test]
     fn a_step_beside_the_bar() {
-        let text = bar_text(&step(), 812.4, 0.012);
+        let text = bar_text(&step(), 812.4);
         assert_eq!(
             text,
-            "120/345  loss 0.4213  top1 0.912  812 images/s  input wait 1%"
+            "120/345  loss 0.4213  top1 0.912  812 images/s  limit engine 97%"
         );
     }
 
@@ -298,14 +308,19 @@ mod tests {
     fn small_numbers_keep_their_digits() {
         let m = StepMetrics {
             lr: 0.000_012_3,
+            spent: Spent {
+                read: 6.0,
+                engine: 4.0,
+                ..Spent::default()
+            },
             ..step()
         };
         assert_eq!(
-            step_line(&m, 3.12, 1.0),
-            "step 120/345  epoch 5.3  loss 0.4213  top1 0.912  lr 1.23e-5  3.1 images/s  input wait 100%"
+            step_line(&m, 3.12),
+            "step 120/345  epoch 5.3  loss 0.4213  top1 0.912  lr 1.23e-5  3.1 images/s  limit input read 60%, engine 40%"
         );
         let m = StepMetrics { lr: 0.0, ..step() };
-        assert!(step_line(&m, 3.0, 0.0).contains("  lr 0.0000  "));
+        assert!(step_line(&m, 3.0).contains("  lr 0.0000  "));
     }
 
     #[test]
@@ -314,7 +329,7 @@ mod tests {
             loss: f64::NAN,
             ..step()
         };
-        assert!(step_line(&m, 812.4, 0.0).contains("  loss NaN  "));
+        assert!(step_line(&m, 812.4).contains("  loss NaN  "));
     }
 
     #[test]

@@ -240,6 +240,7 @@ impl View {
             percent("cpu_utilization_percentage"),
             percent("system_memory_usage_percentage"),
         ))];
+        // Two cards more make no room for the disk; more of them are in the trackers.
         for gpu in 0..2 {
             let name = |what: &str| format!("gpu_{gpu}_{what}");
             if value(&name("utilization_percentage")).is_some() {
@@ -250,14 +251,31 @@ impl View {
                 )));
             }
         }
-        if lines.len() < 3 {
+        let room = area.height.saturating_sub(2) as usize;
+        if lines.len() + 1 < room {
             lines.push(Line::from(format!(
                 "disk {} used",
                 percent("disk_usage_percentage")
             )));
         }
+        lines.truncate(room.saturating_sub(1));
+        lines.push(Line::from(self.shares(area.width.saturating_sub(2))));
         let block = Block::bordered().title(" machine ");
         frame.render_widget(Paragraph::new(lines).block(block), area);
+    }
+
+    /// Where the time went, as much of it as is worth a word and fits.
+    fn shares(&self, width: u16) -> String {
+        let mut text = "time".to_string();
+        let shares = self.last.iter().flat_map(|m| m.spent.shares());
+        for (name, share) in shares.filter(|(_, share)| *share >= 0.005) {
+            let word = format!("  {name} {:.0} %", 100.0 * share);
+            if text.len() + word.len() > usize::from(width) {
+                break;
+            }
+            text += &word;
+        }
+        text
     }
 
     fn tail(&self, frame: &mut Frame<'_>, area: Rect) {
@@ -389,6 +407,7 @@ mod tests {
     use ratatui::backend::TestBackend;
 
     use super::*;
+    use crate::Spent;
 
     fn view() -> View {
         let mut view = View::new("quickstart");
@@ -403,6 +422,12 @@ mod tests {
                 lr: 0.1,
                 images_per_s: 800.0 + (step % 7) as f64 * 10.0,
                 input_wait_fraction: 0.01,
+                spent: Spent {
+                    engine: 91.0,
+                    decode: 1.0,
+                    evaluation: 8.0,
+                    ..Spent::default()
+                },
             };
             view.step(&m, 812.4, 0.012);
             if step % 23 == 0 {
@@ -458,6 +483,7 @@ mod tests {
             "812 images/s, waiting for input 1 %",
             "cpu 97 %   memory 4.3 GB (18 %)",
             "disk 40 % used",
+            "time  engine 91 %  evaluation 8 %",
             "quickstart: resnet18 (tpu2018), 32 px, 10 classes, 11181642 parameters",
             "eval at step 184  top1 0.9213",
         ] {

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Read all runs of an experiment from an MLflow server as MLflow's own client does, and print them as JSON.
+"""Read all runs of experiments from an MLflow server as MLflow's own client does, and print them as JSON.
 
 Tested with Python 3.11 and mlflow 3.17.2:
 
     python3 -m venv venv && venv/bin/pip install mlflow
-    venv/bin/python crates/track/tests/served.py http://127.0.0.1:5000 EXPERIMENT
+    venv/bin/python crates/track/tests/served.py http://127.0.0.1:5000 EXPERIMENT...
 
 MLflow's environment variables (MLFLOW_TRACKING_USERNAME, ..) count. crates/track/tests/it/rest.rs runs this with the
 Python that the environment variable RUNNER_PYTHON names.
@@ -100,12 +100,15 @@ def read(client, run):
 
 
 def main():
-    url, name = sys.argv[1:]
+    url, *names = sys.argv[1:]
     mlflow.set_tracking_uri(url)
     client = MlflowClient(tracking_uri=url, registry_uri=url)
-    experiment = client.get_experiment_by_name(name)
-    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
-    print(json.dumps([read(client, run) for run in runs], allow_nan=False))
+    found = {}
+    for name in names:
+        experiment = client.get_experiment_by_name(name)
+        runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+        found[name] = [read(client, run) for run in runs]
+    print(json.dumps(found, allow_nan=False))
 
 
 main()

@@ -76,7 +76,7 @@ pub fn train(
     let mut batches = data::train(config, at.cursor.clone())?;
     job.checkpoints.point_to(at)?;
     at.is_eval_due |= job.is_eval_due(at.step);
-    if at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+    if at.is_eval_due && !evaluate(&job, at, engine, trackers, pace)? {
         return Ok(Ended::Interrupted);
     }
     // A device of its own computes while the next batch is made: `under_way` is the step that it does.
@@ -91,7 +91,7 @@ pub fn train(
             Err(error) => {
                 // An engine that fails has nothing to save.
                 if at.step > 0 && !matches!(error, Error::Engine(_)) {
-                    save(&mut job, at, engine, trackers)?;
+                    save(&mut job, at, engine, trackers, pace)?;
                 }
                 return Err(error);
             }
@@ -105,18 +105,21 @@ pub fn train(
             }
         }
         let hyper = job.plan.hyper(at.step);
+        let waits = Instant::now();
         let metrics = engine.finish_step(step)?;
+        let blocked = waits.elapsed();
         at.step += 1;
         at.cursor = cursor;
         at.is_eval_due = job.is_eval_due(at.step);
         let goes_on = under_way.is_some();
-        trackers.step(&pace.step(job.plan, at.step, hyper.lr, &metrics, goes_on));
+        let (lr, ends) = (hyper.lr, (blocked, goes_on));
+        trackers.step(&pace.step(job.plan, at.step, lr, &metrics, ends, trackers.busy()));
         if !metrics.loss().is_finite() {
             return Err(Error::Diverged { step: at.step });
         }
         if let Some(error) = failed {
             if !matches!(error, Error::Engine(_)) {
-                save(&mut job, at, engine, trackers)?;
+                save(&mut job, at, engine, trackers, pace)?;
             }
             return Err(error);
         }
@@ -124,9 +127,9 @@ pub fn train(
         // A step that is under way is finished first: it has changed what would be saved.
         let is_stopping = under_way.is_none() && job.stop.load(Ordering::Relaxed);
         if is_stopping || at.step == job.until || job.plan.is_checkpoint_due(at.step) {
-            save(&mut job, at, engine, trackers)?;
+            save(&mut job, at, engine, trackers, pace)?;
         }
-        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers)? {
+        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers, pace)? {
             return Ok(Ended::Interrupted);
         }
     }
@@ -181,15 +184,22 @@ fn save(
     at: &mut Progress,
     engine: &dyn Engine,
     trackers: &mut Trackers,
+    pace: &mut Pace,
 ) -> Result<(), Error> {
-    let state = engine.state();
-    trackers.tensors(
-        at.step,
-        state
-            .iter()
-            .map(|(name, t)| (histogram(name), &t.values[..])),
-    );
-    write(job, at, &state, trackers)
+    pace.part(
+        |spent| &mut spent.checkpoint,
+        trackers,
+        |trackers| {
+            let state = engine.state();
+            trackers.tensors(
+                at.step,
+                state
+                    .iter()
+                    .map(|(name, t)| (histogram(name), &t.values[..])),
+            );
+            write(job, at, &state, trackers)
+        },
+    )
 }
 
 fn write(
@@ -231,13 +241,18 @@ fn evaluate(
     at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
+    pace: &mut Pace,
 ) -> Result<bool, Error> {
     let Some(config) = job.input.eval.as_ref().filter(|_| !at.is_evaluated()) else {
         return Ok(true);
     };
     let started = Instant::now();
-    let score = |engine: &mut dyn Engine, trackers: &mut Trackers| {
-        score(config, engine, job.stop, |bad| trackers.note(bad))
+    let mut score = |engine: &mut dyn Engine, trackers: &mut Trackers| {
+        pace.part(
+            |spent| &mut spent.evaluation,
+            trackers,
+            |trackers| score(config, engine, job.stop, |bad| trackers.note(bad)),
+        )
     };
     let mut raw = None;
     if job.plan.scored != Scored::Average {

@@ -57,6 +57,16 @@ fn noise_is_uniform_and_the_same_in_every_epoch() {
 }
 
 #[test]
+fn a_loader_knows_how_long_it_read() {
+    let mut batches = train(&digits_config("train-*"));
+    for batch in batches.by_ref().take(5) {
+        assert_eq!(batch.unwrap().labels.len(), 100);
+    }
+    let share = batches.reading_share();
+    assert!(share > 0.0 && share <= 1.0, "{share}");
+}
+
+#[test]
 fn noise_of_evaluation_is_not_that_of_training() {
     let config = made_up(Source::Fake { examples: 40 });
     let trained = take(train(&config), 10);

@@ -85,6 +85,40 @@ fn json(text: &str) -> Value {
     serde_json::from_str(text).unwrap_or_else(|e| panic!("{e}: {text}"))
 }
 
+/// Three steps of eight images, and after each an evaluation of 359.
+#[test]
+fn a_run_says_what_limits_it_and_what_to_change() {
+    let home = Home::new();
+    let sets = [
+        "train.batch_size=8",
+        "train.bn_batch=8",
+        "train.length=3 steps",
+        "schedule.warmup=1 steps",
+        "schedule.milestones=[\"50 steps\"]",
+        "eval.every=1 steps",
+    ];
+    let (out, _) = home.check(&sets, 0);
+    let time = &json(&out)["time"];
+    assert_eq!(time["limited_by"], "evaluation", "{time}");
+    let change = time["change"][0].as_str().unwrap();
+    assert!(
+        change.starts_with("evaluation takes ")
+            && change.ends_with(" of the time: evaluate less often (eval.every), or fewer images"),
+        "{change}"
+    );
+    let page = home.dir.path().join("page.html");
+    let run = home.path();
+    let args = [
+        "report",
+        run.to_str().unwrap(),
+        "--out",
+        page.to_str().unwrap(),
+    ];
+    check(&args, 0);
+    let html = std::fs::read_to_string(&page).unwrap();
+    assert!(html.contains("Where the time went") && html.contains(change));
+}
+
 #[test]
 fn the_quickstart_learns_ends_goes_on_and_refuses_another_network() {
     let home = Home::new();
@@ -108,6 +142,21 @@ fn the_quickstart_learns_ends_goes_on_and_refuses_another_network() {
         assert!(summary["eval"][key].is_f64(), "{summary}");
     }
     assert!(summary["images_per_s"].as_f64().unwrap() > 0.0);
+    let spent = summary["time"]["seconds"].as_object().unwrap();
+    let parts: Vec<&String> = spent.keys().collect();
+    let expected = [
+        "checkpoint",
+        "decode",
+        "engine",
+        "evaluation",
+        "read",
+        "tracking",
+    ];
+    assert_eq!(parts, expected);
+    assert!(
+        spent.values().all(|s| s.as_f64().unwrap() > 0.0),
+        "{summary}"
+    );
 
     let (again, said) = home.check(&[], 0);
     assert!(

@@ -20,11 +20,13 @@ fn root() -> PathBuf {
     root.canonicalize().unwrap()
 }
 
-/// Twelve steps of 48 images, evaluated every three.
+/// Twelve steps of 24 images, evaluated every three on half of the images that there are.
 const BASE: &str = "\
 train_examples = 359
+eval = 'data/digits/validation-00000-*'
+eval_examples = 179
 [train]
-batch_size = 48
+batch_size = 24
 bn_batch = 24
 length = \"12 steps\"
 threads = 1
@@ -90,6 +92,12 @@ const GRID: &str = "
 [sweep.axes]
 \"schedule.base_lr\" = [0.1, 0.4, 1.6]
 \"optimizer.weight_decay\" = [1e-4, 1e-3]
+";
+
+/// Enough where the ranking does not matter.
+const THREE: &str = "
+[sweep.axes]
+\"schedule.base_lr\" = [0.1, 0.4, 1.6]
 ";
 
 const HALVING: &str = "[sweep]\nhalving = { rungs = 3, factor = 2 }\n";
@@ -209,11 +217,11 @@ fn a_run_that_fails_fails_alone() {
 
 #[test]
 fn a_sweep_goes_on_where_it_was_told_to_stop() {
-    let place = Place::new(GRID);
+    let place = Place::new(THREE);
     let report = place.check(&["--max-runs", "2"], 75);
     assert_eq!(report["status"], "interrupted");
     assert_eq!(ranking(&report).len(), 2);
-    let report = place.check(&["--max-runs", "1"], 75);
+    let report = place.check(&["--max-runs", "1"], 0);
     assert_eq!(ranking(&report).len(), 3);
     let path = place.root();
     let (out, _) = crate::check(&["runs", path.to_str().unwrap(), "--json"], 0);
@@ -254,22 +262,29 @@ fn a_sweep_goes_on_where_it_was_told_to_stop() {
 
 #[test]
 fn a_signal_ends_a_sweep_that_goes_on_later() {
-    let place = Place::new(GRID);
-    let child = place
-        .command(&[])
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
+    let place = Place::new(THREE);
     let begun = || {
         let dirs = fs::read_dir(place.root()).into_iter().flatten().flatten();
         dirs.filter(|dir| dir.path().join("metrics.jsonl").exists() && dir.path().is_dir())
             .count()
     };
+    let mut child = place.command(&[]);
+    let child = child.stdin(Stdio::null()).stdout(Stdio::piped());
+    let child = child.stderr(Stdio::null()).spawn().unwrap();
+    let root = place.root();
+    let (mut seen, mut is_running) = (0, false);
     while begun() < 2 {
+        // Whoever looks at a run is never in its way: no run fails because its directory was looked at.
+        if begun() > 0 && seen < 5 {
+            let (out, _) = crate::check(&["runs", root.to_str().unwrap(), "--json"], 0);
+            let runs = json(&out);
+            let mut runs = runs.as_array().unwrap().iter();
+            is_running |= runs.any(|run| run["status"] == "running");
+            seen += 1;
+        }
         std::thread::sleep(Duration::from_millis(5));
     }
+    assert!(is_running, "a run was to be seen at work, in {seen} looks");
     let id = child.id().to_string();
     Command::new("kill")
         .args(["-s", "TERM", &id])
@@ -279,9 +294,47 @@ fn a_signal_ends_a_sweep_that_goes_on_later() {
     assert_eq!(output.status.code(), Some(75));
     let report = json(&text(&output.stdout));
     assert_eq!(report["status"], "interrupted");
+    // The run that it was at has been told too: none goes on behind our back.
+    let (out, _) = crate::check(&["runs", root.to_str().unwrap(), "--json"], 0);
+    let runs = json(&out);
+    let mut runs = runs.as_array().unwrap().iter();
+    assert!(runs.all(|run| run["status"] != "running"), "{out}");
     let report = place.check(&[], 0);
-    assert_eq!(ranking(&report).len(), 6);
-    assert_eq!(steps(&place, &report), 6 * 12);
+    assert_eq!(ranking(&report).len(), 3);
+    assert_eq!(steps(&place, &report), 3 * 12);
+}
+
+/// A terminal's signals go to all of its foreground processes. Runs are not among them: the sweep alone tells them, once.
+#[test]
+fn runs_have_a_process_group_of_their_own() {
+    let place = Place::new(THREE);
+    let mut child = place.command(&["--max-runs", "1"]);
+    let child = child.stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut child = child.stderr(Stdio::null()).spawn().unwrap();
+    let group = |pid: &str| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
+        let (parent, group) = (fields.nth(1)?.to_string(), fields.next()?.to_string());
+        Some((parent, group))
+    };
+    let sweep = child.id().to_string();
+    let found = loop {
+        let processes = fs::read_dir("/proc").unwrap().flatten();
+        let names = processes.map(|p| p.file_name().to_string_lossy().into_owned());
+        let mut runs = names.filter(|pid| group(pid).is_some_and(|(parent, _)| parent == sweep));
+        let is_run = |pid: &String| {
+            let said = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+            String::from_utf8_lossy(&said).contains("cell.toml")
+        };
+        if let Some(run) = runs.find(is_run) {
+            break run;
+        }
+        assert_eq!(child.try_wait().unwrap(), None, "it was to be seen at work");
+        std::thread::sleep(Duration::from_millis(2));
+    };
+    assert_eq!(group(&found).unwrap().1, found, "it leads its own group");
+    assert_ne!(group(&sweep).unwrap().1, found);
+    assert_eq!(child.wait_with_output().unwrap().status.code(), Some(75));
 }
 
 #[test]
@@ -342,7 +395,9 @@ fn a_run_stops_where_it_is_told_and_goes_on() {
     let sets = [
         "data.train=data/digits/train-00000-*",
         "data.train_examples=359",
-        "train.batch_size=48",
+        "data.eval=data/digits/validation-00000-*",
+        "data.eval_examples=179",
+        "train.batch_size=24",
         "train.bn_batch=24",
         "train.length=12 steps",
         "schedule.warmup=2 steps",
@@ -423,7 +478,7 @@ fn a_sweep_is_nested_on_a_server() {
     let read = command.output().unwrap();
     assert!(read.status.success(), "{}", text(&read.stderr));
     let runs = json(&text(&read.stdout));
-    let runs = runs.as_array().unwrap();
+    let runs = runs["sweeps"].as_array().unwrap();
     assert_eq!(runs.len(), 3);
     let parent = runs.iter().find(|run| run["name"] == "s").unwrap();
     assert_eq!(parent["status"], "FINISHED");

@@ -980,6 +980,16 @@ fn mlflow_is_a_server_or_a_word() {
     assert!(schema::refusal_of_set("track.mlflow=localhost:5000").is_some());
     assert!(schema::refusal_of_set("track.mlflow=http://localhost:5000").is_none());
     check_range("track.register_model=", "expected a name, not \"\"");
+    for url in [
+        "http://me:secret@host",
+        "https://me:se/secret@host:5000",
+        "postgresql://me:secret@host/runs",
+    ] {
+        let text = format!("{FAKE}[track]\nmlflow = \"{url}\"\n");
+        let said = parse(&text, "x.toml", &[]).unwrap_err().to_string();
+        assert!(!said.contains("secret"), "{said}");
+        assert!(said.contains("MLFLOW_TRACKING_PASSWORD hold it"), "{said}");
+    }
 }
 
 #[test]

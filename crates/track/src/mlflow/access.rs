@@ -72,6 +72,13 @@ impl Access {
             Some((login, host)) => (Some(login), host),
             None => (None, authority),
         };
+        if path.contains('@') {
+            return Err(format!(
+                "{}: a URL has its login before the host, and no @ after it\nhint: write / in a password as %2F, and @ \
+                 as %40",
+                without_login(url)
+            ));
+        }
         let url = format!("{scheme}://{host}{path}");
         let is_plain = |c: char| c.is_ascii() && !c.is_ascii_control() && !" \"<>?#\\".contains(c);
         if !["http", "https"].contains(&scheme) || host.is_empty() || !url.chars().all(is_plain) {
@@ -151,6 +158,17 @@ impl Access {
     }
 }
 
+/// A URL, or what was meant as one, without what may be a password: all up to the last `@` but the scheme.
+pub fn without_login(url: &str) -> String {
+    let Some((login, rest)) = url.rsplit_once('@') else {
+        return url.into();
+    };
+    match login.split_once("://") {
+        Some((scheme, _)) => format!("{scheme}://..@{rest}"),
+        None => format!("..@{rest}"),
+    }
+}
+
 /// Undoes percent-encoding; what is not encoded as it should be stays.
 fn decoded(text: &str) -> String {
     let mut bytes = vec![];
@@ -218,6 +236,26 @@ mod tests {
         assert_eq!(format!("{:?}", found.credentials), "Basic(me)");
         assert_eq!(decoded("100%"), "100%");
         assert_eq!(decoded("%zz%41"), "%zzA");
+    }
+
+    #[test]
+    fn a_password_is_in_no_message() {
+        for url in [
+            "http://me:secret@",
+            "http://me:secret@host:port",
+            "me:secret@host:5000",
+            "postgresql://me:secret@host/db",
+            "http://me:se/secret@host:5000",
+            "http://me:5/secret@host:5000",
+            "http://me:secret@a b",
+        ] {
+            let error = access(url, &[]).unwrap_err();
+            assert!(!error.contains("secret"), "{url}: {error}");
+            assert!(error.contains("\nhint: "), "{error}");
+            assert!(!without_login(url).contains("secret"));
+        }
+        assert_eq!(without_login("http://me:a@b@host/x"), "http://..@host/x");
+        assert_eq!(without_login("http://host/x"), "http://host/x");
     }
 
     #[test]

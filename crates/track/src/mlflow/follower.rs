@@ -113,6 +113,13 @@ impl Follower {
         self.count(written);
     }
 
+    /// Sets a tag of the run.
+    pub(crate) fn tag(&mut self, key: &str, value: &str) {
+        let tags = BTreeMap::from([(key.to_string(), value.to_string())]);
+        let written = self.journal.append(&Event::Tags { tags });
+        self.count(written);
+    }
+
     /// Forces the journal to the disk; the server is not waited for.
     pub(crate) fn sync(&mut self) {
         let synced = self.journal.sync();
@@ -198,6 +205,19 @@ struct Sent {
     experiment: String,
     #[serde(default)]
     artifacts: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    held: Vec<Held>,
+}
+
+/// A file or a model that the server has not taken. What follows it in the journal is sent all the same.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Held {
+    /// Where its event begins in the journal.
+    at: u64,
+    /// The run that it belongs to, as in [`Sent`].
+    run: String,
+    experiment: String,
+    artifacts: String,
 }
 
 /// Carries a journal to a server.
@@ -211,6 +231,9 @@ pub(crate) struct Courier {
     /// Events that the server refuses, or that were lost.
     dropped: u64,
     delivered: u64,
+    /// When what is held is tried again, and how often it was.
+    again: Instant,
+    tries: u32,
 }
 
 impl Courier {
@@ -233,6 +256,8 @@ impl Courier {
             saying,
             dropped: 0,
             delivered: 0,
+            again: Instant::now(),
+            tries: 0,
         })
     }
 
@@ -282,12 +307,12 @@ impl Courier {
         let deadline = Instant::now() + END - PACE;
         let mut retry = 0;
         let refusal = loop {
-            let refusal = match self.drain() {
+            let refusal = match self.drain().and_then(|()| self.release()) {
                 Ok(()) => return,
                 Err(refusal) => refusal,
             };
             let next = Instant::now() + self.access.pause(retry).min(2 * PACE);
-            let is_hopeless = !matches!(refusal, Refusal::Unavailable(_));
+            let is_hopeless = !refusal.is_passing();
             if is_hopeless || retry >= self.access.retries || next > deadline {
                 break refusal;
             }
@@ -303,7 +328,7 @@ impl Courier {
 
     /// Events that are not sent yet.
     fn waiting(&self) -> u64 {
-        let (mut count, mut offset) = (0, self.sent.bytes);
+        let (mut count, mut offset) = (self.sent.held.len() as u64, self.sent.bytes);
         while let Ok(events) = journal::read(&self.journal, offset)
             && let Some((_, end)) = events.last()
         {
@@ -312,12 +337,17 @@ impl Courier {
         count
     }
 
-    /// Sends all that there is.
+    /// Sends all that there is. Files and models that the server does not take are held; when their time has come they
+    /// are tried again.
     fn drain(&mut self) -> Result<(), Refusal> {
         loop {
             let events = journal::read(&self.journal, self.sent.bytes)
                 .map_err(|error| Refusal::Denied(format!("{}: {error}", self.journal.display())))?;
             if events.is_empty() {
+                if Instant::now() >= self.again {
+                    // Said when it began; the rest goes on.
+                    let _ = self.release();
+                }
                 return Ok(());
             }
             let mut rest = &events[..];
@@ -335,10 +365,15 @@ impl Courier {
                     }
                 };
                 let end = rest.get(count - 1).map_or(*end, |(_, end)| *end);
+                let is_file = matches!(event, Some(Event::Artifact { .. } | Event::Model { .. }));
                 match result {
                     Ok(()) => self.delivered += count as u64,
                     Err(Refusal::Rejected { code, message }) => {
+                        self.check_run()?;
                         self.drop_events(count, &format!("{code}: {message}"));
+                    }
+                    Err(refusal @ (Refusal::Failing(_) | Refusal::Denied(_))) if is_file => {
+                        self.hold(&refusal);
                     }
                     Err(refusal) => return Err(refusal),
                 }
@@ -346,6 +381,88 @@ impl Courier {
                 self.sent.bytes = end;
                 self.save();
             }
+        }
+    }
+
+    /// Puts the event behind what has been sent aside.
+    fn hold(&mut self, refusal: &Refusal) {
+        if self.sent.held.is_empty() {
+            self.note(format!(
+                "mlflow: a file is not taken, and is tried again later: {refusal}\nwhat comes after it is sent"
+            ));
+            self.tries = 0;
+            self.again = Instant::now() + self.access.pause(1).max(PACE);
+        }
+        self.sent.held.push(Held {
+            at: self.sent.bytes,
+            run: self.sent.run.clone(),
+            experiment: self.sent.experiment.clone(),
+            artifacts: self.sent.artifacts.clone(),
+        });
+    }
+
+    /// Tries again what is held.
+    fn release(&mut self) -> Result<(), Refusal> {
+        let mut result = Ok(());
+        let held = std::mem::take(&mut self.sent.held);
+        if held.is_empty() {
+            return Ok(());
+        }
+        let now = self.sent.clone();
+        for one in held {
+            let events = journal::read(&self.journal, one.at);
+            let event = events.ok().and_then(|events| events.into_iter().next()?.0);
+            let Some(event) = event else {
+                let what = "what was held is not in the journal any more";
+                self.drop_events(1, what);
+                continue;
+            };
+            (self.sent.run, self.sent.experiment, self.sent.artifacts) = (
+                one.run.clone(),
+                one.experiment.clone(),
+                one.artifacts.clone(),
+            );
+            let told = self.event(&event);
+            (self.sent.run, self.sent.experiment, self.sent.artifacts) = (
+                now.run.clone(),
+                now.experiment.clone(),
+                now.artifacts.clone(),
+            );
+            match told {
+                Ok(()) => self.delivered += 1,
+                Err(Refusal::Rejected { code, message }) => {
+                    self.drop_events(1, &format!("{code}: {message}"));
+                }
+                Err(refusal) => {
+                    self.sent.held.push(one);
+                    result = Err(refusal);
+                }
+            }
+        }
+        self.tries += 1;
+        self.again = Instant::now() + self.access.pause(self.tries + 1).max(PACE);
+        self.save();
+        result
+    }
+
+    /// Whether the server still has the run: if not, what it refuses must not be dropped.
+    fn check_run(&self) -> Result<(), Refusal> {
+        let id = &self.sent.run;
+        if id.is_empty() {
+            return Ok(());
+        }
+        let (url, dir) = (&self.access.url, self.dir.display());
+        match self.client.run(id) {
+            Ok(run) if run.is_deleted => Err(Refusal::Denied(format!(
+                "{url}: the run {id} is deleted there\nhint: `mlflow runs restore --run-id {id}`; what it missed follows"
+            ))),
+            Ok(_) => Ok(()),
+            Err(refusal) if refusal.is("RESOURCE_DOES_NOT_EXIST") => Err(Refusal::Denied(format!(
+                "{url}: the run {id} is gone there\nhint: remove {dir}/{SENT}, and it is made anew, with all that it \
+                 told"
+            ))),
+            Err(Refusal::Rejected { .. }) => Ok(()),
+            Err(refusal) => Err(refusal),
         }
     }
 
@@ -368,10 +485,8 @@ impl Courier {
             sent = sent.and_then(|()| self.client.log_batch(&run, chunk, &[], &[]));
         }
         match sent {
-            Err(Refusal::Rejected { code, message }) if events.len() > 1 => {
-                if code == "RESOURCE_DOES_NOT_EXIST" {
-                    return Err(Refusal::Denied(message));
-                }
+            Err(Refusal::Rejected { .. }) if events.len() > 1 => {
+                self.check_run()?;
                 let (first, second) = events.split_at(events.len() / 2);
                 for half in [first, second] {
                     match self.metrics(half) {
@@ -391,6 +506,13 @@ impl Courier {
         match event {
             Event::Start(start) => self.begin(start),
             Event::Metrics { .. } => unreachable!("numbers go in batches"),
+            Event::Tags { tags } => {
+                let tags = tags.iter();
+                let tags: Vec<Pair> = tags
+                    .map(|(key, value)| Pair::new(&plain_key(key), first(value, TAG_LENGTH)))
+                    .collect();
+                self.client.log_batch(self.run()?, &[], &[], &tags)
+            }
             Event::Artifact { file } => {
                 self.run()?;
                 let name = file.file_name().unwrap_or_default().to_string_lossy();
@@ -442,8 +564,10 @@ impl Courier {
             run: run.id.clone(),
             experiment: run.experiment.clone(),
             artifacts: run.artifacts.clone(),
+            held: std::mem::take(&mut self.sent.held),
         };
         self.save();
+        self.check_run()?;
         if !is_new {
             self.client.update_run(&run.id, "RUNNING", None)?;
         }
@@ -676,16 +800,16 @@ pub fn sync(dir: &Path, access: &Access, mut say: impl FnMut(&str)) -> Result<Sy
         if courier.sent.bytes > before {
             retry = 0;
         }
-        match drained {
+        match drained.and_then(|()| courier.release()) {
             Ok(()) => {
                 return Ok(Synced {
                     sent: courier.delivered,
                     dropped: courier.dropped,
                 });
             }
-            Err(Refusal::Unavailable(what)) if retry < access.retries => {
+            Err(refusal) if refusal.is_passing() && retry < access.retries => {
                 if retry == 0 {
-                    say(&format!("{what}; trying again"));
+                    say(&format!("{refusal}; trying again"));
                 }
                 thread::sleep(access.pause(retry));
                 retry += 1;

@@ -34,6 +34,8 @@ pub(crate) enum Event {
         step: u64,
         values: BTreeMap<String, Number>,
     },
+    /// Words about the run.
+    Tags { tags: BTreeMap<String, String> },
     /// A file of the run directory.
     Artifact { file: PathBuf },
     /// A checkpoint that is to be a logged model, and a version of a registered one.
@@ -267,6 +269,7 @@ mod tests {
         let told = |event: &Event| match event {
             Event::Start(start) => format!("start {}", start.key),
             Event::Metrics { step, .. } => step.to_string(),
+            Event::Tags { .. } => "tags".into(),
             Event::Artifact { .. } | Event::Model { .. } => "file".into(),
             Event::End { status, .. } => status.clone(),
         };

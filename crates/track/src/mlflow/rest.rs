@@ -30,8 +30,10 @@ const ANSWER: u64 = 64 << 20;
 /// Why a request came to nothing.
 #[derive(Debug)]
 pub(crate) enum Refusal {
-    /// Nobody answered, or the server cannot now: the same request may succeed later.
+    /// Nobody answered: the same request may succeed later.
     Unavailable(String),
+    /// The server cannot do this now (408, 425, 429, 5xx); something else it may.
+    Failing(String),
     /// We are not let in, or what we were writing to is gone: nothing that follows will succeed either.
     Denied(String),
     /// The request is wrong in itself, by the server's words.
@@ -46,14 +48,20 @@ pub(crate) enum Refusal {
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unavailable(what) | Self::Denied(what) => f.write_str(what),
+            Self::Unavailable(what) | Self::Failing(what) | Self::Denied(what) => f.write_str(what),
             Self::Rejected { code, message } => write!(f, "{code}: {message}"),
         }
     }
 }
 
 impl Refusal {
-    fn is(&self, name: &str) -> bool {
+    /// Whether the same request may succeed later.
+    pub(crate) fn is_passing(&self) -> bool {
+        matches!(self, Self::Unavailable(_) | Self::Failing(_))
+    }
+
+    /// Whether it is MLflow's error of that name.
+    pub(crate) fn is(&self, name: &str) -> bool {
         matches!(self, Self::Rejected { code, .. } if code == name)
     }
 }
@@ -107,6 +115,8 @@ pub(crate) struct Run {
     pub(crate) experiment: String,
     pub(crate) artifacts: String,
     pub(crate) params: BTreeMap<String, String>,
+    /// Deleted runs stay for a while, but take nothing.
+    pub(crate) is_deleted: bool,
 }
 
 /// What a new run is.
@@ -527,7 +537,7 @@ impl Client {
             401 | 403 => Refusal::Denied(format!(
                 "{what}\nhint: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
             )),
-            408 | 425 | 429 | 500.. => Refusal::Unavailable(what),
+            408 | 425 | 429 | 500.. => Refusal::Failing(what),
             404 if told.error_code.is_empty() => Refusal::Denied(format!(
                 "{what}\nhint: is {} the root of an MLflow server?",
                 self.url
@@ -584,6 +594,8 @@ struct InfoMessage {
     experiment_id: String,
     #[serde(default)]
     artifact_uri: String,
+    #[serde(default)]
+    lifecycle_stage: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -600,6 +612,7 @@ impl From<RunMessage> for Run {
             id: info.run_id,
             experiment: info.experiment_id,
             artifacts: info.artifact_uri,
+            is_deleted: info.lifecycle_stage == "deleted",
             params: params.map(|pair| (pair.key, pair.value)).collect(),
         }
     }

@@ -18,8 +18,8 @@ use std::fs;
 use std::path::Path;
 
 use track::{
-    Best, Config, EvalMetrics, EvalSummary, Resume, StepMetrics, Summary, Terminal, Trackers,
-    read_summary,
+    Best, Config, EvalMetrics, EvalSummary, Resume, Spent, StepMetrics, Summary, Terminal,
+    Trackers, read_summary,
 };
 
 fn step(step: u64) -> StepMetrics {
@@ -32,6 +32,7 @@ fn step(step: u64) -> StepMetrics {
         lr: 1e-5,
         images_per_s: 100.0,
         input_wait_fraction: 0.0,
+        spent: Spent::default(),
     }
 }
 
@@ -78,6 +79,12 @@ fn summary() -> Summary {
         }),
         images_per_s: 812.5,
         input_wait_fraction: 0.01,
+        time: Spent {
+            engine: 2.5,
+            decode: 0.5,
+            ..Spent::default()
+        }
+        .time(),
         reason: None,
     }
 }
@@ -274,7 +281,11 @@ fn a_summary_has_its_shape() {
         text,
         "{\"status\":\"done\",\"step\":345,\"eval\":{\"top1\":0.96,\"top5\":0.99,\"loss\":0.12},\
          \"best\":{\"metric\":\"top1\",\"value\":0.97,\"step\":300},\"images_per_s\":812.5,\
-         \"input_wait_fraction\":0.01}\n"
+         \"input_wait_fraction\":0.01,\"time\":{\"seconds\":{\"read\":0.0,\"decode\":0.5,\"engine\":2.5,\
+         \"evaluation\":0.0,\"checkpoint\":0.0,\"tracking\":0.0},\"limited_by\":\"engine\",\"change\":[\
+         \"engine takes 83% of the time: try train.precision = \\\"bf16\\\", or a faster device\",\
+         \"decode takes 17% of the time: give it more cores (train.threads), set data.decode = \\\"fast\\\", \
+         or store smaller images\"]}}\n"
     );
     assert_eq!(read_summary(dir.path()), Some(summary()));
     let files = fs::read_dir(dir.path()).unwrap().count();

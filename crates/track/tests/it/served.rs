@@ -70,11 +70,17 @@ impl Server {
 
     /// Status and body; none if nobody answers.
     pub(crate) fn get(&self, path: &str) -> Option<(u16, String)> {
+        self.ask("GET", path, "")
+    }
+
+    /// The same with another method and a body of JSON.
+    pub(crate) fn ask(&self, method: &str, path: &str, body: &str) -> Option<(u16, String)> {
         let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
-        let port = self.port;
+        let (port, length) = (self.port, body.len());
         write!(
             stream,
-            "GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n"
+            "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\
+             Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
         )
         .ok()?;
         let mut answer = String::new();
