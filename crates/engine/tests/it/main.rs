@@ -651,7 +651,7 @@ fn every_rule_clipping_and_averages_equal_the_oracles() {
     for (i, hyper) in rules().iter().enumerate() {
         for seed in 400..403 {
             let seed = seed + 10 * i as u64;
-            let graph = random_graph(&mut Random::new(seed), 8);
+            let graph = random_graph(&mut Random::new(seed), 18);
             check_graph(seed, &graph, 4, hyper, &averaging(4, 2));
         }
         check_graph(7, &wide_graph(), 3, hyper, &averaging(2, 2));
@@ -721,7 +721,7 @@ fn an_average_is_kept_scored_and_resumed() {
 #[test]
 fn mixed_labels_equal_the_oracles() {
     for (seed, share) in [(500, 0.3), (501, 0.8)] {
-        let graph = random_graph(&mut Random::new(seed), 8);
+        let graph = random_graph(&mut Random::new(seed), 18);
         let r = &mut Random::new(seed + 1);
         let (data, others) = (Data::new(r, &graph, 5), Data::new(r, &graph, 5));
         let batch = Batch {
