@@ -483,6 +483,16 @@ fn a_sweep_is_nested_on_a_server() {
     let parent = runs.iter().find(|run| run["name"] == "s").unwrap();
     assert_eq!(parent["status"], "FINISHED");
     assert_eq!(parent["params"]["schedule.base_lr"], "0.1, 0.4");
+    let words = parent["tags"]["mlflow.note.content"].as_str().unwrap();
+    assert!(
+        words.starts_with("| rank | schedule.base_lr | best top1 |"),
+        "{words}"
+    );
+    let winner = parent["tags"]["runner.winner"].as_str().unwrap();
+    let (_, rest) = words.split_once("| 1 |").unwrap();
+    assert!(rest.lines().next().unwrap().contains(winner), "{words}");
+    // A step of the sweep's own curve is a run that is done.
+    assert_eq!(parent["history"]["eval/top1"][0][0], 2);
     for run in runs.iter().filter(|run| run["name"] != "s") {
         assert_eq!(run["tags"]["mlflow.parentRunId"], parent["id"]);
         assert_eq!(run["status"], "FINISHED");
