@@ -15,6 +15,13 @@ pub enum Error {
         /// The shards that hold no records; none for a made-up dataset.
         shards: Vec<PathBuf>,
     },
+    /// Something in a directory of classes that is no image of a class.
+    Misplaced {
+        /// The file or directory.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
     /// A cursor that belongs to other shards or another configuration.
     Cursor(String),
     /// The operating system gives no more threads.
@@ -60,7 +67,7 @@ pub enum Reason {
         classes: usize,
     },
     /// The image cannot be decoded.
-    Jpeg(String),
+    Image(String),
 }
 
 impl From<store::Error> for Error {
@@ -78,10 +85,10 @@ impl fmt::Display for Error {
                 let mend = match record.reason {
                     Reason::Checksum => "the shard is damaged: copy or convert it again",
                     Reason::Example(_) => {
-                        "every record needs a JPEG in image/encoded and a whole number in image/class/label"
+                        "every record needs an image in image/encoded and a whole number in image/class/label"
                     }
                     Reason::Label { .. } => "check model.classes and data.label_offset",
-                    Reason::Jpeg(_) => "only whole JPEG files can be read",
+                    Reason::Image(_) => "only whole JPEG, PNG and WebP files can be read",
                 };
                 write!(
                     f,
@@ -101,6 +108,12 @@ impl fmt::Display for Error {
                 }
                 f.write_str("\nhint: copy or convert again, or name other shards in data.train or data.eval")
             }
+            Self::Misplaced { path, what } => write!(
+                f,
+                "{}: {what}\n\
+                 hint: a folder source holds DIR/CLASS/FILE and nothing else; names that begin with a dot are ignored",
+                path.display()
+            ),
             Self::Cursor(what) => write!(
                 f,
                 "the saved position does not fit the data: {what}\n\
@@ -155,7 +168,7 @@ impl fmt::Display for Reason {
                 "the stored label {stored} less the offset {offset} is no class from 0 to {}",
                 classes - 1
             ),
-            Self::Jpeg(what) => write!(f, "the image cannot be decoded: {what}"),
+            Self::Image(what) => write!(f, "the image cannot be decoded: {what}"),
         }
     }
 }

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::vec;
 
 use serde::{Deserialize, Serialize};
+use store::Cache;
 use store::tfrecord::{Reader, Record};
 
+use crate::folder::FileOrder;
 use crate::random::{Purpose, Random};
 use crate::{Config, Error, Source};
 
@@ -43,6 +45,18 @@ pub(crate) struct Sample {
     pub(crate) step: Step,
 }
 
+impl Step {
+    /// Of data without lanes.
+    pub(crate) fn single(epoch: u64, next: u64) -> Self {
+        Self {
+            epoch,
+            next,
+            begins: false,
+            asked: vec![],
+        }
+    }
+}
+
 /// From the position before a sample to the one after it.
 #[derive(Debug)]
 pub(crate) struct Step {
@@ -55,6 +69,23 @@ pub(crate) struct Step {
 }
 
 impl Cursor {
+    /// Of data without lanes: so many samples of an epoch have been given.
+    pub(crate) fn at(epoch: u64, next: u64) -> Self {
+        let lanes = vec![];
+        Self { epoch, next, lanes }
+    }
+
+    /// The epoch, and how many of its samples have been given, of data without lanes.
+    pub(crate) fn single(self, examples: u64) -> Result<(u64, u64), Error> {
+        let Self { epoch, next, lanes } = self;
+        if next > examples || !lanes.is_empty() {
+            return Err(Error::Cursor(format!(
+                "it is at {next} of {examples} examples"
+            )));
+        }
+        Ok((epoch, next))
+    }
+
     /// Moves over a sample.
     pub(crate) fn advance(&mut self, step: &Step) {
         (self.epoch, self.next) = (step.epoch, step.next);
@@ -74,6 +105,11 @@ pub(crate) enum Content {
         shard: usize,
         record: Record,
     },
+    /// A file of a folder. Only the bytes and the index of the record mean anything.
+    File {
+        class: u32,
+        record: Record,
+    },
     /// Noise.
     Fake {
         index: u64,
@@ -84,6 +120,7 @@ pub(crate) enum Content {
 /// The stream of samples.
 pub(crate) enum Order {
     Records(Lanes),
+    Files(FileOrder),
     MadeUp(MadeUp),
 }
 
@@ -96,8 +133,17 @@ impl Order {
                 lanes,
                 shuffle_window,
                 ..
-            } => Lanes::train(shards, *lanes, *shuffle_window, config.seed, cursor)
-                .map(Self::Records),
+            } => {
+                let shuffle = Some((*shuffle_window, config.seed));
+                let mut order = Lanes::new(shards, *lanes, shuffle, config.cache.clone())?;
+                order.begin(cursor.epoch);
+                order.resume(&cursor)?;
+                order.ask_ahead()?;
+                Ok(Self::Records(order))
+            }
+            Source::Folder(folder) => {
+                FileOrder::new(folder, Some(config.seed), cursor).map(Self::Files)
+            }
             source => MadeUp::new(source, true, cursor).map(Self::MadeUp),
         }
     }
@@ -105,7 +151,14 @@ impl Order {
     /// Every sample once, in file order.
     pub(crate) fn eval(config: &Config) -> Result<Self, Error> {
         match &config.source {
-            Source::TfRecord { shards, .. } => Lanes::eval(shards).map(Self::Records),
+            Source::TfRecord { shards, .. } => {
+                let mut order = Lanes::new(shards, 1, None, config.cache.clone())?;
+                order.begin(0);
+                Ok(Self::Records(order))
+            }
+            Source::Folder(folder) => {
+                FileOrder::new(folder, None, Cursor::default()).map(Self::Files)
+            }
             source => MadeUp::new(source, false, Cursor::default()).map(Self::MadeUp),
         }
     }
@@ -113,6 +166,7 @@ impl Order {
     pub(crate) fn next(&mut self) -> Result<Option<Sample>, Error> {
         match self {
             Self::Records(lanes) => lanes.next(),
+            Self::Files(files) => files.next(),
             Self::MadeUp(made_up) => Ok(made_up.next()),
         }
     }
@@ -121,28 +175,44 @@ impl Order {
     pub(crate) fn cursor(&self) -> Cursor {
         match self {
             Self::Records(lanes) => lanes.cursor(),
-            Self::MadeUp(made_up) => Cursor {
-                epoch: made_up.epoch,
-                next: made_up.next,
-                lanes: vec![],
-            },
+            Self::Files(files) => files.cursor(),
+            Self::MadeUp(made_up) => Cursor::at(made_up.epoch, made_up.next),
         }
     }
 
-    /// The file of a sample's shard.
-    pub(crate) fn shard(&self, index: usize) -> PathBuf {
-        match self {
-            Self::Records(lanes) => lanes.shards[index].clone(),
-            Self::MadeUp(_) => unreachable!("made-up samples have no shards"),
+    /// The file that a sample came from, and the record.
+    pub(crate) fn place(&self, content: Content) -> (PathBuf, Record) {
+        match (self, content) {
+            (Self::Records(lanes), Content::Record { shard, record }) => {
+                (lanes.files.shards[shard].clone(), record)
+            }
+            (Self::Files(files), Content::File { record, .. }) => {
+                (files.path(record.index), record)
+            }
+            _ => unreachable!("made-up samples are good, and no source gives those of another"),
         }
+    }
+}
+
+/// The shards of a dataset, and where parts of those that are far away are kept.
+struct Shards {
+    /// Sorted by [`crate::sorted`].
+    shards: Vec<PathBuf>,
+    cache: Option<Cache>,
+}
+
+impl Shards {
+    fn open(&self, shard: usize, at: &LaneCursor) -> Result<Reader, Error> {
+        let path = &self.shards[shard];
+        let reader = Reader::open_at(path, at.offset, at.record, self.cache.as_ref())?;
+        Ok(reader)
     }
 }
 
 /// The order of records: the epoch's permuted shards are dealt to lanes, and lanes give a sample each in turn. A lane
 /// whose shards are used up is passed over; when all are, the next epoch begins.
 pub(crate) struct Lanes {
-    /// Sorted by [`crate::sorted`].
-    shards: Vec<PathBuf>,
+    files: Shards,
     window: usize,
     /// None for evaluation: one epoch, nothing shuffled.
     seed: Option<u64>,
@@ -154,30 +224,12 @@ pub(crate) struct Lanes {
 }
 
 impl Lanes {
-    fn train(
-        shards: &[PathBuf],
-        lanes: usize,
-        window: usize,
-        seed: u64,
-        cursor: Cursor,
-    ) -> Result<Self, Error> {
-        let mut order = Self::new(shards, lanes, window, Some(seed))?;
-        order.begin(cursor.epoch);
-        order.resume(&cursor)?;
-        Ok(order)
-    }
-
-    fn eval(shards: &[PathBuf]) -> Result<Self, Error> {
-        let mut order = Self::new(shards, 1, 1, None)?;
-        order.begin(0);
-        Ok(order)
-    }
-
+    /// `shuffle` is the window and the seed; none for evaluation.
     fn new(
         shards: &[PathBuf],
         lanes: usize,
-        window: usize,
-        seed: Option<u64>,
+        shuffle: Option<(usize, u64)>,
+        cache: Option<Cache>,
     ) -> Result<Self, Error> {
         if shards.is_empty() {
             return Err(Error::NoRecords { shards: vec![] });
@@ -187,9 +239,9 @@ impl Lanes {
             .map(|_| Lane::default())
             .collect();
         Ok(Self {
-            shards,
-            window,
-            seed,
+            files: Shards { shards, cache },
+            window: shuffle.map_or(1, |(window, _)| window),
+            seed: shuffle.map(|(_, seed)| seed),
             epoch: 0,
             next: 0,
             lanes,
@@ -198,7 +250,7 @@ impl Lanes {
     }
 
     fn begin(&mut self, epoch: u64) {
-        let mut order: Vec<usize> = (0..self.shards.len()).collect();
+        let mut order: Vec<usize> = (0..self.files.shards.len()).collect();
         if let Some(seed) = self.seed {
             Random::new(seed, epoch, Purpose::Shards).shuffle(&mut order);
         }
@@ -233,14 +285,17 @@ impl Lanes {
         self.next = cursor.next as usize;
         self.barren = false;
         for (lane, &saved) in self.lanes.iter_mut().zip(&cursor.lanes) {
-            let LaneCursor { shard, taken, .. } = saved;
+            let LaneCursor { shard, .. } = saved;
             if shard > lane.shards.len() {
                 let count = lane.shards.len();
                 return Err(Error::Cursor(format!("shard {shard} of a lane of {count}")));
             }
             lane.at = LaneCursor { taken: 0, ..saved };
+        }
+        self.ask_ahead()?;
+        for (lane, &LaneCursor { taken, .. }) in self.lanes.iter_mut().zip(&cursor.lanes) {
             if taken > 0 {
-                lane.load(&self.shards, self.window, self.seed, self.epoch)?;
+                lane.load(&self.files, self.window, self.seed, self.epoch)?;
                 let held = lane.window.len();
                 if taken > held {
                     let what = format!("{taken} samples taken from a window of {held}");
@@ -248,6 +303,18 @@ impl Lanes {
                 }
                 lane.start.taken = taken;
                 lane.window.by_ref().take(taken).for_each(drop);
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the objects that the lanes stand in, all before any is waited for. Files are opened when they are read.
+    fn ask_ahead(&mut self) -> Result<(), Error> {
+        for lane in &mut self.lanes {
+            if let (Some(&shard), None) = (lane.shards.get(lane.at.shard), &lane.reader)
+                && store::is_url(&self.files.shards[shard])
+            {
+                lane.reader = Some(self.files.open(shard, &lane.at)?);
             }
         }
         Ok(())
@@ -262,7 +329,7 @@ impl Lanes {
                 let lane = &mut self.lanes[index];
                 self.next = (self.next + 1) % count;
                 if lane.window.len() == 0 {
-                    lane.load(&self.shards, self.window, self.seed, self.epoch)?;
+                    lane.load(&self.files, self.window, self.seed, self.epoch)?;
                 }
                 if let Some((shard, record)) = lane.window.next() {
                     lane.start.taken += 1;
@@ -283,7 +350,7 @@ impl Lanes {
             }
             if self.barren {
                 return Err(Error::NoRecords {
-                    shards: self.shards.clone(),
+                    shards: self.files.shards.clone(),
                 });
             }
             if self.seed.is_none() {
@@ -291,6 +358,7 @@ impl Lanes {
             }
             // A damaged cursor may say the last epoch of all.
             self.begin(self.epoch.wrapping_add(1));
+            self.ask_ahead()?;
             begins = true;
             asked.clear();
         }
@@ -313,6 +381,8 @@ struct Lane {
     /// Where the reader stands; `taken` is 0.
     at: LaneCursor,
     reader: Option<Reader>,
+    /// The shard after it, where that is far away and has been asked for.
+    upcoming: Option<Reader>,
     /// Where the window started and how much of it is used.
     start: LaneCursor,
     /// What is left of the window, shuffled, each with its shard. Bytes are freed as they are used.
@@ -323,7 +393,7 @@ impl Lane {
     /// Reads and shuffles the next window; it stays empty if there are no more records.
     fn load(
         &mut self,
-        shards: &[PathBuf],
+        files: &Shards,
         size: usize,
         seed: Option<u64>,
         epoch: u64,
@@ -331,7 +401,7 @@ impl Lane {
         self.start = self.at;
         let mut records = Vec::new();
         while records.len() < size {
-            match self.read(shards)? {
+            match self.read(files)? {
                 Some(record) => records.push(record),
                 None => break,
             }
@@ -348,22 +418,24 @@ impl Lane {
         Ok(())
     }
 
-    fn read(&mut self, shards: &[PathBuf]) -> Result<Option<(usize, Record)>, Error> {
+    fn read(&mut self, files: &Shards) -> Result<Option<(usize, Record)>, Error> {
         while let Some(&shard) = self.shards.get(self.at.shard) {
             let reader = match &mut self.reader {
                 Some(reader) => reader,
-                none => none.insert(Reader::open_at(
-                    &shards[shard],
-                    self.at.offset,
-                    self.at.record,
-                )?),
+                none => none.insert(files.open(shard, &self.at)?),
             };
+            if self.upcoming.is_none()
+                && reader.is_ending()
+                && let Some(&next) = self.shards.get(self.at.shard + 1)
+            {
+                self.upcoming = Some(files.open(next, &LaneCursor::default())?);
+            }
             if let Some(record) = reader.next()? {
                 self.at.offset = reader.offset();
                 self.at.record = reader.record();
                 return Ok(Some((shard, record)));
             }
-            self.reader = None;
+            self.reader = self.upcoming.take();
             self.at = LaneCursor {
                 shard: self.at.shard + 1,
                 ..LaneCursor::default()
@@ -395,17 +467,12 @@ impl MadeUp {
         let (noise, examples) = match *source {
             Source::Fake { examples } => (true, examples),
             Source::Zeros { examples } => (false, examples),
-            Source::TfRecord { .. } => unreachable!("records are not made up"),
+            Source::TfRecord { .. } | Source::Folder(_) => unreachable!("records are not made up"),
         };
         if examples == 0 {
             return Err(Error::NoRecords { shards: vec![] });
         }
-        let Cursor { epoch, next, lanes } = cursor;
-        if next > examples || !lanes.is_empty() {
-            return Err(Error::Cursor(format!(
-                "it is at {next} of {examples} examples"
-            )));
-        }
+        let (epoch, next) = cursor.single(examples)?;
         Ok(Self {
             noise,
             examples,
@@ -432,12 +499,7 @@ impl MadeUp {
             } else {
                 Content::Zeros
             },
-            step: Step {
-                epoch: self.epoch,
-                next: self.next,
-                begins: false,
-                asked: vec![],
-            },
+            step: Step::single(self.epoch, self.next),
         })
     }
 }

@@ -20,6 +20,8 @@ pub(crate) enum Purpose {
     Window { shard: usize, record: u64 },
     /// Crop and flip of this record.
     Augment { shard: usize, record: u64 },
+    /// What is done to this record after crop and flip.
+    Change { shard: usize, record: u64 },
     /// Label and pixels of this made-up example, for training or for evaluation.
     Fake { index: u64, is_eval: bool },
 }
@@ -37,6 +39,7 @@ impl Random {
             Purpose::Window { shard, record } => (1, shard as u64, record),
             Purpose::Augment { shard, record } => (2, shard as u64, record),
             Purpose::Fake { index, is_eval } => (3, index, u64::from(is_eval)),
+            Purpose::Change { shard, record } => (4, shard as u64, record),
         };
         let state = [seed, epoch, kind, a, b]
             .iter()
@@ -107,6 +110,7 @@ mod tests {
             (0, 0, Purpose::Augment { shard, record }),
             (0, 0, Purpose::Augment { shard: 2, record }),
             (0, 0, Purpose::Augment { shard, record: 1 }),
+            (0, 0, Purpose::Change { shard, record }),
             (
                 0,
                 0,
@@ -127,7 +131,7 @@ mod tests {
         .into_iter()
         .map(|(seed, epoch, purpose)| Random::new(seed, epoch, purpose).bits())
         .collect();
-        assert_eq!(firsts.len(), 9);
+        assert_eq!(firsts.len(), 10);
     }
 
     #[test]

@@ -66,7 +66,7 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
         };
         stages.parse += start.elapsed();
         let random = decode::augmentation(config, sample.epoch, *shard, record);
-        let Some(slot) = pixels.slots(len, 0).pop() else {
+        let Some(mut slot) = pixels.slots(len, 0).pop() else {
             break;
         };
         decoder.times = Some(Times::default());
@@ -76,7 +76,7 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
             Mode::Train,
             example.encoded,
             &random,
-            slot,
+            &mut slot,
             &mut decoder,
         );
         let took = start.elapsed();

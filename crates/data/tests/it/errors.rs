@@ -67,7 +67,7 @@ fn check(config: &Config, reason: impl Fn(&Reason) -> bool, message: &str) {
         let place = format!("{}: record 6 at byte {offset}: {message}", shard.display());
         assert!(text.starts_with(&place), "{text}");
         assert!(text.contains("\nhint: "), "{text}");
-        let mut reader = store::tfrecord::Reader::open_at(&shard, offset, record).unwrap();
+        let mut reader = store::tfrecord::Reader::open_at(&shard, offset, record, None).unwrap();
         assert!(reader.next().unwrap().is_some());
     }
 }
@@ -122,7 +122,7 @@ fn bad_jpeg() {
     );
     check(
         &config,
-        |reason| matches!(reason, Reason::Jpeg(_)),
+        |reason| matches!(reason, Reason::Image(_)),
         "the image cannot be decoded: ",
     );
 }

@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod errors;
+mod folders;
 mod order;
 mod photos;
 mod sources;
@@ -109,6 +110,8 @@ fn config(shards: &[PathBuf], lanes: usize, shuffle_window: usize) -> Config {
         crop_ratio: 0.875,
         max_bad_records: 0,
         threads: 2,
+        cache: None,
+        augment: data::Augment::default(),
     }
 }
 

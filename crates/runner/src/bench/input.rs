@@ -85,9 +85,9 @@ impl Report {
         let shards = store::glob(&args.data)?;
         let mut bytes = 0;
         for shard in &shards {
-            bytes += std::fs::metadata(shard).map_or(0, |m| m.len());
+            bytes += store::length(shard)?;
         }
-        let records = data::count(&shards).map_err(train::Error::from)?;
+        let records = data::count(&shards, None).map_err(train::Error::from)?;
         let threads = args
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
@@ -119,6 +119,8 @@ impl Report {
             crop_ratio: 0.875,
             max_bad_records: 0,
             threads,
+            cache: None,
+            augment: data::Augment::default(),
         };
         let mut loader =
             data::train(&config, data::Cursor::default()).map_err(train::Error::from)?;
