@@ -10,7 +10,7 @@ use crate::error::Reason;
 use crate::example::{self, Example};
 use crate::jpeg::Like;
 use crate::jpeg::fast::{self, Photo, Target};
-use crate::order::{Content, Sample};
+use crate::order::{Content, Label, Sample};
 use crate::random::{Purpose, Random};
 use crate::{Config, Crop, Decode, Pixels, Resize, Source};
 use crate::{folder, picture, resize};
@@ -32,7 +32,7 @@ impl Pixels {
     /// Black images of this many values in all, of the type that the configuration gives.
     pub(crate) fn new(config: &Config, values: usize) -> Self {
         match (&config.source, config.resize) {
-            (Source::TfRecord { .. } | Source::Folder(_), Resize::Tf | Resize::Tf1) => {
+            (Source::Shards { .. } | Source::Folder(_), Resize::Tf | Resize::Tf1) => {
                 Self::F32(vec![0.0; values])
             }
             _ => Self::U8(vec![0; values]),
@@ -103,8 +103,12 @@ pub(crate) fn decode(
             }
             Ok(label)
         }
-        Content::Record { shard, record } => {
-            let (example, label) = parsed(config, record)?;
+        Content::Record {
+            shard,
+            record,
+            label,
+        } => {
+            let (example, label) = parsed(config, record, label)?;
             draw(
                 config,
                 mode,
@@ -152,13 +156,18 @@ pub(crate) fn augmentation(config: &Config, epoch: u64, shard: usize, record: &R
 pub(crate) fn parsed<'a>(
     config: &Config,
     record: &'a Record,
+    label: &Label,
 ) -> Result<(Example<'a>, u32), Reason> {
-    if !record.verify() {
-        return Err(Reason::Checksum);
-    }
-    let example = example::parse(&record.bytes).map_err(Reason::Example)?;
-    let label = label(config, example.label)?;
-    Ok((example, label))
+    let example = match label {
+        Label::Inside if !record.verify() => return Err(Reason::Checksum),
+        Label::Inside => example::parse(&record.bytes).map_err(Reason::Example)?,
+        Label::Beside(label) => Example {
+            encoded: &record.bytes,
+            label: label.clone().map_err(Reason::Sample)?,
+        },
+    };
+    let class = class(config, example.label)?;
+    Ok((example, class))
 }
 
 /// Decodes, crops, resizes and flips; says whether the fast decoder did it.
@@ -228,9 +237,9 @@ thread_local! {
     static FAST: RefCell<fast::Decoder> = RefCell::new(fast::Decoder::new(fast::Level::detect()));
 }
 
-fn label(config: &Config, stored: i64) -> Result<u32, Reason> {
+fn class(config: &Config, stored: i64) -> Result<u32, Reason> {
     let offset = match config.source {
-        Source::TfRecord { label_offset, .. } => label_offset,
+        Source::Shards { label_offset, .. } => label_offset,
         Source::Folder(_) | Source::Fake { .. } | Source::Zeros { .. } => 0,
     };
     stored

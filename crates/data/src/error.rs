@@ -57,6 +57,8 @@ pub enum Reason {
     Checksum,
     /// The payload is no `tf.Example` with an image and a label.
     Example(String),
+    /// The files of a name are no image and its label.
+    Sample(String),
     /// The label is outside 0..classes.
     Label {
         /// As stored.
@@ -86,6 +88,9 @@ impl fmt::Display for Error {
                     Reason::Checksum => "the shard is damaged: copy or convert it again",
                     Reason::Example(_) => {
                         "every record needs an image in image/encoded and a whole number in image/class/label"
+                    }
+                    Reason::Sample(_) => {
+                        "every sample needs NAME.jpg (or jpeg, png, webp) and NAME.cls, next to each other"
                     }
                     Reason::Label { .. } => "check model.classes and data.label_offset",
                     Reason::Image(_) => "only whole JPEG, PNG and WebP files can be read",
@@ -159,6 +164,7 @@ impl fmt::Display for Reason {
         match self {
             Self::Checksum => f.write_str("the checksum of the payload is wrong"),
             Self::Example(what) => write!(f, "not a usable tf.Example: {what}"),
+            Self::Sample(what) => write!(f, "not a usable sample: {what}"),
             Self::Label {
                 stored,
                 offset,

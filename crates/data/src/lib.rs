@@ -20,6 +20,7 @@ mod picture;
 mod random;
 mod resize;
 mod stages;
+mod webdataset;
 
 pub use augment::{Augment, Policy};
 pub use error::{BadRecord, Error, Reason};
@@ -96,6 +97,16 @@ pub enum Source {
         /// Examples in an epoch.
         examples: u64,
     },
+}
+
+/// What shards are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG, PNG or WebP file) and `image/class/label`.
+    TfRecord,
+    /// Tar archives in which `NAME.jpg` (or jpeg, png, webp) and `NAME.cls` (a whole number), next to each other, are a
+    /// sample.
+    WebDataset,
 }
 
 /// How training crops.
@@ -186,8 +197,11 @@ pub fn inspect(file: &[u8]) -> Result<(usize, usize), Reason> {
 ///
 /// # Errors
 /// A shard cannot be read or is damaged.
-pub fn count(shards: &[PathBuf], cache: Option<&Cache>) -> Result<u64, Error> {
-    let count = |shard: &PathBuf| store::tfrecord::count(shard, cache);
+pub fn count(format: Format, shards: &[PathBuf], cache: Option<&Cache>) -> Result<u64, Error> {
+    let count = |shard: &PathBuf| match format {
+        Format::TfRecord => store::tfrecord::count(shard, cache).map_err(Error::from),
+        Format::WebDataset => webdataset::count(shard, cache),
+    };
     // Requests take their time, so they are made side by side.
     let side_by_side = match shards.iter().any(store::is_url) {
         true => 16,

@@ -73,7 +73,7 @@ fn check(config: &Config) -> Result<(), Error> {
         ),
         (config.threads <= 1024, "there must be at most 1024 threads"),
     ];
-    if let Source::TfRecord {
+    if let Source::Shards {
         lanes,
         shuffle_window,
         ..

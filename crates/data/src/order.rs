@@ -5,11 +5,12 @@ use std::vec;
 
 use serde::{Deserialize, Serialize};
 use store::Cache;
-use store::tfrecord::{Reader, Record};
+use store::tfrecord::{self, Record};
 
 use crate::folder::FileOrder;
 use crate::random::{Purpose, Random};
-use crate::{Config, Error, Source};
+use crate::webdataset::Samples;
+use crate::{Config, Error, Format, Source};
 
 /// An exact position in the endless stream of training samples; the default is its beginning.
 ///
@@ -98,12 +99,22 @@ impl Cursor {
     }
 }
 
+/// Where a record's label is.
+#[derive(Debug)]
+pub(crate) enum Label {
+    /// In the record, a `tf.Example`.
+    Inside,
+    /// Beside it, the image; or what is wrong with it or with the image.
+    Beside(Result<i64, String>),
+}
+
 #[derive(Debug)]
 pub(crate) enum Content {
     /// A record and the index of its shard in the sorted list.
     Record {
         shard: usize,
         record: Record,
+        label: Label,
     },
     /// A file of a folder. Only the bytes and the index of the record mean anything.
     File {
@@ -128,14 +139,15 @@ impl Order {
     /// Endless, shuffled, from the cursor on.
     pub(crate) fn train(config: &Config, cursor: Cursor) -> Result<Self, Error> {
         match &config.source {
-            Source::TfRecord {
+            Source::Shards {
+                format,
                 shards,
                 lanes,
                 shuffle_window,
                 ..
             } => {
                 let shuffle = Some((*shuffle_window, config.seed));
-                let mut order = Lanes::new(shards, *lanes, shuffle, config.cache.clone())?;
+                let mut order = Lanes::new(*format, shards, *lanes, shuffle, config.cache.clone())?;
                 order.begin(cursor.epoch);
                 order.resume(&cursor)?;
                 order.ask_ahead()?;
@@ -151,8 +163,8 @@ impl Order {
     /// Every sample once, in file order.
     pub(crate) fn eval(config: &Config) -> Result<Self, Error> {
         match &config.source {
-            Source::TfRecord { shards, .. } => {
-                let mut order = Lanes::new(shards, 1, None, config.cache.clone())?;
+            Source::Shards { format, shards, .. } => {
+                let mut order = Lanes::new(*format, shards, 1, None, config.cache.clone())?;
                 order.begin(0);
                 Ok(Self::Records(order))
             }
@@ -183,7 +195,7 @@ impl Order {
     /// The file that a sample came from, and the record.
     pub(crate) fn place(&self, content: Content) -> (PathBuf, Record) {
         match (self, content) {
-            (Self::Records(lanes), Content::Record { shard, record }) => {
+            (Self::Records(lanes), Content::Record { shard, record, .. }) => {
                 (lanes.files.shards[shard].clone(), record)
             }
             (Self::Files(files), Content::File { record, .. }) => {
@@ -196,16 +208,56 @@ impl Order {
 
 /// The shards of a dataset, and where parts of those that are far away are kept.
 struct Shards {
+    format: Format,
     /// Sorted by [`crate::sorted`].
     shards: Vec<PathBuf>,
     cache: Option<Cache>,
 }
 
+/// Reads the records of one shard.
+enum Reader {
+    TfRecord(tfrecord::Reader),
+    WebDataset(Samples),
+}
+
 impl Shards {
     fn open(&self, shard: usize, at: &LaneCursor) -> Result<Reader, Error> {
-        let path = &self.shards[shard];
-        let reader = Reader::open_at(path, at.offset, at.record, self.cache.as_ref())?;
-        Ok(reader)
+        let (path, cache) = (&self.shards[shard], self.cache.as_ref());
+        let LaneCursor { offset, record, .. } = *at;
+        Ok(match self.format {
+            Format::TfRecord => {
+                Reader::TfRecord(tfrecord::Reader::open_at(path, offset, record, cache)?)
+            }
+            Format::WebDataset => {
+                Reader::WebDataset(Samples::open_at(path, offset, record, cache)?)
+            }
+        })
+    }
+}
+
+impl Reader {
+    fn next(&mut self) -> Result<Option<(Record, Label)>, Error> {
+        Ok(match self {
+            Self::TfRecord(reader) => reader.next()?.map(|record| (record, Label::Inside)),
+            Self::WebDataset(samples) => samples
+                .next()?
+                .map(|(record, label)| (record, Label::Beside(label))),
+        })
+    }
+
+    /// Where the next record starts, and its index.
+    fn place(&self) -> (u64, u64) {
+        match self {
+            Self::TfRecord(reader) => (reader.offset(), reader.record()),
+            Self::WebDataset(samples) => (samples.offset(), samples.index()),
+        }
+    }
+
+    fn is_ending(&self) -> bool {
+        match self {
+            Self::TfRecord(reader) => reader.is_ending(),
+            Self::WebDataset(samples) => samples.is_ending(),
+        }
     }
 }
 
@@ -226,6 +278,7 @@ pub(crate) struct Lanes {
 impl Lanes {
     /// `shuffle` is the window and the seed; none for evaluation.
     fn new(
+        format: Format,
         shards: &[PathBuf],
         lanes: usize,
         shuffle: Option<(usize, u64)>,
@@ -239,7 +292,11 @@ impl Lanes {
             .map(|_| Lane::default())
             .collect();
         Ok(Self {
-            files: Shards { shards, cache },
+            files: Shards {
+                format,
+                shards,
+                cache,
+            },
             window: shuffle.map_or(1, |(window, _)| window),
             seed: shuffle.map(|(_, seed)| seed),
             epoch: 0,
@@ -331,13 +388,17 @@ impl Lanes {
                 if lane.window.len() == 0 {
                     lane.load(&self.files, self.window, self.seed, self.epoch)?;
                 }
-                if let Some((shard, record)) = lane.window.next() {
+                if let Some((shard, record, label)) = lane.window.next() {
                     lane.start.taken += 1;
                     self.barren = false;
                     asked.push((index, lane.cursor()));
                     return Ok(Some(Sample {
                         epoch: self.epoch,
-                        content: Content::Record { shard, record },
+                        content: Content::Record {
+                            shard,
+                            record,
+                            label,
+                        },
                         step: Step {
                             epoch: self.epoch,
                             next: self.next as u64,
@@ -386,7 +447,7 @@ struct Lane {
     /// Where the window started and how much of it is used.
     start: LaneCursor,
     /// What is left of the window, shuffled, each with its shard. Bytes are freed as they are used.
-    window: vec::IntoIter<(usize, Record)>,
+    window: vec::IntoIter<(usize, Record, Label)>,
 }
 
 impl Lane {
@@ -407,7 +468,7 @@ impl Lane {
             }
         }
         // The first record names the window: it is the same whether the lane came here by reading or by resuming.
-        if let (Some(seed), Some((shard, first))) = (seed, records.first()) {
+        if let (Some(seed), Some((shard, first, _))) = (seed, records.first()) {
             let purpose = Purpose::Window {
                 shard: *shard,
                 record: first.index,
@@ -418,7 +479,7 @@ impl Lane {
         Ok(())
     }
 
-    fn read(&mut self, files: &Shards) -> Result<Option<(usize, Record)>, Error> {
+    fn read(&mut self, files: &Shards) -> Result<Option<(usize, Record, Label)>, Error> {
         while let Some(&shard) = self.shards.get(self.at.shard) {
             let reader = match &mut self.reader {
                 Some(reader) => reader,
@@ -430,10 +491,9 @@ impl Lane {
             {
                 self.upcoming = Some(files.open(next, &LaneCursor::default())?);
             }
-            if let Some(record) = reader.next()? {
-                self.at.offset = reader.offset();
-                self.at.record = reader.record();
-                return Ok(Some((shard, record)));
+            if let Some((record, label)) = reader.next()? {
+                (self.at.offset, self.at.record) = reader.place();
+                return Ok(Some((shard, record, label)));
             }
             self.reader = self.upcoming.take();
             self.at = LaneCursor {
@@ -467,7 +527,7 @@ impl MadeUp {
         let (noise, examples) = match *source {
             Source::Fake { examples } => (true, examples),
             Source::Zeros { examples } => (false, examples),
-            Source::TfRecord { .. } | Source::Folder(_) => unreachable!("records are not made up"),
+            Source::Shards { .. } | Source::Folder(_) => unreachable!("records are not made up"),
         };
         if examples == 0 {
             return Err(Error::NoRecords { shards: vec![] });

@@ -57,11 +57,16 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
         let start = Instant::now();
         let Some(sample) = order.next()? else { break };
         stages.read += start.elapsed();
-        let Content::Record { shard, record } = &sample.content else {
+        let Content::Record {
+            shard,
+            record,
+            label,
+        } = &sample.content
+        else {
             continue;
         };
         let start = Instant::now();
-        let Ok((example, _)) = decode::parsed(config, record) else {
+        let Ok((example, _)) = decode::parsed(config, record, label) else {
             continue;
         };
         stages.parse += start.elapsed();

@@ -377,7 +377,7 @@ impl MemoryReport {
         let held = run.data.lanes.saturating_mul(run.data.shuffle_window);
         let held = held.min(train_examples.unwrap_or(0) as usize);
         let held = match run.data.source {
-            Source::Tfrecord => held,
+            Source::Tfrecord | Source::Webdataset => held,
             Source::Folder | Source::Fake | Source::Zeros => 0,
         };
         let held = held + batch_size.min(data::READ_AHEAD);

@@ -213,6 +213,9 @@ pub enum Augment {
 pub enum Source {
     /// TFRecord shards of images: JPEG, PNG or WebP.
     Tfrecord,
+    /// WebDataset shards: tar archives in which `NAME.jpg` and `NAME.cls` are a sample. Mind `label_offset`, which is
+    /// usually 0 for them.
+    Webdataset,
     /// Directories with one folder of image files for each class; `train` and `eval` name them. Classes are the folders
     /// sorted by name, and `label_offset`, `lanes` and `shuffle_window` mean nothing: an epoch is a shuffle of all.
     Folder,

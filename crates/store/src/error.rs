@@ -14,7 +14,7 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The bytes of a shard are not TFRecord framing.
+    /// The bytes of a shard are not TFRecord framing, or no tar archive.
     Corrupt {
         /// The shard.
         path: PathBuf,
@@ -88,7 +88,7 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "{}: record {record} at byte {offset}: {what}\n\
-                 hint: the file is damaged or is no TFRecord file; copy or convert it again",
+                 hint: the file is damaged or of another kind than data.source says; copy or convert it again",
                 path.display()
             ),
             Self::NoMatch { pattern } => {

@@ -1,6 +1,6 @@
 //! Bytes: where they live and how they are framed.
 //!
-//! Shards are found by [`glob()`] and read by [`tfrecord`]; files are written whole or not at all by [`write_atomic`];
+//! Shards are found by [`glob()`] and read by [`tfrecord`] and [`tar`]; files are written whole or not at all by [`write_atomic`];
 //! a run directory has one writer, who holds its [`Lease`]. Shards may also be objects of a bucket, named by a URL in place of
 //! a path, and a [`Cache`] keeps parts of them. Of what is written, shards may be there too.
 //!
@@ -11,6 +11,8 @@ mod cache;
 mod error;
 mod inflate;
 mod lease;
+mod stream;
+pub mod tar;
 pub mod tfrecord;
 mod write;
 

@@ -3,20 +3,17 @@
 //! ZLIB, as TensorFlow's `TFRecordOptions` has it; which it is shows in its first bytes.
 
 use std::fmt;
-use std::fs::File;
-use std::io::{self, BufReader, ErrorKind, Read, Seek, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::bucket::{self, Blocks, Failure};
-use crate::inflate::{Compression, Inflate};
+use crate::bucket;
+use crate::stream::{BUFFER, Fault, Stream};
 use crate::{Cache, Error};
 
 const HEADER: u64 = 12;
 const FOOTER: u64 = 4;
 /// No record is longer; TensorFlow's protocol buffers end at 2 GiB.
 const MAX_PAYLOAD: u64 = 1 << 30;
-/// A few images at a time; every open reader holds one.
-const BUFFER: usize = 256 << 10;
 /// Counting reads headers only, so filling a large buffer at each would be waste.
 const HEADER_BUFFER: usize = 4 << 10;
 
@@ -50,55 +47,10 @@ impl Record {
 /// Reads the records of one shard in order: a file or an object, as it is or compressed as a whole.
 pub struct Reader {
     path: PathBuf,
-    input: Input,
+    stream: Stream,
+    /// Where the next record starts.
     offset: u64,
     record: u64,
-}
-
-/// Where the bytes come from.
-enum Input {
-    /// Not looked into yet. Objects are asked for ahead, so looking waits until the first record is wanted.
-    New(Raw),
-    /// As they are stored.
-    Plain {
-        raw: Raw,
-        /// Length when it was opened.
-        end: u64,
-    },
-    /// Compressed; how much there is shows at the end.
-    Inflated(Inflate<Raw>),
-    /// Opening failed.
-    Lost(io::Empty),
-}
-
-enum Raw {
-    File(BufReader<File>),
-    Bucket(Blocks),
-}
-
-impl Read for Raw {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        match self {
-            Self::File(file) => file.read(out),
-            Self::Bucket(blocks) => blocks.read(out),
-        }
-    }
-}
-
-impl Raw {
-    fn seek(&mut self, at: u64) -> io::Result<()> {
-        match self {
-            Self::File(file) => {
-                // Leaves the buffer alone where it reaches so far.
-                let from = file.stream_position()?;
-                file.seek_relative(at as i64 - from as i64)
-            }
-            Self::Bucket(blocks) => {
-                blocks.seek(at);
-                Ok(())
-            }
-        }
-    }
 }
 
 impl Reader {
@@ -131,27 +83,18 @@ impl Reader {
         cache: Option<&Cache>,
         buffer: usize,
     ) -> Result<Self, Error> {
-        let raw = if crate::is_url(path) {
-            let object = bucket::object(path)?;
-            let blocks = Blocks::open(object, offset, cache.cloned());
-            Raw::Bucket(blocks.map_err(|failure| failure.into_error("read", path))?)
-        } else {
-            let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-            Raw::File(BufReader::with_capacity(buffer, file))
-        };
-        let mut reader = Self {
+        let corrupt = |fault| corrupt(path, offset, record, fault);
+        if record > offset / (HEADER + FOOTER) {
+            let what = "so many records do not fit before it";
+            return Err(corrupt(Fault::Damaged(what.into())));
+        }
+        let stream = Stream::open(path, offset, cache, buffer, true).map_err(corrupt)?;
+        Ok(Self {
             path: path.into(),
-            input: Input::New(raw),
+            stream,
             offset,
             record,
-        };
-        if record > offset / (HEADER + FOOTER) {
-            return Err(reader.corrupt("so many records do not fit before it".into()));
-        }
-        if !crate::is_url(path) {
-            reader.start()?;
-        }
-        Ok(reader)
+        })
     }
 
     /// Where the next record starts, in bytes; of a compressed shard, in what it inflates to.
@@ -167,17 +110,7 @@ impl Reader {
     /// Whether what is left of the shard is on its way, so that it is time to open the one after it. Never true of a
     /// file, which can be opened when it is needed.
     pub fn is_ending(&self) -> bool {
-        match &self.input {
-            Input::Plain {
-                raw: Raw::Bucket(blocks),
-                ..
-            } => blocks.is_ending(),
-            Input::Inflated(inflate) => match inflate.get_ref() {
-                Raw::Bucket(blocks) => blocks.is_ending(),
-                Raw::File(_) => false,
-            },
-            _ => false,
-        }
+        self.stream.is_ending()
     }
 
     /// Reads the next record, or `None` where the shard ends cleanly. The length is checked against its CRC; the
@@ -190,19 +123,17 @@ impl Reader {
         reason = "an iterator would go on after an error; a damaged shard cannot"
     )]
     pub fn next(&mut self) -> Result<Option<Record>, Error> {
+        let record = self.read();
+        record.map_err(|fault| corrupt(&self.path, self.offset, self.record, fault))
+    }
+
+    fn read(&mut self) -> Result<Option<Record>, Fault> {
         let Some(length) = self.header()? else {
             return Ok(None);
         };
-        // `header` has compared the length with what the shard holds, unless that is not known.
-        let room = match self.input {
-            Input::Plain { .. } => length,
-            _ => length.min(BUFFER as u64),
-        };
-        let mut bytes = Vec::with_capacity(room as usize);
-        let payload = self.by_ref().take(length).read_to_end(&mut bytes);
-        payload.map_err(|e| self.failed(e))?;
+        let bytes = self.stream.take(length)?;
         let mut crc = [0; FOOTER as usize];
-        if bytes.len() as u64 != length || self.fill(&mut crc)? != crc.len() {
+        if bytes.len() as u64 != length || self.stream.fill(&mut crc)? != crc.len() {
             return Err(self.short(length));
         }
         let record = Record {
@@ -211,154 +142,72 @@ impl Reader {
             bytes,
             crc: u32::from_le_bytes(crc),
         };
-        self.advance(length);
+        self.advance();
         Ok(Some(record))
     }
 
     /// Steps over the next record, without reading its payload if it can; false where the shard ends cleanly.
     fn skip(&mut self) -> Result<bool, Error> {
+        let passed = self.pass();
+        passed.map_err(|fault| corrupt(&self.path, self.offset, self.record, fault))
+    }
+
+    fn pass(&mut self) -> Result<bool, Fault> {
         let Some(length) = self.header()? else {
             return Ok(false);
         };
         let rest = length + FOOTER;
-        let to = self.offset + HEADER + rest;
-        let passed = match &mut self.input {
-            Input::Plain { raw, .. } => raw.seek(to).map(|()| rest),
-            _ => io::copy(&mut self.by_ref().take(rest), &mut io::sink()),
-        };
-        if passed.map_err(|e| self.failed(e))? != rest {
+        if self.stream.skip(rest)? != rest {
             return Err(self.short(length));
         }
-        self.advance(length);
+        self.advance();
         Ok(true)
     }
 
     /// Reads a header and returns the payload's length, which a shard that is not compressed is long enough for.
-    fn header(&mut self) -> Result<Option<u64>, Error> {
-        self.start()?;
-        let mut header = [0; HEADER as usize];
-        let mut rest = None;
-        if let Input::Plain { end, .. } = self.input {
-            let remaining = end - self.offset;
-            if remaining == 0 {
-                return Ok(None);
-            }
-            if remaining < HEADER {
-                return Err(self.corrupt(tail(remaining)));
-            }
-            rest = Some(remaining - HEADER);
+    fn header(&mut self) -> Result<Option<u64>, Fault> {
+        let remaining = self.stream.remaining()?;
+        match remaining {
+            Some(0) => return Ok(None),
+            Some(rest @ 1..HEADER) => return Err(tail(rest)),
+            _ => {}
         }
-        let got = self.fill(&mut header)?;
+        let mut header = [0; HEADER as usize];
+        let got = self.stream.fill(&mut header)?;
         if got < header.len() {
-            return match rest {
-                Some(_) => Err(self.shrunk()),
+            return match remaining {
+                Some(_) => Err(Fault::Damaged(self.stream.short("a header"))),
                 None if got == 0 => Ok(None),
-                None => Err(self.corrupt(tail(got as u64))),
+                None => Err(tail(got as u64)),
             };
         }
         let Some(length) = length(&header) else {
-            return Err(self.corrupt("the checksum of the length is wrong".into()));
+            return Err(Fault::Damaged("the checksum of the length is wrong".into()));
         };
         if length > MAX_PAYLOAD {
-            return Err(self.corrupt(format!("a payload of {length} bytes is over 1 GiB")));
+            return Err(Fault::Damaged(format!(
+                "a payload of {length} bytes is over 1 GiB"
+            )));
         }
-        if let Some(rest) = rest
+        if let Some(rest) = remaining.map(|remaining| remaining - HEADER)
             && length + FOOTER > rest
         {
-            return Err(self.corrupt(format!(
+            return Err(Fault::Damaged(format!(
                 "a payload of {length} bytes and its checksum do not fit in the {rest} that follow"
             )));
         }
         Ok(Some(length))
     }
 
-    /// Looks whether the shard is compressed, and goes to the offset.
-    fn start(&mut self) -> Result<(), Error> {
-        let mut raw = match std::mem::replace(&mut self.input, Input::Lost(io::empty())) {
-            Input::New(raw) => raw,
-            Input::Lost(_) => return Err(self.corrupt("it could not be opened before".into())),
-            started => {
-                self.input = started;
-                return Ok(());
-            }
-        };
-        let offset = self.offset;
-        let (end, compression) = look(&mut raw, offset).map_err(|e| self.failed(e))?;
-        let Some(compression) = compression else {
-            if offset > end {
-                return Err(self.corrupt(format!("the file has only {end} bytes")));
-            }
-            self.input = Input::Plain { raw, end };
-            return Ok(());
-        };
-        self.input = Input::Inflated(Inflate::new(raw, compression));
-        let passed = io::copy(&mut self.by_ref().take(offset), &mut io::sink());
-        let passed = passed.map_err(|e| self.failed(e))?;
-        if passed != offset {
-            return Err(self.corrupt(format!("the file inflates to only {passed} bytes")));
-        }
-        Ok(())
-    }
-
-    fn advance(&mut self, length: u64) {
-        self.offset += HEADER + length + FOOTER;
-        self.record += 1;
-    }
-
-    fn by_ref(&mut self) -> &mut dyn Read {
-        match &mut self.input {
-            Input::Plain { raw, .. } | Input::New(raw) => raw,
-            Input::Inflated(inflate) => inflate,
-            Input::Lost(empty) => empty,
-        }
-    }
-
-    /// Reads as many bytes as there are, at most so many.
-    fn fill(&mut self, bytes: &mut [u8]) -> Result<usize, Error> {
-        let mut got = 0;
-        while got < bytes.len() {
-            match self.by_ref().read(&mut bytes[got..]) {
-                Ok(0) => break,
-                Ok(count) => got += count,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(e) => return Err(self.failed(e)),
-            }
-        }
-        Ok(got)
-    }
-
     /// The end came inside a payload or its checksum.
-    fn short(&self, length: u64) -> Error {
-        match self.input {
-            Input::Inflated(_) => self.corrupt(format!(
-                "the file inflates to too few bytes for a payload of {length} and its checksum"
-            )),
-            _ => self.shrunk(),
-        }
+    fn short(&self, length: u64) -> Fault {
+        let of = format!("a payload of {length} and its checksum");
+        Fault::Damaged(self.stream.short(&of))
     }
 
-    fn shrunk(&self) -> Error {
-        self.corrupt("the file became shorter while it was read".into())
-    }
-
-    /// What a failed read means.
-    fn failed(&self, error: io::Error) -> Error {
-        if matches!(self.input, Input::Inflated(_)) && error.kind() == ErrorKind::InvalidData {
-            return self.corrupt(error.to_string());
-        }
-        match error.downcast::<Failure>() {
-            Ok(failure) => failure.into_error("read", &self.path),
-            Err(error) => Error::io("read", &self.path, error),
-        }
-    }
-
-    fn corrupt(&self, what: String) -> Error {
-        Error::Corrupt {
-            path: self.path.clone(),
-            offset: self.offset,
-            record: self.record,
-            what,
-        }
+    fn advance(&mut self) {
+        self.offset = self.stream.at();
+        self.record += 1;
     }
 }
 
@@ -372,27 +221,23 @@ impl fmt::Debug for Reader {
     }
 }
 
-/// The length of what is stored and how it is compressed; then the input stands at the offset, or at the beginning if it
-/// is compressed.
-fn look(raw: &mut Raw, offset: u64) -> io::Result<(u64, Option<Compression>)> {
-    let end = match raw {
-        Raw::File(file) => file.get_ref().metadata()?.len(),
-        Raw::Bucket(blocks) => blocks.size(),
-    };
-    let compression = match raw {
-        Raw::Bucket(blocks) => blocks.compression()?,
-        Raw::File(file) => {
-            let mut head = Vec::new();
-            file.by_ref().take(HEADER).read_to_end(&mut head)?;
-            Compression::of(&head)
-        }
-    };
-    raw.seek(if compression.is_some() { 0 } else { offset })?;
-    Ok((end, compression))
+fn tail(bytes: u64) -> Fault {
+    Fault::Damaged(format!(
+        "the file ends with {bytes} bytes, too few for a record header"
+    ))
 }
 
-fn tail(bytes: u64) -> String {
-    format!("the file ends with {bytes} bytes, too few for a record header")
+/// What is wrong with a shard, at the record that starts there.
+pub(crate) fn corrupt(path: &Path, offset: u64, record: u64, fault: Fault) -> Error {
+    match fault {
+        Fault::Error(error) => error,
+        Fault::Damaged(what) => Error::Corrupt {
+            path: path.into(),
+            offset,
+            record,
+            what,
+        },
+    }
 }
 
 /// What a header says, unless its checksum is wrong.

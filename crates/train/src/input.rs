@@ -77,7 +77,7 @@ impl Input {
 
 fn fingerprint(source: &data::Source) -> Result<String, Error> {
     Ok(match source {
-        data::Source::TfRecord { shards, .. } => data::fingerprint(shards)?,
+        data::Source::Shards { shards, .. } => data::fingerprint(shards)?,
         data::Source::Folder(folder) => folder.fingerprint(),
         data::Source::Fake { .. } | data::Source::Zeros { .. } => "made up".into(),
     })
@@ -133,7 +133,11 @@ fn config(
     let d = &run.data;
     let examples = made_up.unwrap_or_default();
     let source = match d.source {
-        Source::Tfrecord => data::Source::TfRecord {
+        Source::Tfrecord | Source::Webdataset => data::Source::Shards {
+            format: match d.source {
+                Source::Webdataset => data::Format::WebDataset,
+                _ => data::Format::TfRecord,
+            },
             shards: glob.shards()?,
             label_offset: d.label_offset,
             lanes: d.lanes,
@@ -209,7 +213,7 @@ fn examples(
     expected: Option<u64>,
 ) -> Result<u64, Error> {
     let shards: &[PathBuf] = match &config.source {
-        data::Source::TfRecord { shards, .. } => shards,
+        data::Source::Shards { shards, .. } => shards,
         data::Source::Folder(_) => &[],
         data::Source::Fake { examples } | data::Source::Zeros { examples } => return Ok(*examples),
     };
@@ -220,7 +224,8 @@ fn examples(
     }
     let found = match &config.source {
         data::Source::Folder(folder) => folder.len(),
-        _ => data::count(shards, config.cache.as_ref())?,
+        data::Source::Shards { format, .. } => data::count(*format, shards, config.cache.as_ref())?,
+        data::Source::Fake { examples } | data::Source::Zeros { examples } => *examples,
     };
     match (found, expected) {
         (found, Some(expected)) if expected != found => Err(Error::Examples {

@@ -74,7 +74,7 @@ fn check(config: &Config, reason: impl Fn(&Reason) -> bool, message: &str) {
 
 fn shards(config: &Config) -> &[PathBuf] {
     match &config.source {
-        Source::TfRecord { shards, .. } => shards,
+        Source::Shards { shards, .. } => shards,
         _ => unreachable!(),
     }
 }
@@ -243,7 +243,8 @@ fn bad_records_at_the_very_end_are_told_too() {
 
 fn config_like(config: &Config, shard: PathBuf) -> Config {
     let mut config = config.clone();
-    config.source = Source::TfRecord {
+    config.source = Source::Shards {
+        format: data::Format::TfRecord,
         shards: vec![shard],
         label_offset: 1,
         lanes: 1,

@@ -1,10 +1,10 @@
-//! Directories of image files, compressed shards, and augmentation under resume.
+//! Directories of image files, tar archives, compressed shards, and augmentation under resume.
 
 use std::fs;
 use std::io::Write as _;
 use std::path::Path;
 
-use data::{Augment, Batch, Config, Cursor, Error, Folder, Policy, Reason, Source};
+use data::{Augment, Batch, Config, Cursor, Error, Folder, Format, Policy, Reason, Source};
 
 use crate::{RECORDS, Shards, config, jpegs, labels, take, train};
 
@@ -177,7 +177,10 @@ fn compressed_shards_give_the_same_batches_and_resume() {
         put(&path, &packed);
         paths.push(path);
     }
-    assert_eq!(data::count(&paths, None).unwrap(), RECORDS as u64);
+    assert_eq!(
+        data::count(data::Format::TfRecord, &paths, None).unwrap(),
+        RECORDS as u64
+    );
     let config = config(&paths, 2, 5);
     assert_eq!(check_resume(&config, 9), plain);
 }
@@ -210,4 +213,125 @@ fn augmentation_is_exact_under_resume_and_threads_and_leaves_evaluation_alone() 
     assert_eq!(changed[0].labels, plain[0].labels);
     assert_ne!(changed[0].pixels, plain[0].pixels);
     assert_eq!(take(data::eval(&config).unwrap(), 9), scored);
+}
+
+/// A member of a tar archive (POSIX.1-1988).
+fn member(name: &str, bytes: &[u8]) -> Vec<u8> {
+    let mut out = vec![0; 512];
+    out[..name.len()].copy_from_slice(name.as_bytes());
+    out[124..136].copy_from_slice(format!("{:011o}\0", bytes.len()).as_bytes());
+    out[148..156].fill(b' ');
+    out[156] = b'0';
+    let sum: u32 = out.iter().map(|&b| u32::from(b)).sum();
+    out[148..156].copy_from_slice(format!("{sum:06o}\0 ").as_bytes());
+    out.extend(bytes);
+    out.resize(out.len().next_multiple_of(512), 0);
+    out
+}
+
+/// The records of the shards, as tar archives of the same names in another directory.
+fn archives(shards: &Shards, dir: &Path) -> Vec<std::path::PathBuf> {
+    let mut id = 0;
+    let write = |path: &std::path::PathBuf| {
+        let mut archive = vec![];
+        let mut reader = store::tfrecord::Reader::open(path).unwrap();
+        while let Some(record) = reader.next().unwrap() {
+            let (jpeg, label) = data::parse(&record.bytes).unwrap();
+            archive.extend(member(
+                &format!("a/{id:04}.cls"),
+                label.to_string().as_bytes(),
+            ));
+            archive.extend(member(&format!("a/{id:04}.json"), b"{}"));
+            archive.extend(member(&format!("a/{id:04}.jpg"), jpeg));
+            id += 1;
+        }
+        archive.extend([0; 1024]);
+        let path = dir.join(path.file_name().unwrap());
+        put(&path, &archive);
+        path
+    };
+    shards.paths.iter().map(write).collect()
+}
+
+fn of_format(config: Config, is: Format) -> Config {
+    let mut config = config;
+    let Source::Shards { format, .. } = &mut config.source else {
+        unreachable!()
+    };
+    *format = is;
+    config
+}
+
+#[test]
+fn tar_archives_give_the_same_batches_and_resume() {
+    let shards = Shards::new();
+    let dir = tempfile::tempdir().unwrap();
+    let paths = archives(&shards, dir.path());
+    assert_eq!(
+        data::count(Format::WebDataset, &paths, None).unwrap(),
+        RECORDS as u64
+    );
+    let tar = of_format(config(&paths, 2, 5), Format::WebDataset);
+    assert_eq!(
+        labels(&check_resume(&tar, 9)),
+        labels(&check_resume(&shards.config(2, 5), 9))
+    );
+    let pixels = |config: &Config| {
+        let batches = data::eval(config).unwrap().map(Result::unwrap);
+        batches
+            .map(|batch| (batch.pixels, batch.labels))
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(pixels(&tar), pixels(&shards.config(2, 5)));
+    // Compressed as a whole.
+    for path in &paths {
+        let mut out = flate2::write::GzEncoder::new(vec![], flate2::Compression::default());
+        out.write_all(&fs::read(path).unwrap()).unwrap();
+        put(path, &out.finish().unwrap());
+    }
+    assert_eq!(pixels(&tar), pixels(&shards.config(2, 5)));
+    assert_eq!(labels(&check_resume(&tar, 3)).len(), 12);
+}
+
+#[test]
+fn samples_of_an_archive_that_are_not_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("train-0.tar");
+    let jpeg = jpegs(1).remove(0);
+    for (files, what) in [
+        (vec![member("7.jpg", &jpeg)], "7 has no cls"),
+        (
+            vec![member("7.cls", b"1")],
+            "7 has no jpg, jpeg, png or webp",
+        ),
+        (
+            vec![member("7.jpg", &jpeg), member("7.cls", b"cat")],
+            "7.cls: not a whole number in digits",
+        ),
+    ] {
+        let good = [member("0.jpg", &jpeg), member("0.cls", b"1\n")];
+        put(&path, &[good.concat(), files.concat()].concat());
+        let config = of_format(
+            config(std::slice::from_ref(&path), 1, 1),
+            Format::WebDataset,
+        );
+        let error = data::eval(&config)
+            .unwrap()
+            .find_map(Result::err)
+            .unwrap()
+            .to_string();
+        let expected = format!("{}: record 1 at byte ", path.display());
+        assert!(error.starts_with(&expected), "{error}");
+        assert!(
+            error.contains(&format!(": not a usable sample: {what}\nhint: ")),
+            "{error}"
+        );
+    }
+    put(&path, b"no archive");
+    let config = of_format(config(&[path], 1, 1), Format::WebDataset);
+    let error = data::eval(&config).unwrap().find_map(Result::err).unwrap();
+    assert!(
+        matches!(error, Error::Store(store::Error::Corrupt { .. })),
+        "{error}"
+    );
 }

@@ -90,7 +90,8 @@ impl Shards {
 
 fn config(shards: &[PathBuf], lanes: usize, shuffle_window: usize) -> Config {
     Config {
-        source: Source::TfRecord {
+        source: Source::Shards {
+            format: data::Format::TfRecord,
             shards: shards.to_vec(),
             label_offset: 1,
             lanes,

@@ -87,12 +87,14 @@ impl Report {
         for shard in &shards {
             bytes += store::length(shard)?;
         }
-        let records = data::count(&shards, None).map_err(train::Error::from)?;
+        let records =
+            data::count(data::Format::TfRecord, &shards, None).map_err(train::Error::from)?;
         let threads = args
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         let config = data::Config {
-            source: data::Source::TfRecord {
+            source: data::Source::Shards {
+                format: data::Format::TfRecord,
                 shards: shards.clone(),
                 label_offset: 0,
                 lanes: 64,

@@ -902,7 +902,7 @@ fn devices() {
 fn what_is_not_supported_yet() {
     check_set(
         "data.source=bigtable",
-        "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"folder\", \"fake\", \"zeros\"",
+        "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"webdataset\", \"folder\", \"fake\", \"zeros\"",
     );
     check_set(
         "optimizer.kind=lars",
