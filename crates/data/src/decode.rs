@@ -4,15 +4,16 @@ use std::cell::RefCell;
 
 use store::tfrecord::Record;
 
+use crate::augment::augment;
 use crate::crop::{self, Rect};
 use crate::error::Reason;
 use crate::example::{self, Example};
 use crate::jpeg::Like;
 use crate::jpeg::fast::{self, Photo, Target};
-use crate::order::{Content, Sample};
+use crate::order::{Content, Label, Sample};
 use crate::random::{Purpose, Random};
 use crate::{Config, Crop, Decode, Pixels, Resize, Source};
-use crate::{jpeg, resize};
+use crate::{folder, picture, resize};
 
 /// Whether crops and flips are drawn or the middle is taken.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,7 +32,9 @@ impl Pixels {
     /// Black images of this many values in all, of the type that the configuration gives.
     pub(crate) fn new(config: &Config, values: usize) -> Self {
         match (&config.source, config.resize) {
-            (Source::TfRecord { .. }, Resize::Tf | Resize::Tf1) => Self::F32(vec![0.0; values]),
+            (Source::Shards { .. } | Source::Folder(_), Resize::Tf | Resize::Tf1) => {
+                Self::F32(vec![0.0; values])
+            }
             _ => Self::U8(vec![0; values]),
         }
     }
@@ -100,15 +103,47 @@ pub(crate) fn decode(
             }
             Ok(label)
         }
-        Content::Record { shard, record } => {
-            let random = augmentation(config, sample.epoch, *shard, record);
-            let (example, label) = parsed(config, record)?;
-            FAST.with_borrow_mut(|decoder| {
-                render(config, mode, example.encoded, &random, slot, decoder)
-            })?;
+        Content::Record {
+            shard,
+            record,
+            label,
+        } => {
+            let (example, label) = parsed(config, record, label)?;
+            draw(
+                config,
+                mode,
+                sample.epoch,
+                (*shard, record),
+                example.encoded,
+                slot,
+            )?;
+            Ok(label)
+        }
+        Content::File { class, record } => {
+            let label = folder::label(*class, config.classes)?;
+            draw(config, mode, sample.epoch, (0, record), &record.bytes, slot)?;
             Ok(label)
         }
     }
+}
+
+/// Makes the image of a record, which with its shard says what is drawn.
+fn draw(
+    config: &Config,
+    mode: Mode,
+    epoch: u64,
+    (shard, record): (usize, &Record),
+    encoded: &[u8],
+    mut slot: Slot<'_>,
+) -> Result<(), Reason> {
+    let random = augmentation(config, epoch, shard, record);
+    FAST.with_borrow_mut(|decoder| render(config, mode, encoded, &random, &mut slot, decoder))?;
+    if mode == Mode::Train {
+        let record = record.index;
+        let mut random = Random::new(config.seed, epoch, Purpose::Change { shard, record });
+        augment(&config.augment, config.resolution, &mut random, &mut slot);
+    }
+    Ok(())
 }
 
 /// The draws of a record in an epoch.
@@ -121,13 +156,18 @@ pub(crate) fn augmentation(config: &Config, epoch: u64, shard: usize, record: &R
 pub(crate) fn parsed<'a>(
     config: &Config,
     record: &'a Record,
+    label: &Label,
 ) -> Result<(Example<'a>, u32), Reason> {
-    if !record.verify() {
-        return Err(Reason::Checksum);
-    }
-    let example = example::parse(&record.bytes).map_err(Reason::Example)?;
-    let label = label(config, example.label)?;
-    Ok((example, label))
+    let example = match label {
+        Label::Inside if !record.verify() => return Err(Reason::Checksum),
+        Label::Inside => example::parse(&record.bytes).map_err(Reason::Example)?,
+        Label::Beside(label) => Example {
+            encoded: &record.bytes,
+            label: label.clone().map_err(Reason::Sample)?,
+        },
+    };
+    let class = class(config, example.label)?;
+    Ok((example, class))
 }
 
 /// Decodes, crops, resizes and flips; says whether the fast decoder did it.
@@ -136,7 +176,7 @@ pub(crate) fn render(
     mode: Mode,
     encoded: &[u8],
     random: &Random,
-    mut slot: Slot<'_>,
+    slot: &mut Slot<'_>,
     decoder: &mut fast::Decoder,
 ) -> Result<bool, Reason> {
     // Whoever decodes, the draws are the same.
@@ -162,7 +202,7 @@ pub(crate) fn render(
             size,
             flip,
         };
-        let is_done = match &mut slot {
+        let is_done = match slot {
             Slot::U8(out) => decoder.decode(&photo, &target, |y, row| {
                 out[y * row.len()..][..row.len()].copy_from_slice(row);
             }),
@@ -181,7 +221,7 @@ pub(crate) fn render(
         Resize::Pillow => Like::Pillow,
         Resize::Tf | Resize::Tf1 => Like::TensorFlow,
     };
-    let image = jpeg::decode(encoded, like).map_err(Reason::Jpeg)?;
+    let image = picture::decode(encoded, like).map_err(Reason::Image)?;
     let (rect, flip) = view(image.width, image.height);
     match (config.resize, slot) {
         (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
@@ -197,10 +237,10 @@ thread_local! {
     static FAST: RefCell<fast::Decoder> = RefCell::new(fast::Decoder::new(fast::Level::detect()));
 }
 
-fn label(config: &Config, stored: i64) -> Result<u32, Reason> {
+fn class(config: &Config, stored: i64) -> Result<u32, Reason> {
     let offset = match config.source {
-        Source::TfRecord { label_offset, .. } => label_offset,
-        Source::Fake { .. } | Source::Zeros { .. } => 0,
+        Source::Shards { label_offset, .. } => label_offset,
+        Source::Folder(_) | Source::Fake { .. } | Source::Zeros { .. } => 0,
     };
     stored
         .checked_sub(offset)

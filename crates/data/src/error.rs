@@ -15,6 +15,13 @@ pub enum Error {
         /// The shards that hold no records; none for a made-up dataset.
         shards: Vec<PathBuf>,
     },
+    /// Something in a directory of classes that is no image of a class.
+    Misplaced {
+        /// The file or directory.
+        path: PathBuf,
+        /// What it is.
+        what: &'static str,
+    },
     /// A cursor that belongs to other shards or another configuration.
     Cursor(String),
     /// The operating system gives no more threads.
@@ -50,6 +57,8 @@ pub enum Reason {
     Checksum,
     /// The payload is no `tf.Example` with an image and a label.
     Example(String),
+    /// The files of a name are no image and its label.
+    Sample(String),
     /// The label is outside 0..classes.
     Label {
         /// As stored.
@@ -60,7 +69,7 @@ pub enum Reason {
         classes: usize,
     },
     /// The image cannot be decoded.
-    Jpeg(String),
+    Image(String),
 }
 
 impl From<store::Error> for Error {
@@ -78,10 +87,13 @@ impl fmt::Display for Error {
                 let mend = match record.reason {
                     Reason::Checksum => "the shard is damaged: copy or convert it again",
                     Reason::Example(_) => {
-                        "every record needs a JPEG in image/encoded and a whole number in image/class/label"
+                        "every record needs an image in image/encoded and a whole number in image/class/label"
+                    }
+                    Reason::Sample(_) => {
+                        "every sample needs NAME.jpg (or jpeg, png, webp) and NAME.cls, next to each other"
                     }
                     Reason::Label { .. } => "check model.classes and data.label_offset",
-                    Reason::Jpeg(_) => "only whole JPEG files can be read",
+                    Reason::Image(_) => "only whole JPEG, PNG and WebP files can be read",
                 };
                 write!(
                     f,
@@ -101,6 +113,12 @@ impl fmt::Display for Error {
                 }
                 f.write_str("\nhint: copy or convert again, or name other shards in data.train or data.eval")
             }
+            Self::Misplaced { path, what } => write!(
+                f,
+                "{}: {what}\n\
+                 hint: a folder source holds DIR/CLASS/FILE and nothing else; names that begin with a dot are ignored",
+                path.display()
+            ),
             Self::Cursor(what) => write!(
                 f,
                 "the saved position does not fit the data: {what}\n\
@@ -146,6 +164,7 @@ impl fmt::Display for Reason {
         match self {
             Self::Checksum => f.write_str("the checksum of the payload is wrong"),
             Self::Example(what) => write!(f, "not a usable tf.Example: {what}"),
+            Self::Sample(what) => write!(f, "not a usable sample: {what}"),
             Self::Label {
                 stored,
                 offset,
@@ -155,7 +174,7 @@ impl fmt::Display for Reason {
                 "the stored label {stored} less the offset {offset} is no class from 0 to {}",
                 classes - 1
             ),
-            Self::Jpeg(what) => write!(f, "the image cannot be decoded: {what}"),
+            Self::Image(what) => write!(f, "the image cannot be decoded: {what}"),
         }
     }
 }

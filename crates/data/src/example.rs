@@ -328,6 +328,31 @@ mod tests {
     }
 
     #[test]
+    fn duplicate_feature() {
+        let other = feature(ENCODED, 1, &field(1, b"other"));
+        check(&example(&[other, label(), encoded()]));
+    }
+
+    #[test]
+    fn oversized() {
+        // A message, a feature and a value that say they are far longer than what follows.
+        let mut endless = vec![0x0a];
+        endless.extend([0xff; 9]);
+        endless.push(0x01);
+        for bytes in [
+            endless.clone(),
+            example(&[label(), endless.clone()]),
+            example(&[label(), feature(ENCODED, 1, &endless)]),
+        ] {
+            let error = parse(&bytes).unwrap_err();
+            assert!(
+                error.contains("cut off: 18446744073709551615 bytes needed"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
     fn endless_integer() {
         check_error(&[0xff; 11], "an integer has more than 64 bits");
     }

@@ -16,7 +16,7 @@ use idct::Dct;
 use scan::{Coder, Part, ZIGZAG};
 
 /// No photograph is larger, and a damaged header must not ask for gigabytes.
-const MAX_PIXELS: usize = 100_000_000;
+pub(crate) const MAX_PIXELS: usize = 100_000_000;
 /// Encoders make ten or so; each costs a walk over all blocks, however few its bytes.
 const MAX_SCANS: usize = 100;
 

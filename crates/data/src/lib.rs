@@ -6,27 +6,38 @@
 //!
 //! This crate knows no tensors and does not normalise: pixels leave it in the range 0..255.
 
+mod augment;
 mod crop;
 mod decode;
 mod error;
 mod example;
+mod folder;
 mod jpeg;
 mod loader;
 mod made;
 mod mix;
 mod order;
+mod picture;
 mod random;
 mod resize;
 mod stages;
+mod webdataset;
 
+pub use augment::{Augment, Policy};
 pub use error::{BadRecord, Error, Reason};
+pub use folder::Folder;
 pub use loader::{Loader, READ_AHEAD, eval, train};
 pub use made::{Labelled, photo};
 pub use mix::{Mix, Mixed};
 pub use order::Cursor;
 pub use stages::{Stages, level, stages};
 
-use std::path::{Path, PathBuf};
+use std::fmt;
+use std::panic;
+use std::path::PathBuf;
+use std::thread;
+
+use store::Cache;
 
 /// What batches are made of.
 #[derive(Clone, Debug)]
@@ -55,14 +66,18 @@ pub struct Config {
     pub max_bad_records: u64,
     /// Threads that decode; 0 for one per core.
     pub threads: usize,
+    /// Where parts of shards in buckets are kept.
+    pub cache: Option<Cache>,
+    /// What is done to training images after crop and flip.
+    pub augment: Augment,
 }
 
 /// Where samples come from.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG) and `image/class/label`.
+    /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG, PNG or WebP file) and `image/class/label`.
     TfRecord {
-        /// The files; their order does not matter: they are sorted by file name, those of one name by path.
+        /// The files, or URLs of objects in buckets; their order does not matter: they are sorted by file name, those of one name by path.
         shards: Vec<PathBuf>,
         /// Subtracted from the stored label to give the class.
         label_offset: i64,
@@ -71,6 +86,8 @@ pub enum Source {
         /// Consecutive records of a lane that training shuffles; a lane holds as many in memory.
         shuffle_window: usize,
     },
+    /// A directory with one folder of image files for each class; the classes are the folders, sorted by name.
+    Folder(Folder),
     /// Uniform noise with uniform labels, the same in every epoch, other noise in evaluation; made at the resolution,
     /// neither cropped nor flipped.
     Fake {
@@ -82,6 +99,16 @@ pub enum Source {
         /// Examples in an epoch.
         examples: u64,
     },
+}
+
+/// What shards are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG, PNG or WebP file) and `image/class/label`.
+    TfRecord,
+    /// Tar archives in which `NAME.jpg` (or jpeg, png, webp) and `NAME.cls` (a whole number), next to each other, are a
+    /// sample.
+    WebDataset,
 }
 
 /// How training crops.
@@ -159,23 +186,45 @@ pub fn parse(record: &[u8]) -> Result<(&[u8], i64), Reason> {
     Ok((example.encoded, example.label))
 }
 
-/// Decodes a whole JPEG file as Pillow does and gives its width and height.
+/// Decodes a whole image file (JPEG, PNG, WebP) as Pillow does and gives its width and height.
 ///
 /// # Errors
 /// It cannot be decoded.
 pub fn inspect(file: &[u8]) -> Result<(usize, usize), Reason> {
-    let image = jpeg::decode(file, jpeg::Like::Pillow).map_err(Reason::Jpeg)?;
+    let image = picture::decode(file, jpeg::Like::Pillow).map_err(Reason::Image)?;
     Ok((image.width, image.height))
 }
 
-/// Counts the records of all shards by walking their headers.
+/// Counts the records of all shards by walking their headers. Objects have to be read for it, unless the cache knows.
 ///
 /// # Errors
 /// A shard cannot be read or is damaged.
-pub fn count(shards: &[PathBuf]) -> Result<u64, Error> {
+pub fn count(format: Format, shards: &[PathBuf], cache: Option<&Cache>) -> Result<u64, Error> {
+    let count = |shard: &PathBuf| match format {
+        Format::TfRecord => store::tfrecord::count(shard, cache).map_err(Error::from),
+        Format::WebDataset => webdataset::count(shard, cache),
+    };
+    // Requests take their time, so they are made side by side.
+    let side_by_side = match shards.iter().any(store::is_url) {
+        true => 16,
+        false => 1,
+    };
     let mut total = 0;
-    for shard in shards {
-        total += store::tfrecord::count(shard)?;
+    for shards in shards.chunks(side_by_side) {
+        if let [only] = shards {
+            total += count(only)?;
+            continue;
+        }
+        let counts: Vec<_> = thread::scope(|scope| {
+            let counting: Vec<_> = shards
+                .iter()
+                .map(|shard| scope.spawn(move || count(shard)))
+                .collect();
+            counting.into_iter().map(|thread| thread.join()).collect()
+        });
+        for count in counts {
+            total += count.unwrap_or_else(|payload| panic::resume_unwind(payload))?;
+        }
     }
     Ok(total)
 }
@@ -186,18 +235,35 @@ pub fn count(shards: &[PathBuf]) -> Result<u64, Error> {
 /// # Errors
 /// A shard's length cannot be read.
 pub fn fingerprint(shards: &[PathBuf]) -> Result<String, Error> {
-    let mut lines = String::new();
+    let mut hash = Fingerprint::default();
     for shard in sorted(shards) {
         let name = shard.file_name().unwrap_or_default().to_string_lossy();
-        lines += &format!("{name} {}\n", length(&shard)?);
+        hash.add(&format!("{name} {}\n", store::length(&shard)?));
     }
-    // FNV-1a: it has to notice changes, not to withstand anyone.
-    let hash = lines
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-    Ok(format!("{hash:016x}"))
+    Ok(hash.to_string())
+}
+
+/// FNV-1a: it has to notice changes, not to withstand anyone.
+struct Fingerprint(u64);
+
+impl Default for Fingerprint {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fingerprint {
+    fn add(&mut self, text: &str) {
+        for byte in text.bytes() {
+            self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
+        }
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}", self.0)
+    }
 }
 
 /// By file name, so that a directory may be renamed or moved; shards of the same name by path.
@@ -205,13 +271,4 @@ fn sorted(shards: &[PathBuf]) -> Vec<PathBuf> {
     let mut sorted = shards.to_vec();
     sorted.sort_by(|a, b| (a.file_name(), a).cmp(&(b.file_name(), b)));
     sorted
-}
-
-fn length(shard: &Path) -> Result<u64, Error> {
-    let metadata = std::fs::metadata(shard).map_err(|source| store::Error::Io {
-        action: "read the length",
-        path: shard.into(),
-        source,
-    })?;
-    Ok(metadata.len())
 }

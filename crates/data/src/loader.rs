@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::decode::{Mode, decode};
-use crate::order::{Content, Cursor, Order, Sample};
+use crate::order::{Cursor, Order, Sample};
 use crate::{BadRecord, Batch, Config, Crop, Error, Pixels, Reason, Source};
 
 /// Finished batches that wait for their use; one more may be in the making.
@@ -102,7 +102,7 @@ fn check(config: &Config) -> Result<(), Error> {
         ),
         (config.threads <= 1024, "there must be at most 1024 threads"),
     ];
-    if let Source::TfRecord {
+    if let Source::Shards {
         lanes,
         shuffle_window,
         ..
@@ -341,11 +341,9 @@ fn bad_record(
     bad: u64,
     config: &Config,
 ) -> BadRecord {
-    let Content::Record { shard, record } = sample.content else {
-        unreachable!("made-up samples are good");
-    };
+    let (shard, record) = order.place(sample.content);
     BadRecord {
-        shard: order.shard(shard),
+        shard,
         record: record.index,
         offset: record.offset,
         reason,

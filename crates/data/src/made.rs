@@ -7,12 +7,13 @@
 
 use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
 
+use crate::picture::Format;
 use crate::random::{Purpose, Random};
 
 /// An image file and what is known of it, as the reference's converter stores it.
 #[derive(Clone, Copy, Debug)]
 pub struct Labelled<'a> {
-    /// The JPEG file.
+    /// The image file: JPEG, PNG or WebP.
     pub encoded: &'a [u8],
     /// The label to store.
     pub label: i64,
@@ -65,7 +66,8 @@ impl Labelled<'_> {
             put(&format!("image/object/bbox/{side}"), FLOAT, &[]);
         }
         put("image/object/bbox/label", INT64, &[]);
-        put("image/format", BYTES, &bytes(b"JPEG"));
+        let format = Format::of(self.encoded).name();
+        put("image/format", BYTES, &bytes(format.as_bytes()));
         put("image/filename", BYTES, &bytes(self.filename.as_bytes()));
         put("image/encoded", BYTES, &bytes(self.encoded));
         let mut example = Vec::with_capacity(features.len() + 16);

@@ -4,10 +4,13 @@ use std::path::PathBuf;
 use std::vec;
 
 use serde::{Deserialize, Serialize};
-use store::tfrecord::{Reader, Record};
+use store::Cache;
+use store::tfrecord::{self, Record};
 
+use crate::folder::FileOrder;
 use crate::random::{Purpose, Random};
-use crate::{Config, Error, Source};
+use crate::webdataset::Samples;
+use crate::{Config, Error, Format, Source};
 
 /// An exact position in the endless stream of training samples; the default is its beginning.
 ///
@@ -43,6 +46,18 @@ pub(crate) struct Sample {
     pub(crate) step: Step,
 }
 
+impl Step {
+    /// Of data without lanes.
+    pub(crate) fn single(epoch: u64, next: u64) -> Self {
+        Self {
+            epoch,
+            next,
+            begins: false,
+            asked: vec![],
+        }
+    }
+}
+
 /// From the position before a sample to the one after it.
 #[derive(Debug)]
 pub(crate) struct Step {
@@ -55,6 +70,23 @@ pub(crate) struct Step {
 }
 
 impl Cursor {
+    /// Of data without lanes: so many samples of an epoch have been given.
+    pub(crate) fn at(epoch: u64, next: u64) -> Self {
+        let lanes = vec![];
+        Self { epoch, next, lanes }
+    }
+
+    /// The epoch, and how many of its samples have been given, of data without lanes.
+    pub(crate) fn single(self, examples: u64) -> Result<(u64, u64), Error> {
+        let Self { epoch, next, lanes } = self;
+        if next > examples || !lanes.is_empty() {
+            return Err(Error::Cursor(format!(
+                "it is at {next} of {examples} examples"
+            )));
+        }
+        Ok((epoch, next))
+    }
+
     /// Moves over a sample.
     pub(crate) fn advance(&mut self, step: &Step) {
         (self.epoch, self.next) = (step.epoch, step.next);
@@ -67,11 +99,26 @@ impl Cursor {
     }
 }
 
+/// Where a record's label is.
+#[derive(Debug)]
+pub(crate) enum Label {
+    /// In the record, a `tf.Example`.
+    Inside,
+    /// Beside it, the image; or what is wrong with it or with the image.
+    Beside(Result<i64, String>),
+}
+
 #[derive(Debug)]
 pub(crate) enum Content {
     /// A record and the index of its shard in the sorted list.
     Record {
         shard: usize,
+        record: Record,
+        label: Label,
+    },
+    /// A file of a folder. Only the bytes and the index of the record mean anything.
+    File {
+        class: u32,
         record: Record,
     },
     /// Noise.
@@ -84,6 +131,7 @@ pub(crate) enum Content {
 /// The stream of samples.
 pub(crate) enum Order {
     Records(Lanes),
+    Files(FileOrder),
     MadeUp(MadeUp),
 }
 
@@ -91,13 +139,23 @@ impl Order {
     /// Endless, shuffled, from the cursor on.
     pub(crate) fn train(config: &Config, cursor: Cursor) -> Result<Self, Error> {
         match &config.source {
-            Source::TfRecord {
+            Source::Shards {
+                format,
                 shards,
                 lanes,
                 shuffle_window,
                 ..
-            } => Lanes::train(shards, *lanes, *shuffle_window, config.seed, cursor)
-                .map(Self::Records),
+            } => {
+                let shuffle = Some((*shuffle_window, config.seed));
+                let mut order = Lanes::new(*format, shards, *lanes, shuffle, config.cache.clone())?;
+                order.begin(cursor.epoch);
+                order.resume(&cursor)?;
+                order.ask_ahead()?;
+                Ok(Self::Records(order))
+            }
+            Source::Folder(folder) => {
+                FileOrder::new(folder, Some(config.seed), cursor).map(Self::Files)
+            }
             source => MadeUp::new(source, true, cursor).map(Self::MadeUp),
         }
     }
@@ -105,7 +163,14 @@ impl Order {
     /// Every sample once, in file order.
     pub(crate) fn eval(config: &Config) -> Result<Self, Error> {
         match &config.source {
-            Source::TfRecord { shards, .. } => Lanes::eval(shards).map(Self::Records),
+            Source::Shards { format, shards, .. } => {
+                let mut order = Lanes::new(*format, shards, 1, None, config.cache.clone())?;
+                order.begin(0);
+                Ok(Self::Records(order))
+            }
+            Source::Folder(folder) => {
+                FileOrder::new(folder, None, Cursor::default()).map(Self::Files)
+            }
             source => MadeUp::new(source, false, Cursor::default()).map(Self::MadeUp),
         }
     }
@@ -113,6 +178,7 @@ impl Order {
     pub(crate) fn next(&mut self) -> Result<Option<Sample>, Error> {
         match self {
             Self::Records(lanes) => lanes.next(),
+            Self::Files(files) => files.next(),
             Self::MadeUp(made_up) => Ok(made_up.next()),
         }
     }
@@ -121,19 +187,76 @@ impl Order {
     pub(crate) fn cursor(&self) -> Cursor {
         match self {
             Self::Records(lanes) => lanes.cursor(),
-            Self::MadeUp(made_up) => Cursor {
-                epoch: made_up.epoch,
-                next: made_up.next,
-                lanes: vec![],
-            },
+            Self::Files(files) => files.cursor(),
+            Self::MadeUp(made_up) => Cursor::at(made_up.epoch, made_up.next),
         }
     }
 
-    /// The file of a sample's shard.
-    pub(crate) fn shard(&self, index: usize) -> PathBuf {
+    /// The file that a sample came from, and the record.
+    pub(crate) fn place(&self, content: Content) -> (PathBuf, Record) {
+        match (self, content) {
+            (Self::Records(lanes), Content::Record { shard, record, .. }) => {
+                (lanes.files.shards[shard].clone(), record)
+            }
+            (Self::Files(files), Content::File { record, .. }) => {
+                (files.path(record.index), record)
+            }
+            _ => unreachable!("made-up samples are good, and no source gives those of another"),
+        }
+    }
+}
+
+/// The shards of a dataset, and where parts of those that are far away are kept.
+struct Shards {
+    format: Format,
+    /// Sorted by [`crate::sorted`].
+    shards: Vec<PathBuf>,
+    cache: Option<Cache>,
+}
+
+/// Reads the records of one shard.
+enum Reader {
+    TfRecord(tfrecord::Reader),
+    WebDataset(Samples),
+}
+
+impl Shards {
+    fn open(&self, shard: usize, at: &LaneCursor) -> Result<Reader, Error> {
+        let (path, cache) = (&self.shards[shard], self.cache.as_ref());
+        let LaneCursor { offset, record, .. } = *at;
+        Ok(match self.format {
+            Format::TfRecord => {
+                Reader::TfRecord(tfrecord::Reader::open_at(path, offset, record, cache)?)
+            }
+            Format::WebDataset => {
+                Reader::WebDataset(Samples::open_at(path, offset, record, cache)?)
+            }
+        })
+    }
+}
+
+impl Reader {
+    fn next(&mut self) -> Result<Option<(Record, Label)>, Error> {
+        Ok(match self {
+            Self::TfRecord(reader) => reader.next()?.map(|record| (record, Label::Inside)),
+            Self::WebDataset(samples) => samples
+                .next()?
+                .map(|(record, label)| (record, Label::Beside(label))),
+        })
+    }
+
+    /// Where the next record starts, and its index.
+    fn place(&self) -> (u64, u64) {
         match self {
-            Self::Records(lanes) => lanes.shards[index].clone(),
-            Self::MadeUp(_) => unreachable!("made-up samples have no shards"),
+            Self::TfRecord(reader) => (reader.offset(), reader.record()),
+            Self::WebDataset(samples) => (samples.offset(), samples.index()),
+        }
+    }
+
+    fn is_ending(&self) -> bool {
+        match self {
+            Self::TfRecord(reader) => reader.is_ending(),
+            Self::WebDataset(samples) => samples.is_ending(),
         }
     }
 }
@@ -141,8 +264,7 @@ impl Order {
 /// The order of records: the epoch's permuted shards are dealt to lanes, and lanes give a sample each in turn. A lane
 /// whose shards are used up is passed over; when all are, the next epoch begins.
 pub(crate) struct Lanes {
-    /// Sorted by [`crate::sorted`].
-    shards: Vec<PathBuf>,
+    files: Shards,
     window: usize,
     /// None for evaluation: one epoch, nothing shuffled.
     seed: Option<u64>,
@@ -154,30 +276,13 @@ pub(crate) struct Lanes {
 }
 
 impl Lanes {
-    fn train(
-        shards: &[PathBuf],
-        lanes: usize,
-        window: usize,
-        seed: u64,
-        cursor: Cursor,
-    ) -> Result<Self, Error> {
-        let mut order = Self::new(shards, lanes, window, Some(seed))?;
-        order.begin(cursor.epoch);
-        order.resume(&cursor)?;
-        Ok(order)
-    }
-
-    fn eval(shards: &[PathBuf]) -> Result<Self, Error> {
-        let mut order = Self::new(shards, 1, 1, None)?;
-        order.begin(0);
-        Ok(order)
-    }
-
+    /// `shuffle` is the window and the seed; none for evaluation.
     fn new(
+        format: Format,
         shards: &[PathBuf],
         lanes: usize,
-        window: usize,
-        seed: Option<u64>,
+        shuffle: Option<(usize, u64)>,
+        cache: Option<Cache>,
     ) -> Result<Self, Error> {
         if shards.is_empty() {
             return Err(Error::NoRecords { shards: vec![] });
@@ -187,9 +292,13 @@ impl Lanes {
             .map(|_| Lane::default())
             .collect();
         Ok(Self {
-            shards,
-            window,
-            seed,
+            files: Shards {
+                format,
+                shards,
+                cache,
+            },
+            window: shuffle.map_or(1, |(window, _)| window),
+            seed: shuffle.map(|(_, seed)| seed),
             epoch: 0,
             next: 0,
             lanes,
@@ -198,7 +307,7 @@ impl Lanes {
     }
 
     fn begin(&mut self, epoch: u64) {
-        let mut order: Vec<usize> = (0..self.shards.len()).collect();
+        let mut order: Vec<usize> = (0..self.files.shards.len()).collect();
         if let Some(seed) = self.seed {
             Random::new(seed, epoch, Purpose::Shards).shuffle(&mut order);
         }
@@ -233,14 +342,17 @@ impl Lanes {
         self.next = cursor.next as usize;
         self.barren = false;
         for (lane, &saved) in self.lanes.iter_mut().zip(&cursor.lanes) {
-            let LaneCursor { shard, taken, .. } = saved;
+            let LaneCursor { shard, .. } = saved;
             if shard > lane.shards.len() {
                 let count = lane.shards.len();
                 return Err(Error::Cursor(format!("shard {shard} of a lane of {count}")));
             }
             lane.at = LaneCursor { taken: 0, ..saved };
+        }
+        self.ask_ahead()?;
+        for (lane, &LaneCursor { taken, .. }) in self.lanes.iter_mut().zip(&cursor.lanes) {
             if taken > 0 {
-                lane.load(&self.shards, self.window, self.seed, self.epoch)?;
+                lane.load(&self.files, self.window, self.seed, self.epoch)?;
                 let held = lane.window.len();
                 if taken > held {
                     let what = format!("{taken} samples taken from a window of {held}");
@@ -248,6 +360,18 @@ impl Lanes {
                 }
                 lane.start.taken = taken;
                 lane.window.by_ref().take(taken).for_each(drop);
+            }
+        }
+        Ok(())
+    }
+
+    /// Opens the objects that the lanes stand in, all before any is waited for. Files are opened when they are read.
+    fn ask_ahead(&mut self) -> Result<(), Error> {
+        for lane in &mut self.lanes {
+            if let (Some(&shard), None) = (lane.shards.get(lane.at.shard), &lane.reader)
+                && store::is_url(&self.files.shards[shard])
+            {
+                lane.reader = Some(self.files.open(shard, &lane.at)?);
             }
         }
         Ok(())
@@ -262,15 +386,19 @@ impl Lanes {
                 let lane = &mut self.lanes[index];
                 self.next = (self.next + 1) % count;
                 if lane.window.len() == 0 {
-                    lane.load(&self.shards, self.window, self.seed, self.epoch)?;
+                    lane.load(&self.files, self.window, self.seed, self.epoch)?;
                 }
-                if let Some((shard, record)) = lane.window.next() {
+                if let Some((shard, record, label)) = lane.window.next() {
                     lane.start.taken += 1;
                     self.barren = false;
                     asked.push((index, lane.cursor()));
                     return Ok(Some(Sample {
                         epoch: self.epoch,
-                        content: Content::Record { shard, record },
+                        content: Content::Record {
+                            shard,
+                            record,
+                            label,
+                        },
                         step: Step {
                             epoch: self.epoch,
                             next: self.next as u64,
@@ -283,7 +411,7 @@ impl Lanes {
             }
             if self.barren {
                 return Err(Error::NoRecords {
-                    shards: self.shards.clone(),
+                    shards: self.files.shards.clone(),
                 });
             }
             if self.seed.is_none() {
@@ -291,6 +419,7 @@ impl Lanes {
             }
             // A damaged cursor may say the last epoch of all.
             self.begin(self.epoch.wrapping_add(1));
+            self.ask_ahead()?;
             begins = true;
             asked.clear();
         }
@@ -313,17 +442,19 @@ struct Lane {
     /// Where the reader stands; `taken` is 0.
     at: LaneCursor,
     reader: Option<Reader>,
+    /// The shard after it, where that is far away and has been asked for.
+    upcoming: Option<Reader>,
     /// Where the window started and how much of it is used.
     start: LaneCursor,
     /// What is left of the window, shuffled, each with its shard. Bytes are freed as they are used.
-    window: vec::IntoIter<(usize, Record)>,
+    window: vec::IntoIter<(usize, Record, Label)>,
 }
 
 impl Lane {
     /// Reads and shuffles the next window; it stays empty if there are no more records.
     fn load(
         &mut self,
-        shards: &[PathBuf],
+        files: &Shards,
         size: usize,
         seed: Option<u64>,
         epoch: u64,
@@ -331,13 +462,13 @@ impl Lane {
         self.start = self.at;
         let mut records = Vec::new();
         while records.len() < size {
-            match self.read(shards)? {
+            match self.read(files)? {
                 Some(record) => records.push(record),
                 None => break,
             }
         }
         // The first record names the window: it is the same whether the lane came here by reading or by resuming.
-        if let (Some(seed), Some((shard, first))) = (seed, records.first()) {
+        if let (Some(seed), Some((shard, first, _))) = (seed, records.first()) {
             let purpose = Purpose::Window {
                 shard: *shard,
                 record: first.index,
@@ -348,22 +479,23 @@ impl Lane {
         Ok(())
     }
 
-    fn read(&mut self, shards: &[PathBuf]) -> Result<Option<(usize, Record)>, Error> {
+    fn read(&mut self, files: &Shards) -> Result<Option<(usize, Record, Label)>, Error> {
         while let Some(&shard) = self.shards.get(self.at.shard) {
             let reader = match &mut self.reader {
                 Some(reader) => reader,
-                none => none.insert(Reader::open_at(
-                    &shards[shard],
-                    self.at.offset,
-                    self.at.record,
-                )?),
+                none => none.insert(files.open(shard, &self.at)?),
             };
-            if let Some(record) = reader.next()? {
-                self.at.offset = reader.offset();
-                self.at.record = reader.record();
-                return Ok(Some((shard, record)));
+            if self.upcoming.is_none()
+                && reader.is_ending()
+                && let Some(&next) = self.shards.get(self.at.shard + 1)
+            {
+                self.upcoming = Some(files.open(next, &LaneCursor::default())?);
             }
-            self.reader = None;
+            if let Some((record, label)) = reader.next()? {
+                (self.at.offset, self.at.record) = reader.place();
+                return Ok(Some((shard, record, label)));
+            }
+            self.reader = self.upcoming.take();
             self.at = LaneCursor {
                 shard: self.at.shard + 1,
                 ..LaneCursor::default()
@@ -395,17 +527,12 @@ impl MadeUp {
         let (noise, examples) = match *source {
             Source::Fake { examples } => (true, examples),
             Source::Zeros { examples } => (false, examples),
-            Source::TfRecord { .. } => unreachable!("records are not made up"),
+            Source::Shards { .. } | Source::Folder(_) => unreachable!("records are not made up"),
         };
         if examples == 0 {
             return Err(Error::NoRecords { shards: vec![] });
         }
-        let Cursor { epoch, next, lanes } = cursor;
-        if next > examples || !lanes.is_empty() {
-            return Err(Error::Cursor(format!(
-                "it is at {next} of {examples} examples"
-            )));
-        }
+        let (epoch, next) = cursor.single(examples)?;
         Ok(Self {
             noise,
             examples,
@@ -432,12 +559,7 @@ impl MadeUp {
             } else {
                 Content::Zeros
             },
-            step: Step {
-                epoch: self.epoch,
-                next: self.next,
-                begins: false,
-                asked: vec![],
-            },
+            step: Step::single(self.epoch, self.next),
         })
     }
 }

@@ -20,6 +20,8 @@ pub(crate) enum Purpose {
     Window { shard: usize, record: u64 },
     /// Crop and flip of this record.
     Augment { shard: usize, record: u64 },
+    /// What is done to this record after crop and flip.
+    Change { shard: usize, record: u64 },
     /// Label and pixels of this made-up example, for training or for evaluation.
     Fake { index: u64, is_eval: bool },
     /// How the batch of an update is mixed; in place of the epoch, the number of that update.
@@ -39,7 +41,8 @@ impl Random {
             Purpose::Window { shard, record } => (1, shard as u64, record),
             Purpose::Augment { shard, record } => (2, shard as u64, record),
             Purpose::Fake { index, is_eval } => (3, index, u64::from(is_eval)),
-            Purpose::Mix => (4, 0, 0),
+            Purpose::Mix => (5, 0, 0),
+            Purpose::Change { shard, record } => (4, shard as u64, record),
         };
         let state = [seed, epoch, kind, a, b]
             .iter()
@@ -111,6 +114,7 @@ mod tests {
             (0, 0, Purpose::Augment { shard, record }),
             (0, 0, Purpose::Augment { shard: 2, record }),
             (0, 0, Purpose::Augment { shard, record: 1 }),
+            (0, 0, Purpose::Change { shard, record }),
             (
                 0,
                 0,

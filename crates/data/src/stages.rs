@@ -57,16 +57,21 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
         let start = Instant::now();
         let Some(sample) = order.next()? else { break };
         stages.read += start.elapsed();
-        let Content::Record { shard, record } = &sample.content else {
+        let Content::Record {
+            shard,
+            record,
+            label,
+        } = &sample.content
+        else {
             continue;
         };
         let start = Instant::now();
-        let Ok((example, _)) = decode::parsed(config, record) else {
+        let Ok((example, _)) = decode::parsed(config, record, label) else {
             continue;
         };
         stages.parse += start.elapsed();
         let random = decode::augmentation(config, sample.epoch, *shard, record);
-        let Some(slot) = pixels.slots(len, 0).pop() else {
+        let Some(mut slot) = pixels.slots(len, 0).pop() else {
             break;
         };
         decoder.times = Some(Times::default());
@@ -76,7 +81,7 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
             Mode::Train,
             example.encoded,
             &random,
-            slot,
+            &mut slot,
             &mut decoder,
         );
         let took = start.elapsed();

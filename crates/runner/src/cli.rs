@@ -261,7 +261,7 @@ pub(crate) enum DataArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DataFakeArgs {
-    /// Directory of the shards
+    /// Directory of the shards; it may be in a bucket (gs://, s3://, az://)
     #[arg(value_name = "DIR")]
     pub(crate) out: PathBuf,
 
@@ -292,7 +292,7 @@ pub(crate) struct DataConvertArgs {
     #[arg(long, value_name = "DIR")]
     pub(crate) from: PathBuf,
 
-    /// Directory of the shards
+    /// Directory of the shards; it may be in a bucket (gs://, s3://, az://)
     #[arg(long, value_name = "DIR")]
     pub(crate) out: PathBuf,
 

@@ -28,6 +28,9 @@ fn write_shard(path: &Path, records: &[Vec<u8>]) -> Result<(), Failure> {
 }
 
 fn make_directory(path: &Path) -> Result<(), Failure> {
+    if store::is_url(path) {
+        return Ok(()); // a bucket has none
+    }
     std::fs::create_dir_all(path).map_err(|e| {
         Failure::Spec(format!(
             "{}: cannot create the directory: {e}\nhint: name a directory that can be written to",
@@ -155,20 +158,31 @@ fn spread(values: impl Iterator<Item = usize> + Clone) -> [f64; 3] {
 }
 
 /// Reads a shard to its end or to where it is damaged.
-fn audit_shard(shard: usize, path: &Path, args: &DataCheckArgs) -> (Vec<Seen>, Vec<String>) {
+///
+/// # Errors
+/// An object store that does not answer, which is no problem of the data.
+fn audit_shard(
+    shard: usize,
+    path: &Path,
+    args: &DataCheckArgs,
+) -> Result<(Vec<Seen>, Vec<String>), store::Error> {
     let (mut seen, mut problems) = (vec![], vec![]);
+    let ends = |seen, mut problems: Vec<String>, error| match error {
+        store::Error::Bucket { .. } => Err(error),
+        damage => {
+            problems.push(damage.to_string());
+            Ok((seen, problems))
+        }
+    };
     let mut reader = match store::tfrecord::Reader::open(path) {
         Ok(reader) => reader,
-        Err(error) => return (seen, vec![error.to_string()]),
+        Err(error) => return ends(seen, problems, error),
     };
     loop {
         let record = match reader.next() {
             Ok(Some(record)) => record,
-            Ok(None) => return (seen, problems),
-            Err(error) => {
-                problems.push(error.to_string());
-                return (seen, problems);
-            }
+            Ok(None) => return Ok((seen, problems)),
+            Err(error) => return ends(seen, problems, error),
         };
         let place = format!(
             "{}: record {} at byte {}",
@@ -224,11 +238,12 @@ pub(crate) fn check(args: &DataCheckArgs) -> Result<ExitCode, Failure> {
         ..Audit::default()
     };
     for shard in &shards {
-        audit.bytes += std::fs::metadata(shard).map_or(0, |m| m.len());
+        audit.bytes += store::length(shard)?;
     }
     let mut problems = vec![];
     let mut seen: Vec<Seen> = vec![];
-    for (of_shard, found) in audits {
+    for audit in audits {
+        let (of_shard, found) = audit?;
         seen.extend(of_shard);
         problems.extend(found);
     }
@@ -364,14 +379,15 @@ fn shuffle_key(seed: u64, path: &str) -> u64 {
 
 /// `runner data convert`.
 pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
-    let folders: Vec<PathBuf> = entries(&args.from)?
-        .into_iter()
-        .filter(|p| p.is_dir())
-        .collect();
+    let (folders, mut passed_over): (Vec<_>, Vec<_>) =
+        entries(&args.from)?.into_iter().partition(|p| p.is_dir());
     let mut images = vec![];
     for (class, folder) in folders.iter().enumerate() {
-        for path in entries(folder)?.into_iter().filter(|p| p.is_file()) {
-            images.push(Found { path, class });
+        for path in entries(folder)? {
+            match path.is_file() {
+                true => images.push(Found { path, class }),
+                false => passed_over.push(path),
+            }
         }
     }
     if images.is_empty() {
@@ -380,9 +396,16 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
             args.from.display()
         )));
     }
+    report_passed_over(&passed_over);
     let relative = |found: &Found| format!("{}/{}", name(&folders[found.class]), name(&found.path));
     images.sort_by_cached_key(|found| (shuffle_key(args.seed, &relative(found)), relative(found)));
     make_directory(&args.out)?;
+    // Two that write here at a time would each take the other's shards for its own. A bucket has no locks: there the
+    // same shards would be written twice.
+    let _lease = match store::is_url(&args.out) {
+        true => None,
+        false => Some(store::Lease::take(&args.out)?),
+    };
 
     // What the shards are made from: a later start goes on only with the same.
     let mut lines = format!(
@@ -397,29 +420,28 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
     let made_from = args.out.join(format!("{}.made-from", args.split));
     let shards =
         || (0..args.shards).map(|i| args.out.join(shard_name(&args.split, i, args.shards)));
-    match std::fs::read_to_string(&made_from) {
-        Ok(earlier) if earlier != lines => {
+    match store::read(&made_from)? {
+        Some(earlier) if earlier != lines.as_bytes() => {
             return Err(Failure::Spec(format!(
                 "{}: shards of other files or other arguments are there\n\
                  hint: name another --out or --split, or remove them",
                 args.out.display()
             )));
         }
-        Ok(_) => {}
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(Failure::Run(format!("{}: {e}", made_from.display())));
-        }
-        Err(_) => match shards().find(|shard| shard.exists()) {
-            Some(shard) => {
-                return Err(Failure::Spec(format!(
-                    "{}: it is there, and no {} says what it was made from\n\
-                     hint: name another --out or --split, or remove the shards",
-                    shard.display(),
-                    made_from.display()
-                )));
+        Some(_) => {}
+        None => {
+            for shard in shards() {
+                if store::exists(&shard)? {
+                    return Err(Failure::Spec(format!(
+                        "{}: it is there, and no {} says what it was made from\n\
+                         hint: name another --out or --split, or remove the shards",
+                        shard.display(),
+                        made_from.display()
+                    )));
+                }
             }
-            None => store::write_atomic(&made_from, &[lines.as_bytes()])?,
-        },
+            store::write_atomic(&made_from, &[lines.as_bytes()])?;
+        }
     }
     let mut labels = String::new();
     for folder in &folders {
@@ -431,7 +453,7 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
     for shard in 0..args.shards {
         let path = args.out.join(shard_name(&args.split, shard, args.shards));
         // Shards are written whole or not at all, so one that is there is done.
-        if path.is_file() {
+        if store::exists(&path)? {
             kept += 1;
             continue;
         }
@@ -482,6 +504,28 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
         folders.len()
     ));
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says what lies where images are looked for and is neither a file nor a class's folder: folders in folders, files
+/// beside the folders, links to nothing.
+fn report_passed_over(paths: &[PathBuf]) {
+    const SHOWN: usize = 10;
+    if paths.is_empty() {
+        return;
+    }
+    for path in paths.iter().take(SHOWN) {
+        let what = match std::fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => "a folder in a class's folder",
+            Ok(metadata) if metadata.is_file() => "a file beside the classes' folders",
+            Ok(_) => "neither a file nor a folder",
+            Err(_) => "a link to nothing, or not readable",
+        };
+        eprintln!("{}: passed over: {what}", path.display());
+    }
+    eprintln!(
+        "{} passed over: only files in DIR/CLASS/ are converted",
+        paths.len()
+    );
 }
 
 /// An image's record, or what is wrong with it.

@@ -66,6 +66,12 @@ impl From<engine::Error> for Failure {
 
 impl From<store::Error> for Failure {
     fn from(e: store::Error) -> Self {
-        train::Error::from(e).into()
+        match e {
+            // Of shards that a command was given.
+            store::Error::NoMatch { .. } | store::Error::Corrupt { .. } => {
+                Failure::Input(e.to_string())
+            }
+            e => train::Error::from(e).into(),
+        }
     }
 }

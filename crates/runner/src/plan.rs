@@ -194,7 +194,8 @@ const BATCHES_IN_FLIGHT: usize = 4;
 
 /// Bytes of the batches that wait, are decoded and in use.
 pub(crate) fn batches_in_flight(run: &Run, batch_size: usize) -> usize {
-    let is_rounded = run.data.resize == Resize::Pillow || run.data.source != Source::Tfrecord;
+    let is_made_up = matches!(run.data.source, Source::Fake | Source::Zeros);
+    let is_rounded = run.data.resize == Resize::Pillow || is_made_up;
     let value = if is_rounded { 1 } else { size_of::<f32>() };
     BATCHES_IN_FLIGHT * batch_size * run.model.resolution.pow(2) * 3 * value
 }
@@ -402,11 +403,20 @@ impl MemoryReport {
         };
         let held = run.data.lanes.saturating_mul(run.data.shuffle_window);
         let held = held.min(train_examples.unwrap_or(0) as usize);
+        let held = match run.data.source {
+            Source::Tfrecord | Source::Webdataset => held,
+            Source::Folder | Source::Fake | Source::Zeros => 0,
+        };
         let held = held + batch_size.min(data::READ_AHEAD);
-        let from_shards = run.data.source == Source::Tfrecord;
+        let from_shards = !matches!(run.data.source, Source::Fake | Source::Zeros);
         let batches = batches_in_flight(run, batch_size);
         let records = if from_shards {
-            held * record_bytes(run, train_examples)
+            let is_remote = run.data.train.as_deref().is_some_and(store::is_url);
+            let blocks = match is_remote {
+                true => store::held_bytes(run.data.lanes),
+                false => 0,
+            };
+            held * record_bytes(run, train_examples) + blocks
         } else {
             0
         };
@@ -486,6 +496,7 @@ fn record_bytes(run: &Run, examples: Option<u64>) -> usize {
         .data
         .train
         .as_deref()
+        .filter(|glob| !store::is_url(glob)) // nobody is asked over the network
         .and_then(|glob| store::glob(glob).ok());
     let length = |path: &std::path::PathBuf| std::fs::metadata(path).map_or(0, |m| m.len());
     match (shards, examples) {

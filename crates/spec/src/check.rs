@@ -9,7 +9,7 @@ use crate::run::{DEPTHS, Data, Mode, OptimizerKind, Run, ScheduleKind, Source};
 /// What whole numbers can be; the schema says the same (`run`). The upper ends are far above what anybody trains, and
 /// low enough for every product of them: a batch stays within what `data` can index, an epoch within what a double
 /// counts exactly.
-const WHOLE: [(&str, RangeInclusive<u64>); 11] = [
+const WHOLE: [(&str, RangeInclusive<u64>); 14] = [
     ("seed", 0..=u64::MAX),
     ("model.classes", 2..=1_000_000),
     ("data.lanes", 1..=65_536),
@@ -17,6 +17,9 @@ const WHOLE: [(&str, RangeInclusive<u64>); 11] = [
     ("data.train_examples", 1..=1_000_000_000_000),
     ("data.eval_examples", 1..=1_000_000_000_000),
     ("data.max_bad_records", 0..=1_000_000_000_000),
+    ("data.cache_gb", 1..=1_000_000),
+    ("data.augment_ops", 1..=16),
+    ("data.augment_magnitude", 0..=30),
     ("train.batch_size", 1..=65_536),
     ("train.bn_batch", 1..=65_536),
     ("train.threads", 0..=1024),
@@ -51,6 +54,13 @@ pub(crate) fn remote(place: &str) -> Option<(String, Option<String>)> {
     };
     let what = format!("{scheme}:// is not supported{yet}");
     Some((what, Some("give a path on this machine".into())))
+}
+
+/// Whether a place is in a bucket, from which shards can be read.
+fn is_bucket(place: &str) -> bool {
+    ["gs://", "s3://", "az://"]
+        .iter()
+        .any(|scheme| place.starts_with(scheme))
 }
 
 /// Something wrong, before it is known where the key was written.
@@ -142,11 +152,22 @@ fn names(run: &Run, found: &mut Findings) {
     let places = [
         ("run_dir", &run.run_dir),
         ("model.labels", &run.model.labels),
+        ("data.cache", &run.data.cache),
         ("data.train", &run.data.train),
         ("data.eval", &run.data.eval),
     ];
     for (key, place) in places {
+        // Shards are read from buckets, directories are not.
+        let is_read =
+            ["data.train", "data.eval"].contains(&key) && run.data.source != Source::Folder;
+        if is_read && place.as_deref().is_some_and(is_bucket) {
+            continue;
+        }
         if let Some((what, hint)) = place.as_deref().and_then(remote) {
+            let hint = match is_read {
+                true => hint.map(|hint| hint + ", or gs://, s3:// or az://"),
+                false => hint,
+            };
             found.key(key, what, hint);
         }
     }
@@ -177,6 +198,9 @@ fn whole_numbers(run: &Run, found: &mut Findings) {
         "data.train_examples" => data.train_examples,
         "data.eval_examples" => data.eval_examples,
         "data.max_bad_records" => Some(data.max_bad_records),
+        "data.cache_gb" => Some(data.cache_gb),
+        "data.augment_ops" => Some(data.augment_ops as u64),
+        "data.augment_magnitude" => Some(data.augment_magnitude as u64),
         "train.batch_size" => Some(train.batch_size as u64),
         "train.bn_batch" => train.bn_batch.map(|n| n as u64),
         "train.threads" => Some(train.threads as u64),
@@ -205,11 +229,27 @@ fn data(data: &Data, found: &mut Findings) {
         0.0 < low && low <= high && high <= 1000.0,
         "two increasing numbers above 0 and at most 1000",
     );
+    let [brightness, contrast, saturation, hue] = data.color_jitter;
+    found.range(
+        "data.color_jitter",
+        data.color_jitter,
+        [brightness, contrast, saturation]
+            .iter()
+            .all(|x| (0.0..=10.0).contains(x))
+            && (0.0..=0.5).contains(&hue),
+        "four numbers, the first three from 0 to 10 and the last from 0 to 0.5",
+    );
+    found.range(
+        "data.random_erasing",
+        data.random_erasing,
+        (0.0..=1.0).contains(&data.random_erasing),
+        "from 0 to 1",
+    );
 }
 
-/// TFRecords come from somewhere.
+/// Records and files come from somewhere.
 fn shards(run: &Run, found: &mut Findings) {
-    if run.data.source != Source::Tfrecord {
+    if matches!(run.data.source, Source::Fake | Source::Zeros) {
         return;
     }
     let needed = [

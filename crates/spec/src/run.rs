@@ -147,9 +147,9 @@ pub enum StemPool {
 pub struct Data {
     /// Where images come from.
     pub source: Source,
-    /// Glob of the training shards.
+    /// Glob of the training shards: files, or objects of a bucket (gs://, s3://, az://).
     pub train: Option<String>,
-    /// Glob of the evaluation shards.
+    /// Glob of the evaluation shards: files, or objects of a bucket (gs://, s3://, az://).
     pub eval: Option<String>,
     /// The stored label of class 0.
     pub label_offset: i64,
@@ -175,7 +175,8 @@ pub struct Data {
     /// Records of a lane that are shuffled among themselves, from 1 to 10000000; they are held in memory.
     #[schemars(range(min = 1, max = 10_000_000))]
     pub shuffle_window: usize,
-    /// Number of training examples; needed only where it cannot be counted.
+    /// Number of training examples; needed only where it cannot be counted. Of shards in a bucket it is taken on trust:
+    /// to count them is to read them.
     #[schemars(range(min = 1, max = 1_000_000_000_000u64))]
     pub train_examples: Option<u64>,
     /// Number of evaluation examples; needed only where it cannot be counted. The made-up sources use at most 256.
@@ -184,22 +185,76 @@ pub struct Data {
     /// Unreadable records that are counted and passed over before the run stops.
     #[schemars(range(max = 1_000_000_000_000u64))]
     pub max_bad_records: u64,
+    /// Directory that keeps what was read from a bucket, for the next epoch and the next run; none if absent.
+    pub cache: Option<String>,
+    /// Size of that directory in gigabytes (10^9 bytes), from 1 to 1000000; what was used least recently goes first.
+    #[schemars(range(min = 1, max = 1_000_000))]
+    pub cache_gb: u64,
+    /// What is done to the colours and the geometry of training images after the crop.
+    pub augment: Augment,
+    /// Operations of RandAugment for each image, from 1 to 16.
+    #[schemars(range(min = 1, max = 16))]
+    pub augment_ops: usize,
+    /// Strength of RandAugment's operations, from 0 to 30; 10 is AutoAugment's strongest.
+    #[schemars(range(max = 30))]
+    pub augment_magnitude: usize,
+    /// Largest changes of brightness, contrast, saturation and hue of training images, as torchvision's `ColorJitter`:
+    /// factors from 1 - x to 1 + x, and a part of the circle of hues, at most 0.5.
+    #[serde(deserialize_with = "four")]
+    #[schemars(extend("items" = json!({ "type": "number", "minimum": 0 })))]
+    pub color_jitter: [f64; 4],
+    /// How many of the training images lose a rectangle, from 0 to 1, as torchvision's `RandomErasing`.
+    #[schemars(range(min = 0, max = 1))]
+    pub random_erasing: f64,
 }
 
 /// Exactly two numbers; serde alone would take the first two of more.
 fn pair<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[f64; 2], D::Error> {
+    numbers(deserializer, "two")
+}
+
+/// Exactly four numbers.
+fn four<'de, D: Deserializer<'de>>(deserializer: D) -> Result<[f64; 4], D::Error> {
+    numbers(deserializer, "four")
+}
+
+fn numbers<'de, D: Deserializer<'de>, const N: usize>(
+    deserializer: D,
+    count: &str,
+) -> Result<[f64; N], D::Error> {
     let numbers = Vec::deserialize(deserializer)?;
     numbers.try_into().map_err(|numbers: Vec<f64>| {
-        D::Error::custom(format_args!("expected two numbers, not {}", numbers.len()))
+        D::Error::custom(format_args!(
+            "expected {count} numbers, not {}",
+            numbers.len()
+        ))
     })
+}
+
+/// What is done to the colours and the geometry of training images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Augment {
+    /// Nothing.
+    None,
+    /// RandAugment: `augment_ops` operations drawn for each image, of strength `augment_magnitude`.
+    Randaugment,
+    /// AutoAugment's policy v0, which was found for ImageNet.
+    Autoaugment,
 }
 
 /// Where images come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Source {
-    /// TFRecord shards of JPEG images.
+    /// TFRecord shards of images: JPEG, PNG or WebP.
     Tfrecord,
+    /// WebDataset shards: tar archives in which `NAME.jpg` and `NAME.cls` are a sample. Mind `label_offset`, which is
+    /// usually 0 for them.
+    Webdataset,
+    /// Directories with one folder of image files for each class; `train` and `eval` name them. Classes are the folders
+    /// sorted by name, and `label_offset`, `lanes` and `shuffle_window` mean nothing: an epoch is a shuffle of all.
+    Folder,
     /// Noise with labels.
     Fake,
     /// Black images, all of class 0.
@@ -601,6 +656,13 @@ impl Default for Data {
             train_examples: None,
             eval_examples: None,
             max_bad_records: 0,
+            cache: None,
+            cache_gb: 100,
+            augment: Augment::None,
+            augment_ops: 2,
+            augment_magnitude: 10,
+            color_jitter: [0.0; 4],
+            random_erasing: 0.0,
         }
     }
 }
@@ -708,7 +770,7 @@ impl Data {
     }
 
     fn is_made_up(&self) -> bool {
-        self.source != Source::Tfrecord
+        matches!(self.source, Source::Fake | Source::Zeros)
     }
 }
 
@@ -720,7 +782,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 20] = [
+const FREE: [&str; 22] = [
     "name",
     "mode",
     "run_dir",
@@ -729,6 +791,8 @@ const FREE: [&str; 20] = [
     "data.eval",
     "data.eval_examples",
     "data.max_bad_records",
+    "data.cache",
+    "data.cache_gb",
     "train.device",
     "train.threads",
     "train.instructions",

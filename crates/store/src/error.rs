@@ -14,7 +14,7 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
-    /// The bytes of a shard are not TFRecord framing.
+    /// The bytes of a shard are not TFRecord framing, or no tar archive.
     Corrupt {
         /// The shard.
         path: PathBuf,
@@ -39,7 +39,18 @@ pub enum Error {
         /// What is wrong.
         what: &'static str,
     },
-    /// A URL of an object store.
+    /// An object store did not answer as it should.
+    Bucket {
+        /// The verb that failed: `open`, `read`, `list the objects`.
+        action: &'static str,
+        /// The object or pattern.
+        url: String,
+        /// What it said.
+        what: String,
+        /// What to do about it.
+        hint: &'static str,
+    },
+    /// A URL of an object store, where only a path will do.
     Unsupported {
         /// The URL.
         url: String,
@@ -77,10 +88,17 @@ impl fmt::Display for Error {
             } => write!(
                 f,
                 "{}: record {record} at byte {offset}: {what}\n\
-                 hint: the file is damaged or is no TFRecord file; copy or convert it again",
+                 hint: the file is damaged or of another kind than data.source says; copy or convert it again",
                 path.display()
             ),
             Self::NoMatch { pattern } => {
+                if crate::is_url(pattern) {
+                    return write!(
+                        f,
+                        "{pattern}: no object matches\n\
+                         hint: a pattern names objects, and * matches no slash: `gs://bucket/dir/train-*`"
+                    );
+                }
                 write!(f, "{pattern}: no file matches")?;
                 if Path::new(pattern).is_relative() {
                     write!(
@@ -104,9 +122,15 @@ impl fmt::Display for Error {
             }
             Self::Unsupported { url } => write!(
                 f,
-                "{url}: object stores are not supported yet\n\
+                "{url}: object stores are not supported here\n\
                  hint: copy the files to a local directory and name that"
             ),
+            Self::Bucket {
+                action,
+                url,
+                what,
+                hint,
+            } => write!(f, "{url}: cannot {action}: {what}\nhint: {hint}"),
             Self::Held { dir } => write!(
                 f,
                 "{}: another process is writing to this directory\n\

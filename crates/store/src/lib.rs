@@ -1,27 +1,38 @@
 //! Bytes: where they live and how they are framed.
 //!
-//! Shards are found by [`glob()`] and read by [`tfrecord`]; files are written whole or not at all by [`write_atomic`];
-//! a run directory has one writer, who holds its [`Lease`]. Paths are local for now: bucket URLs are refused.
+//! Shards are found by [`glob()`] and read by [`tfrecord`] and [`tar`]; files are written whole or not at all by [`write_atomic`];
+//! a run directory has one writer, who holds its [`Lease`]. Shards may also be objects of a bucket, named by a URL in place of
+//! a path, and a [`Cache`] keeps parts of them. Of what is written, shards may be there too.
 //!
 //! This crate does not know what the bytes mean: no serde, no protocol buffers, no images.
 
+mod bucket;
+mod cache;
 mod error;
+mod inflate;
 mod lease;
+mod stream;
+pub mod tar;
 pub mod tfrecord;
 mod write;
 
+pub use bucket::{held_bytes, is_url};
+pub use cache::Cache;
 pub use error::Error;
 pub use lease::Lease;
 pub use write::{rename, write_atomic};
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-/// Finds the files that match a shell pattern such as `imagenet/train-*`, sorted by path.
+/// Finds the files that match a shell pattern such as `imagenet/train-*`, or the objects that match one such as
+/// `gs://bucket/imagenet/train-*`, sorted by path.
 ///
 /// # Errors
-/// A bucket URL, a malformed pattern, a directory that cannot be read, or no match at all.
+/// A malformed pattern, a directory or bucket that cannot be read, or no match at all.
 pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
-    check_local(pattern)?;
+    if is_url(pattern) {
+        return bucket::glob(pattern);
+    }
     let matches = ::glob::glob(pattern).map_err(|e| Error::Pattern {
         pattern: pattern.into(),
         at: e.pos,
@@ -47,13 +58,50 @@ pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
+/// The length of a file or object in bytes.
+///
+/// # Errors
+/// It cannot be asked for.
+pub fn length(path: &Path) -> Result<u64, Error> {
+    if is_url(path) {
+        return bucket::object(path).map(|object| object.size());
+    }
+    let metadata = std::fs::metadata(path).map_err(|e| Error::io("read the length", path, e))?;
+    Ok(metadata.len())
+}
+
+/// All bytes of a file or object; none if it is not there.
+///
+/// # Errors
+/// It cannot be read.
+pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
+    if is_url(path) {
+        return bucket::read(path);
+    }
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(Error::io("read", path, e)),
+    }
+}
+
+/// Whether there is such a file, directory or object.
+///
+/// # Errors
+/// It cannot be asked for.
+pub fn exists(path: &Path) -> Result<bool, Error> {
+    match is_url(path) {
+        true => bucket::exists(path),
+        false => path.try_exists().map_err(|e| Error::io("open", path, e)),
+    }
+}
+
 /// Refuses the URL of an object store.
 ///
 /// # Errors
 /// If it is one.
 pub fn check_local(path: &str) -> Result<(), Error> {
-    let schemes = ["gs://", "s3://", "az://"];
-    match schemes.iter().any(|scheme| path.starts_with(scheme)) {
+    match is_url(path) {
         true => Err(Error::Unsupported { url: path.into() }),
         false => Ok(()),
     }
@@ -90,12 +138,29 @@ mod tests {
     }
 
     #[test]
-    fn glob_refuses_buckets_for_now() {
-        for url in ["gs://b/train-*", "s3://b/train-*", "az://b/train-*"] {
-            let error = glob(url).unwrap_err();
-            assert!(matches!(error, Error::Unsupported { .. }));
-            assert!(error.to_string().starts_with(url), "{error}");
+    fn only_urls_of_buckets_are_urls() {
+        for url in ["gs://b/train-*", "s3://b/k", "az://b"] {
+            assert!(is_url(url) && check_local(url).is_err(), "{url}");
         }
+        for path in [
+            "gs:/b",
+            "http://b/k",
+            "/data/gs://b",
+            "file://x",
+            "s3",
+            "train-*",
+        ] {
+            assert!(!is_url(path) && check_local(path).is_ok(), "{path}");
+        }
+    }
+
+    #[test]
+    fn a_malformed_pattern_of_objects_is_reported_before_anybody_is_asked() {
+        let error = glob("gs://b/train-[0").unwrap_err().to_string();
+        assert!(
+            error.starts_with("gs://b/train-[0: character 14: "),
+            "{error}"
+        );
     }
 
     #[test]

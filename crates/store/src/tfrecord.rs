@@ -1,18 +1,19 @@
 //! TFRecord framing: length (u64), masked CRC-32C of the length, payload, masked CRC-32C of the payload, all
-//! little-endian, uncompressed (TensorFlow, `tensorflow/core/lib/io/record_writer.h`).
+//! little-endian (TensorFlow, `tensorflow/core/lib/io/record_writer.h`). A whole shard may be compressed with GZIP or
+//! ZLIB, as TensorFlow's `TFRecordOptions` has it; which it is shows in its first bytes.
 
-use std::fs::File;
-use std::io::{self, BufReader, ErrorKind, Read, Seek, SeekFrom, Write};
+use std::fmt;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-use crate::Error;
+use crate::bucket;
+use crate::stream::{BUFFER, Fault, Stream};
+use crate::{Cache, Error};
 
 const HEADER: u64 = 12;
 const FOOTER: u64 = 4;
 /// No record is longer; TensorFlow's protocol buffers end at 2 GiB.
 const MAX_PAYLOAD: u64 = 1 << 30;
-/// A few images at a time; every open reader holds one.
-const BUFFER: usize = 256 << 10;
 /// Counting reads headers only, so filling a large buffer at each would be waste.
 const HEADER_BUFFER: usize = 4 << 10;
 
@@ -43,13 +44,11 @@ impl Record {
     }
 }
 
-/// Reads the records of one shard in order.
-#[derive(Debug)]
+/// Reads the records of one shard in order: a file or an object, as it is or compressed as a whole.
 pub struct Reader {
     path: PathBuf,
-    file: BufReader<File>,
-    /// Length of the file when it was opened.
-    end: u64,
+    stream: Stream,
+    /// Where the next record starts.
     offset: u64,
     record: u64,
 }
@@ -58,44 +57,47 @@ impl Reader {
     /// Opens a shard at its beginning.
     ///
     /// # Errors
-    /// The file cannot be opened.
+    /// The shard cannot be opened.
     pub fn open(path: &Path) -> Result<Self, Error> {
-        Self::open_at(path, 0, 0)
+        Self::open_at(path, 0, 0, None)
     }
 
-    /// Opens a shard where [`Reader::offset`] and [`Reader::record`] once pointed.
+    /// Opens a shard where [`Reader::offset`] and [`Reader::record`] once pointed; an object is read through the cache.
     ///
     /// # Errors
-    /// The file cannot be opened, or ends before `offset`, or so many records do not fit before it.
-    pub fn open_at(path: &Path, offset: u64, record: u64) -> Result<Self, Error> {
-        Self::open_with(path, offset, record, BUFFER)
+    /// The shard cannot be opened, or ends before `offset`, or so many records do not fit before it. Of an object, some
+    /// of this is told by [`Reader::next`] only.
+    pub fn open_at(
+        path: &Path,
+        offset: u64,
+        record: u64,
+        cache: Option<&Cache>,
+    ) -> Result<Self, Error> {
+        Self::open_with(path, offset, record, cache, BUFFER)
     }
 
-    fn open_with(path: &Path, offset: u64, record: u64, buffer: usize) -> Result<Self, Error> {
-        let open = || {
-            let mut file = File::open(path)?;
-            let end = file.metadata()?.len();
-            file.seek(SeekFrom::Start(offset))?;
-            Ok((file, end))
-        };
-        let (file, end) = open().map_err(|e| Error::io("open", path, e))?;
-        let reader = Self {
+    fn open_with(
+        path: &Path,
+        offset: u64,
+        record: u64,
+        cache: Option<&Cache>,
+        buffer: usize,
+    ) -> Result<Self, Error> {
+        let corrupt = |fault| corrupt(path, offset, record, fault);
+        if record > offset / (HEADER + FOOTER) {
+            let what = "so many records do not fit before it";
+            return Err(corrupt(Fault::Damaged(what.into())));
+        }
+        let stream = Stream::open(path, offset, cache, buffer, true).map_err(corrupt)?;
+        Ok(Self {
             path: path.into(),
-            file: BufReader::with_capacity(buffer, file),
-            end,
+            stream,
             offset,
             record,
-        };
-        if offset > end {
-            return Err(reader.corrupt(format!("the file has only {end} bytes")));
-        }
-        if record > offset / (HEADER + FOOTER) {
-            return Err(reader.corrupt("so many records do not fit before it".into()));
-        }
-        Ok(reader)
+        })
     }
 
-    /// Where the next record starts, in bytes.
+    /// Where the next record starts, in bytes; of a compressed shard, in what it inflates to.
     pub fn offset(&self) -> u64 {
         self.offset
     }
@@ -105,114 +107,171 @@ impl Reader {
         self.record
     }
 
-    /// Reads the next record, or `None` where the file ends cleanly. The length is checked against its CRC; the
+    /// Whether what is left of the shard is on its way, so that it is time to open the one after it. Never true of a
+    /// file, which can be opened when it is needed.
+    pub fn is_ending(&self) -> bool {
+        self.stream.is_ending()
+    }
+
+    /// Reads the next record, or `None` where the shard ends cleanly. The length is checked against its CRC; the
     /// payload is not, see [`Record::verify`].
     ///
     /// # Errors
-    /// The file cannot be read, or is not TFRecord framing from here on.
+    /// The shard cannot be read, or is not TFRecord framing from here on.
     #[expect(
         clippy::should_implement_trait,
         reason = "an iterator would go on after an error; a damaged shard cannot"
     )]
     pub fn next(&mut self) -> Result<Option<Record>, Error> {
+        let record = self.read();
+        record.map_err(|fault| corrupt(&self.path, self.offset, self.record, fault))
+    }
+
+    fn read(&mut self) -> Result<Option<Record>, Fault> {
         let Some(length) = self.header()? else {
             return Ok(None);
         };
-        // `header` has compared the length with what the file holds, so this allocates nothing absurd.
-        let mut bytes = Vec::with_capacity(length as usize);
+        let bytes = self.stream.take(length)?;
         let mut crc = [0; FOOTER as usize];
-        let payload = self.file.by_ref().take(length).read_to_end(&mut bytes);
-        payload.map_err(|e| Error::io("read", &self.path, e))?;
-        if bytes.len() as u64 != length {
-            return Err(self.shrunk());
+        if bytes.len() as u64 != length || self.stream.fill(&mut crc)? != crc.len() {
+            return Err(self.short(length));
         }
-        self.fill(&mut crc)?;
         let record = Record {
             offset: self.offset,
             index: self.record,
             bytes,
             crc: u32::from_le_bytes(crc),
         };
-        self.advance(length);
+        self.advance();
         Ok(Some(record))
     }
 
-    /// Steps over the next record without reading its payload; false where the file ends cleanly.
+    /// Steps over the next record, without reading its payload if it can; false where the shard ends cleanly.
     fn skip(&mut self) -> Result<bool, Error> {
+        let passed = self.pass();
+        passed.map_err(|fault| corrupt(&self.path, self.offset, self.record, fault))
+    }
+
+    fn pass(&mut self) -> Result<bool, Fault> {
         let Some(length) = self.header()? else {
             return Ok(false);
         };
-        self.file
-            .seek_relative((length + FOOTER) as i64)
-            .map_err(|e| Error::io("read", &self.path, e))?;
-        self.advance(length);
+        let rest = length + FOOTER;
+        if self.stream.skip(rest)? != rest {
+            return Err(self.short(length));
+        }
+        self.advance();
         Ok(true)
     }
 
-    /// Reads a header and returns the payload's length, which the file is long enough for.
-    fn header(&mut self) -> Result<Option<u64>, Error> {
-        let remaining = self.end - self.offset;
-        if remaining == 0 {
-            return Ok(None);
+    /// Reads a header and returns the payload's length, which a shard that is not compressed is long enough for.
+    fn header(&mut self) -> Result<Option<u64>, Fault> {
+        let remaining = self.stream.remaining()?;
+        match remaining {
+            Some(0) => return Ok(None),
+            Some(rest @ 1..HEADER) => return Err(tail(rest)),
+            _ => {}
         }
-        if remaining < HEADER {
-            return Err(self.corrupt(format!(
-                "the file ends with {remaining} bytes, too few for a record header"
+        let mut header = [0; HEADER as usize];
+        let got = self.stream.fill(&mut header)?;
+        if got < header.len() {
+            return match remaining {
+                Some(_) => Err(Fault::Damaged(self.stream.short("a header"))),
+                None if got == 0 => Ok(None),
+                None => Err(tail(got as u64)),
+            };
+        }
+        let Some(length) = length(&header) else {
+            return Err(Fault::Damaged("the checksum of the length is wrong".into()));
+        };
+        if length > MAX_PAYLOAD {
+            return Err(Fault::Damaged(format!(
+                "a payload of {length} bytes is over 1 GiB"
             )));
         }
-        let (mut length, mut crc) = ([0; 8], [0; 4]);
-        self.fill(&mut length)?;
-        self.fill(&mut crc)?;
-        if masked_crc(&length) != u32::from_le_bytes(crc) {
-            return Err(self.corrupt("the checksum of the length is wrong".into()));
-        }
-        let length = u64::from_le_bytes(length);
-        if length > MAX_PAYLOAD {
-            return Err(self.corrupt(format!("a payload of {length} bytes is over 1 GiB")));
-        }
-        let rest = remaining - HEADER;
-        if length + FOOTER > rest {
-            return Err(self.corrupt(format!(
+        if let Some(rest) = remaining.map(|remaining| remaining - HEADER)
+            && length + FOOTER > rest
+        {
+            return Err(Fault::Damaged(format!(
                 "a payload of {length} bytes and its checksum do not fit in the {rest} that follow"
             )));
         }
         Ok(Some(length))
     }
 
-    fn advance(&mut self, length: u64) {
-        self.offset += HEADER + length + FOOTER;
+    /// The end came inside a payload or its checksum.
+    fn short(&self, length: u64) -> Fault {
+        let of = format!("a payload of {length} and its checksum");
+        Fault::Damaged(self.stream.short(&of))
+    }
+
+    fn advance(&mut self) {
+        self.offset = self.stream.at();
         self.record += 1;
-    }
-
-    fn fill(&mut self, bytes: &mut [u8]) -> Result<(), Error> {
-        self.file.read_exact(bytes).map_err(|e| match e.kind() {
-            ErrorKind::UnexpectedEof => self.shrunk(),
-            _ => Error::io("read", &self.path, e),
-        })
-    }
-
-    fn shrunk(&self) -> Error {
-        self.corrupt("the file became shorter while it was read".into())
-    }
-
-    fn corrupt(&self, what: String) -> Error {
-        Error::Corrupt {
-            path: self.path.clone(),
-            offset: self.offset,
-            record: self.record,
-            what,
-        }
     }
 }
 
-/// Counts the records of a shard by walking its headers.
+impl fmt::Debug for Reader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader")
+            .field("path", &self.path)
+            .field("offset", &self.offset)
+            .field("record", &self.record)
+            .finish_non_exhaustive()
+    }
+}
+
+fn tail(bytes: u64) -> Fault {
+    Fault::Damaged(format!(
+        "the file ends with {bytes} bytes, too few for a record header"
+    ))
+}
+
+/// What is wrong with a shard, at the record that starts there.
+pub(crate) fn corrupt(path: &Path, offset: u64, record: u64, fault: Fault) -> Error {
+    match fault {
+        Fault::Error(error) => error,
+        Fault::Damaged(what) => Error::Corrupt {
+            path: path.into(),
+            offset,
+            record,
+            what,
+        },
+    }
+}
+
+/// What a header says, unless its checksum is wrong.
+pub(crate) fn length(header: &[u8; HEADER as usize]) -> Option<u64> {
+    let (length, crc) = header.split_first_chunk::<8>()?;
+    (masked_crc(length).to_le_bytes() == crc).then(|| u64::from_le_bytes(*length))
+}
+
+/// Counts the records of a shard by walking its headers. Of an object, the number is kept in the cache.
 ///
 /// # Errors
-/// The file cannot be read, a header is damaged, or bytes are left over at the end.
-pub fn count(path: &Path) -> Result<u64, Error> {
-    let mut reader = Reader::open_with(path, 0, 0, HEADER_BUFFER)?;
+/// The shard cannot be read, a header is damaged, or bytes are left over at the end.
+pub fn count(path: &Path, cache: Option<&Cache>) -> Result<u64, Error> {
+    // No part of the object has this number.
+    const COUNT: u64 = u64::MAX;
+    let known = match cache {
+        Some(cache) if crate::is_url(path) => Some((cache, bucket::object(path)?.identity())),
+        _ => None,
+    };
+    if let Some((cache, identity)) = &known
+        && let Some(bytes) = cache.get(identity, COUNT)
+        && let Ok(bytes) = bytes.try_into()
+    {
+        return Ok(u64::from_le_bytes(bytes));
+    }
+    let mut reader = Reader::open_with(path, 0, 0, cache, HEADER_BUFFER)?;
     while reader.skip()? {}
-    Ok(reader.record())
+    let count = reader.record();
+    if let Some((cache, identity)) = &known {
+        cache
+            .put(identity, COUNT, &count.to_le_bytes())
+            .map_err(|e| Error::io("write", cache.dir(), e))?;
+    }
+    Ok(count)
 }
 
 /// Writes one record.
@@ -254,7 +313,7 @@ mod tests {
             Ok(records)
         };
         let records: Result<Vec<Record>, Error> = read();
-        match (&records, count(&path)) {
+        match (&records, count(&path, None)) {
             (Ok(records), Ok(counted)) => assert_eq!(records.len() as u64, counted),
             (Err(read), Err(counted)) => assert_eq!(read.to_string(), counted.to_string()),
             (read, counted) => panic!("read {read:?}, counted {counted:?}"),
@@ -319,11 +378,13 @@ mod tests {
         crate::write_atomic(&path, &[&framed(&[b"hello", b"a", b"b"])]).unwrap();
         let mut first = Reader::open(&path).unwrap();
         first.next().unwrap();
-        let mut second = Reader::open_at(&path, first.offset(), first.record()).unwrap();
+        let mut second = Reader::open_at(&path, first.offset(), first.record(), None).unwrap();
         assert_eq!(second.next().unwrap(), first.next().unwrap());
-        let past = Reader::open_at(&path, 1000, 7).unwrap_err().to_string();
+        let past = Reader::open_at(&path, 1000, 7, None)
+            .unwrap_err()
+            .to_string();
         assert!(past.contains("only 55 bytes"), "{past}");
-        let absurd = Reader::open_at(&path, 21, u64::MAX).unwrap_err();
+        let absurd = Reader::open_at(&path, 21, u64::MAX, None).unwrap_err();
         assert!(absurd.to_string().contains("do not fit before it"));
     }
 
@@ -379,9 +440,105 @@ mod tests {
         check_corrupt(&bytes[..bytes.len() - 1], 1, 17, "do not fit in the 8");
     }
 
+    fn gzip(bytes: &[u8]) -> Vec<u8> {
+        let mut out = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    }
+
+    fn zlib(bytes: &[u8]) -> Vec<u8> {
+        let mut out = flate2::write::ZlibEncoder::new(Vec::new(), flate2::Compression::fast());
+        out.write_all(bytes).unwrap();
+        out.finish().unwrap()
+    }
+
+    /// As [`check`], without its question where the reader stands: that is a place in the inflated bytes.
+    fn check_compressed(bytes: &[u8]) -> Result<Vec<Record>, Error> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shard");
+        crate::write_atomic(&path, &[bytes]).unwrap();
+        let mut reader = Reader::open(&path)?;
+        let mut records = Vec::new();
+        while let Some(record) = reader.next()? {
+            records.push(record);
+        }
+        assert_eq!(count(&path, None)?, records.len() as u64);
+        for record in &records {
+            let mut there = Reader::open_at(&path, record.offset, record.index, None)?;
+            assert_eq!(there.next()?.as_ref(), Some(record));
+        }
+        Ok(records)
+    }
+
+    /// Larger than every buffer, and not all alike.
+    fn large() -> Vec<u8> {
+        let payloads: Vec<Vec<u8>> = (0..40u32)
+            .map(|i| (0..i * 997).map(|j| (j * j >> (i % 7)) as u8).collect())
+            .collect();
+        let payloads: Vec<&[u8]> = payloads.iter().map(Vec::as_slice).collect();
+        framed(&payloads)
+    }
+
+    #[test]
+    fn compressed_shards_hold_the_same_records() {
+        let plain = large();
+        let expected = check(&plain).unwrap();
+        assert_eq!(check_compressed(&gzip(&plain)).unwrap(), expected);
+        assert_eq!(check_compressed(&zlib(&plain)).unwrap(), expected);
+        // Files that were joined, cut anywhere.
+        let (head, tail) = plain.split_at(12_345);
+        let joined = [gzip(head), gzip(tail)].concat();
+        assert_eq!(check_compressed(&joined).unwrap(), expected);
+        assert_eq!(check_compressed(&gzip(&[])).unwrap(), []);
+    }
+
+    #[test]
+    fn compressed_shards_that_are_cut_off_or_changed_are_damaged() {
+        let plain = large();
+        let expected = check(&plain).unwrap();
+        for whole in [gzip(&plain), zlib(&plain)] {
+            for end in [whole.len() - 1, whole.len() - 5, whole.len() / 2, 20] {
+                let error = check_compressed(&whole[..end]).unwrap_err().to_string();
+                assert!(error.contains("the compressed data is damaged"), "{error}");
+            }
+            let longer = [&whole[..], b"tail"].concat();
+            let error = check_compressed(&longer).unwrap_err().to_string();
+            assert!(error.contains("the compressed data is damaged"), "{error}");
+            let mut changed = whole.clone();
+            changed[whole.len() / 2] ^= 0x10;
+            match check_compressed(&changed) {
+                Err(Error::Corrupt { .. }) => {}
+                other => panic!("{other:?}"),
+            }
+        }
+        // Records that are cut off inside are found as in a plain shard.
+        let cut = &plain[..plain.len() - 5];
+        let error = check_compressed(&gzip(cut)).unwrap_err();
+        assert!(
+            error.to_string().contains("inflates to too few bytes"),
+            "{error}"
+        );
+        let tail = [&plain[..], b"tail"].concat();
+        let error = check_compressed(&gzip(&tail)).unwrap_err();
+        assert!(error.to_string().contains("ends with 4 bytes"), "{error}");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shard");
+        crate::write_atomic(&path, &[&gzip(&plain)]).unwrap();
+        let past = Reader::open_at(&path, 1 << 30, expected.len() as u64, None).unwrap_err();
+        assert!(past.to_string().contains("inflates to only"), "{past}");
+    }
+
+    /// The low bytes of a length may be those that GZIP begins with.
+    #[test]
+    fn a_record_whose_length_looks_like_gzip_is_a_record() {
+        let payload = vec![7; 0x08_8b1f];
+        assert_eq!(framed(&[&payload])[..3], [0x1f, 0x8b, 8]);
+        assert_eq!(check(&framed(&[&payload])).unwrap()[0].bytes, payload);
+    }
+
     #[test]
     fn a_missing_file_is_an_io_error() {
-        let error = count(Path::new("absent")).unwrap_err();
+        let error = count(Path::new("absent"), None).unwrap_err();
         assert!(matches!(error, Error::Io { action: "open", .. }), "{error}");
     }
 }

@@ -7,11 +7,15 @@ use crate::Error;
 /// Writes the parts one after another as one file, or leaves what was there.
 ///
 /// The bytes go to `.NAME.tmp` in the same directory, which is fsynced and renamed; then the directory is fsynced.
-/// A reader sees the old file or the new one, after a power cut too. A leftover `.NAME.tmp` is overwritten.
+/// A reader sees the old file or the new one, after a power cut too. A leftover `.NAME.tmp` is overwritten. An object in a
+/// bucket, which a URL names in place of a path, is replaced as a whole by its store.
 ///
 /// # Errors
 /// The file cannot be written, for example because the directory does not exist or the disk is full.
 pub fn write_atomic(path: &Path, parts: &[&[u8]]) -> Result<(), Error> {
+    if crate::is_url(path) {
+        return crate::bucket::put(path, parts);
+    }
     let name = path
         .file_name()
         .ok_or_else(|| Error::io("write", path, io::ErrorKind::InvalidFilename.into()))?;
@@ -39,6 +43,18 @@ fn replace(temporary: &Path, path: &Path, parts: &[&[u8]]) -> io::Result<()> {
         file.write_all(part)?;
     }
     file.sync_all()?;
+    std::fs::rename(temporary, path)
+}
+
+/// Writes the parts as one file that no reader sees half of; after a power cut it may be damaged.
+#[expect(clippy::disallowed_methods, reason = "as above")]
+pub(crate) fn write_beside(path: &Path, parts: &[&[u8]]) -> io::Result<()> {
+    // Processes that write the same file at a time do not meet in the temporary one.
+    let temporary = path.with_added_extension(format!("{}.tmp", std::process::id()));
+    let mut file = File::create(&temporary)?;
+    for part in parts {
+        file.write_all(part)?;
+    }
     std::fs::rename(temporary, path)
 }
 

@@ -94,6 +94,12 @@ impl Error {
     pub fn is_of_input(&self) -> bool {
         match self {
             Error::Data(data::Error::Threads(_) | data::Error::Memory { .. }) => false,
+            // The network, not the data: the run can go on where it stopped.
+            Error::Data(data::Error::Store(store::Error::Bucket { .. }))
+            | Error::Shards {
+                source: store::Error::Bucket { .. },
+                ..
+            } => false,
             Error::Data(_)
             | Error::Shards { .. }
             | Error::Examples { .. }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use spec::{Crop, Decode, Mode, Resize, Run, Source};
+use spec::{Augment, Crop, Decode, Mode, Resize, Run, Source};
 
 use crate::Error;
 
@@ -38,24 +38,22 @@ impl Input {
             eval_examples: 0,
             eval_fingerprint: "made up".into(),
         };
+        // One for both, which keeps one count of what it holds.
+        let cache = cache(run)?;
         if run.mode != Mode::Eval {
             let glob = Glob {
                 key: "data.train",
                 pattern: run.data.train.as_deref(),
             };
             let expected = run.data.train_examples();
-            let config = config(run, &glob, run.train.batch_size, expected)?;
+            let config = config(run, &glob, run.train.batch_size, expected, cache.clone())?;
             input.train_examples = examples("data.train_examples", &glob, &config, expected)?;
-            if let data::Source::TfRecord { shards, .. } = &config.source {
-                input.fingerprint = data::fingerprint(shards)?;
-            }
+            input.fingerprint = fingerprint(&config.source)?;
             input.train = Some(config);
         }
         if run.mode != Mode::Train {
-            let (config, examples) = eval_input(run)?;
-            if let data::Source::TfRecord { shards, .. } = &config.source {
-                input.eval_fingerprint = data::fingerprint(shards)?;
-            }
+            let (config, examples) = eval_input(run, cache)?;
+            input.eval_fingerprint = fingerprint(&config.source)?;
             input.eval_examples = examples;
             input.eval = Some(config);
         }
@@ -90,22 +88,30 @@ impl Input {
     }
 }
 
+fn fingerprint(source: &data::Source) -> Result<String, Error> {
+    Ok(match source {
+        data::Source::Shards { shards, .. } => data::fingerprint(shards)?,
+        data::Source::Folder(folder) => folder.fingerprint(),
+        data::Source::Fake { .. } | data::Source::Zeros { .. } => "made up".into(),
+    })
+}
+
 /// The evaluation set of `run`.
 ///
 /// # Errors
 /// As [`Input::open`].
 pub fn eval_config(run: &Run) -> Result<data::Config, Error> {
-    eval_input(run).map(|(config, _)| config)
+    eval_input(run, cache(run)?).map(|(config, _)| config)
 }
 
 /// The evaluation set, and how many examples it has.
-fn eval_input(run: &Run) -> Result<(data::Config, u64), Error> {
+fn eval_input(run: &Run, cache: Option<store::Cache>) -> Result<(data::Config, u64), Error> {
     let glob = Glob {
         key: "data.eval",
         pattern: run.data.eval.as_deref(),
     };
     let expected = run.data.eval_examples();
-    let config = config(run, &glob, run.train.bn_batch(), expected)?;
+    let config = config(run, &glob, run.train.bn_batch(), expected, cache)?;
     let examples = examples("data.eval_examples", &glob, &config, expected)?;
     Ok((config, examples))
 }
@@ -135,16 +141,25 @@ fn config(
     glob: &Glob<'_>,
     batch_size: usize,
     made_up: Option<u64>,
+    cache: Option<store::Cache>,
 ) -> Result<data::Config, Error> {
     let d = &run.data;
     let examples = made_up.unwrap_or_default();
     let source = match d.source {
-        Source::Tfrecord => data::Source::TfRecord {
+        Source::Tfrecord | Source::Webdataset => data::Source::Shards {
+            format: match d.source {
+                Source::Webdataset => data::Format::WebDataset,
+                _ => data::Format::TfRecord,
+            },
             shards: glob.shards()?,
             label_offset: d.label_offset,
             lanes: d.lanes,
             shuffle_window: d.shuffle_window,
         },
+        Source::Folder => {
+            store::check_local(glob.pattern())?;
+            data::Source::Folder(data::Folder::open(glob.pattern().as_ref())?)
+        }
         Source::Fake => data::Source::Fake { examples },
         Source::Zeros => data::Source::Zeros { examples },
     };
@@ -173,30 +188,71 @@ fn config(
         crop_ratio: run.eval.crop_ratio,
         max_bad_records: d.max_bad_records,
         threads: run.train.threads,
+        cache,
+        augment: data::Augment {
+            policy: match d.augment {
+                Augment::None => data::Policy::None,
+                Augment::Randaugment => data::Policy::RandAugment {
+                    ops: d.augment_ops,
+                    magnitude: d.augment_magnitude,
+                },
+                Augment::Autoaugment => data::Policy::AutoAugment,
+            },
+            jitter: d.color_jitter,
+            erasing: d.random_erasing,
+        },
     })
 }
 
-/// Counts the examples and holds the spec's number against them.
+/// The directory that keeps parts of shards in buckets; none is opened for others.
+fn cache(run: &Run) -> Result<Option<store::Cache>, Error> {
+    let d = &run.data;
+    let is_url = |glob: &Option<String>| glob.as_deref().is_some_and(store::is_url);
+    match &d.cache {
+        Some(dir) if is_url(&d.train) || is_url(&d.eval) => {
+            let limit = d.cache_gb * 1_000_000_000;
+            Ok(Some(store::Cache::open(dir.as_ref(), limit)?))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Counts the examples and holds the spec's number against them. Of objects in a bucket that number is taken on trust,
+/// for to count them is to read them.
 fn examples(
     key: &'static str,
     glob: &Glob<'_>,
     config: &data::Config,
     expected: Option<u64>,
 ) -> Result<u64, Error> {
-    let shards = match &config.source {
-        data::Source::TfRecord { shards, .. } => shards,
+    let shards: &[PathBuf] = match &config.source {
+        data::Source::Shards { shards, .. } => shards,
+        data::Source::Folder(_) => &[],
         data::Source::Fake { examples } | data::Source::Zeros { examples } => return Ok(*examples),
     };
-    match (data::count(shards)?, expected) {
+    if let Some(expected) = expected
+        && shards.iter().any(store::is_url)
+    {
+        return Ok(expected);
+    }
+    let found = match &config.source {
+        data::Source::Folder(folder) => folder.len(),
+        data::Source::Shards { format, .. } => data::count(*format, shards, config.cache.as_ref())?,
+        data::Source::Fake { examples } | data::Source::Zeros { examples } => *examples,
+    };
+    match (found, expected) {
         (found, Some(expected)) if expected != found => Err(Error::Examples {
             key,
             expected,
             found,
             pattern: glob.pattern().into(),
-            shards: shards.len(),
+            shards: match &config.source {
+                data::Source::Folder(_) => found as usize,
+                _ => shards.len(),
+            },
         }),
         (0, _) => Err(Error::Data(data::Error::NoRecords {
-            shards: shards.clone(),
+            shards: shards.to_vec(),
         })),
         (found, _) => Ok(found),
     }

@@ -67,14 +67,14 @@ fn check(config: &Config, reason: impl Fn(&Reason) -> bool, message: &str) {
         let place = format!("{}: record 6 at byte {offset}: {message}", shard.display());
         assert!(text.starts_with(&place), "{text}");
         assert!(text.contains("\nhint: "), "{text}");
-        let mut reader = store::tfrecord::Reader::open_at(&shard, offset, record).unwrap();
+        let mut reader = store::tfrecord::Reader::open_at(&shard, offset, record, None).unwrap();
         assert!(reader.next().unwrap().is_some());
     }
 }
 
 fn shards(config: &Config) -> &[PathBuf] {
     match &config.source {
-        Source::TfRecord { shards, .. } => shards,
+        Source::Shards { shards, .. } => shards,
         _ => unreachable!(),
     }
 }
@@ -122,7 +122,7 @@ fn bad_jpeg() {
     );
     check(
         &config,
-        |reason| matches!(reason, Reason::Jpeg(_)),
+        |reason| matches!(reason, Reason::Image(_)),
         "the image cannot be decoded: ",
     );
 }
@@ -243,7 +243,8 @@ fn bad_records_at_the_very_end_are_told_too() {
 
 fn config_like(config: &Config, shard: PathBuf) -> Config {
     let mut config = config.clone();
-    config.source = Source::TfRecord {
+    config.source = Source::Shards {
+        format: data::Format::TfRecord,
         shards: vec![shard],
         label_offset: 1,
         lanes: 1,

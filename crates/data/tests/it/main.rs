@@ -4,6 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod errors;
+mod folders;
 mod order;
 mod photos;
 mod sources;
@@ -89,7 +90,8 @@ impl Shards {
 
 fn config(shards: &[PathBuf], lanes: usize, shuffle_window: usize) -> Config {
     Config {
-        source: Source::TfRecord {
+        source: Source::Shards {
+            format: data::Format::TfRecord,
             shards: shards.to_vec(),
             label_offset: 1,
             lanes,
@@ -109,6 +111,8 @@ fn config(shards: &[PathBuf], lanes: usize, shuffle_window: usize) -> Config {
         crop_ratio: 0.875,
         max_bad_records: 0,
         threads: 2,
+        cache: None,
+        augment: data::Augment::default(),
     }
 }
 

@@ -15,8 +15,14 @@ fn digits_config(pattern: &str) -> Config {
 
 #[test]
 fn digits_are_all_there() {
-    assert_eq!(data::count(&digits("train-*")).unwrap(), 1438);
-    assert_eq!(data::count(&digits("validation-*")).unwrap(), 359);
+    assert_eq!(
+        data::count(data::Format::TfRecord, &digits("train-*"), None).unwrap(),
+        1438
+    );
+    assert_eq!(
+        data::count(data::Format::TfRecord, &digits("validation-*"), None).unwrap(),
+        359
+    );
     let batches: Vec<_> = data::eval(&digits_config("validation-*"))
         .unwrap()
         .map(Result::unwrap)

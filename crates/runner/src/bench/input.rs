@@ -85,14 +85,16 @@ impl Report {
         let shards = store::glob(&args.data)?;
         let mut bytes = 0;
         for shard in &shards {
-            bytes += std::fs::metadata(shard).map_or(0, |m| m.len());
+            bytes += store::length(shard)?;
         }
-        let records = data::count(&shards).map_err(train::Error::from)?;
+        let records =
+            data::count(data::Format::TfRecord, &shards, None).map_err(train::Error::from)?;
         let threads = args
             .threads
             .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
         let config = data::Config {
-            source: data::Source::TfRecord {
+            source: data::Source::Shards {
+                format: data::Format::TfRecord,
                 shards: shards.clone(),
                 label_offset: 0,
                 lanes: 64,
@@ -119,6 +121,8 @@ impl Report {
             crop_ratio: 0.875,
             max_bad_records: 0,
             threads,
+            cache: None,
+            augment: data::Augment::default(),
         };
         let mut loader =
             data::train(&config, data::Cursor::default()).map_err(train::Error::from)?;

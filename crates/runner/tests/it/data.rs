@@ -225,6 +225,113 @@ fn a_conversion_that_was_cut_off_ends_with_the_same_bytes() {
     );
 }
 
+/// The 1797 digits of data/digits, in a folder for each.
+fn digits(dir: &Path) -> PathBuf {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/digits");
+    let from = dir.join("digits");
+    let mut count = 0;
+    for shard in store::glob(&format!("{}/*-of-*", root.display())).unwrap() {
+        let mut reader = store::tfrecord::Reader::open(&shard).unwrap();
+        while let Some(record) = reader.next().unwrap() {
+            let (jpeg, label) = data::parse(&record.bytes).unwrap();
+            let class = from.join(format!("digit-{label:02}"));
+            std::fs::create_dir_all(&class).unwrap();
+            std::fs::write(class.join(format!("{count:04}.jpg")), jpeg).unwrap();
+            count += 1;
+        }
+    }
+    assert_eq!(count, 1797);
+    from
+}
+
+#[test]
+fn a_conversion_that_is_killed_and_started_again_ends_with_the_same_bytes() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = digits(dir.path());
+    let args = |out: &Path| {
+        let out = format!("--out={}", out.display());
+        let from = format!("--from={}", from.display());
+        [
+            "data".into(),
+            "convert".into(),
+            "--shards=40".into(),
+            from,
+            out,
+        ]
+    };
+    let run = |out: &Path| {
+        let args = args(out);
+        check(&args.iter().map(String::as_str).collect::<Vec<_>>(), 0).0
+    };
+    let (once, twice) = (dir.path().join("once"), dir.path().join("twice"));
+    run(&once);
+    let shards = |dir: &Path| -> Vec<(std::ffi::OsString, Vec<u8>)> {
+        let read = |entry: std::io::Result<std::fs::DirEntry>| {
+            let entry = entry.unwrap();
+            (entry.file_name(), std::fs::read(entry.path()).unwrap())
+        };
+        let mut files: Vec<_> = std::fs::read_dir(dir).unwrap().map(read).collect();
+        files.retain(|(name, _)| !name.to_str().unwrap().starts_with('.'));
+        files.sort();
+        files
+    };
+    let mut killed = 0;
+    for wanted in [1, 5, 20] {
+        let args = args(&twice);
+        let mut command = crate::runner(&args.each_ref().map(String::as_str));
+        let (out, err) = (std::process::Stdio::null(), std::process::Stdio::null());
+        let mut child = command.stdout(out).stderr(err).spawn().unwrap();
+        let held = || std::fs::read_dir(&twice).map_or(0, Iterator::count);
+        while held() < wanted && child.try_wait().unwrap().is_none() {
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        if child.try_wait().unwrap().is_none() {
+            child.kill().unwrap();
+            killed += 1;
+        }
+        child.wait().unwrap();
+    }
+    assert!(killed > 0, "every conversion ended before it was killed");
+    run(&twice);
+    let made = shards(&once);
+    assert_eq!(
+        made.len(),
+        40 + 2,
+        "the labels and what they were made from"
+    );
+    assert!(made == shards(&twice));
+}
+
+#[test]
+fn a_conversion_says_what_it_passes_over_and_is_alone_in_its_directory() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folders(dir.path());
+    std::fs::create_dir(from.join("class-0/deeper")).unwrap();
+    std::fs::write(from.join("README"), "text").unwrap();
+    std::os::unix::fs::symlink("nowhere", from.join("class-1/dead.jpg")).unwrap();
+    let out = dir.path().join("out");
+    let (done, said) = convert(&from, &out, 0);
+    assert!(done.starts_with("22 images of 3 classes"), "{done}");
+    for (name, what) in [
+        ("class-0/deeper", "a folder in a class's folder"),
+        ("README", "a file beside the classes' folders"),
+        ("class-1/dead.jpg", "a link to nothing, or not readable"),
+    ] {
+        let line = format!("{}: passed over: {what}", from.join(name).display());
+        assert!(said.contains(&line), "{said}");
+    }
+    assert!(said.contains("3 passed over: "), "{said}");
+
+    let lease = store::Lease::take(&out).unwrap();
+    let (_, said) = convert(&from, &out, 4);
+    assert!(
+        said.contains("another process is writing to this directory"),
+        "{said}"
+    );
+    drop(lease);
+    convert(&from, &out, 0);
+}
+
 #[test]
 fn a_conversion_names_every_file_that_is_no_image() {
     let dir = tempfile::tempdir().unwrap();

@@ -7,8 +7,11 @@
 )]
 
 mod bench;
+mod buckets;
 mod data;
+mod fake_bucket;
 mod messages;
+mod real_stores;
 mod resume;
 #[path = "../../../track/tests/it/served.rs"]
 mod served;

@@ -488,17 +488,21 @@ fn every_range_is_checked() {
             &format!("expected above 0 and at most 1, not {ratio}"),
         );
     }
+    check_range("data.random_erasing=1.5", "expected from 0 to 1, not 1.5");
     check_range("track.experiment=", "expected a name, not \"\"");
 }
 
 /// Keys of whole numbers, and the ends of their ranges.
-const WHOLE: [(&str, u64, u64); 10] = [
+const WHOLE: [(&str, u64, u64); 13] = [
     ("model.classes", 2, 1_000_000),
     ("data.lanes", 1, 65_536),
     ("data.shuffle_window", 1, 10_000_000),
     ("data.train_examples", 1, 1_000_000_000_000),
     ("data.eval_examples", 1, 1_000_000_000_000),
     ("data.max_bad_records", 0, 1_000_000_000_000),
+    ("data.cache_gb", 1, 1_000_000),
+    ("data.augment_ops", 1, 16),
+    ("data.augment_magnitude", 0, 30),
     ("train.batch_size", 1, 65_536),
     ("train.bn_batch", 1, 65_536),
     ("train.threads", 0, 1024),
@@ -525,6 +529,18 @@ fn ranges_that_no_schema_can_say() {
         check_set(
             &format!("data.crop_area={toml}"),
             &format!("expected two increasing numbers above 0 and at most 1, not {area}"),
+        );
+    }
+    for jitter in [
+        "[-0.1, 0.0, 0.0, 0.0]",
+        "[0.0, 0.0, 0.0, 0.6]",
+        "[0.0, NaN, 0.0, 0.0]",
+    ] {
+        check_set(
+            &format!("data.color_jitter={}", jitter.to_lowercase()),
+            &format!(
+                "expected four numbers, the first three from 0 to 10 and the last from 0 to 0.5, not {jitter}"
+            ),
         );
     }
     for aspect in ["[2.0, 1.0]", "[1.0, inf]"] {
@@ -581,6 +597,9 @@ fn the_ends_of_ranges_are_inside() {
         "data.shuffle_window=10000000",
         "data.train_examples=1000000000000",
         "data.max_bad_records=0",
+        "data.augment_magnitude=0",
+        "data.color_jitter=[10, 0, 0, 0.5]",
+        "data.random_erasing=1",
         "train.batch_size=65536",
         "train.threads=0",
         "train.threads=1024",
@@ -820,12 +839,20 @@ fn missing_shards() {
 }
 
 #[test]
-fn buckets_are_not_supported_yet() {
+fn only_shards_can_be_in_a_bucket() {
+    let run = fake(&["data.train=gs://bucket/train-*", "data.eval=az://b/v-*"]);
+    assert_eq!(run.data.train.as_deref(), Some("gs://bucket/train-*"));
     check(
-        "name = \"x\"\n[data]\ntrain = \"gs://bucket/train-*\"\neval = \"az://b/v-*\"\n",
+        "name = 'x'\n[data]\nsource = 'folder'\ntrain = 'gs://b/train'\neval = 'e'",
+        &[],
+        "x.toml:4:1: data.train: gs:// is not supported yet\nhint: give a path on this machine",
+    );
+    check(
+        "name = \"x\"\n[data]\ntrain = \"gcs://bucket/train-*\"\neval = \"https://b/v-*\"\ncache = \"s3://b/c\"",
         &["run_dir=s3://b/c"],
-        "x.toml:3:1: data.train: gs:// is not supported yet\nhint: give a path on this machine\n\
-         x.toml:4:1: data.eval: az:// is not supported yet\nhint: give a path on this machine\n\
+        "x.toml:3:1: data.train: gcs:// is not supported\nhint: give a path on this machine, or gs://, s3:// or az://\n\
+         x.toml:4:1: data.eval: https:// is not supported\nhint: give a path on this machine, or gs://, s3:// or az://\n\
+         x.toml:5:1: data.cache: s3:// is not supported yet\nhint: give a path on this machine\n\
          --set run_dir=s3://b/c: run_dir: s3:// is not supported yet\nhint: give a path on this machine",
     );
     check_set(
@@ -880,7 +907,7 @@ fn devices() {
 fn what_is_not_supported_yet() {
     check_set(
         "data.source=bigtable",
-        "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"fake\", \"zeros\"",
+        "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"webdataset\", \"folder\", \"fake\", \"zeros\"",
     );
     check_set(
         "optimizer.kind=adam",
@@ -1003,7 +1030,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 66] = [
+const KEYS: [(&str, &str, bool); 73] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1031,6 +1058,13 @@ const KEYS: [(&str, &str, bool); 66] = [
     ("data.train_examples", "5", true),
     ("data.eval_examples", "5", false),
     ("data.max_bad_records", "5", false),
+    ("data.cache", "c", false),
+    ("data.cache_gb", "5", false),
+    ("data.augment", "randaugment", true),
+    ("data.augment_ops", "1", true),
+    ("data.augment_magnitude", "5", true),
+    ("data.color_jitter", "[0.4, 0.4, 0.4, 0.1]", true),
+    ("data.random_erasing", "0.1", true),
     ("train.batch_size", "512", true),
     ("train.bn_batch", "64", true),
     ("train.length", "50 epochs", false),
