@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use store::tfrecord::{Reader, Record};
 
 use crate::random::{Purpose, Random};
-use crate::{Config, Error, Source};
+use crate::{Config, Error, SampleId, Source};
 
 /// An exact position in the endless stream of training samples; the default is its beginning.
 ///
@@ -41,6 +41,18 @@ pub(crate) struct Sample {
     pub(crate) content: Content,
     /// What taking it changes in a cursor.
     pub(crate) step: Step,
+}
+
+impl Sample {
+    /// Which one it is.
+    pub(crate) fn id(&self) -> SampleId {
+        let (shard, record) = match &self.content {
+            Content::Record { shard, record } => (*shard, record.index),
+            Content::Fake { index } => (0, *index),
+            Content::Zeros => (0, self.step.next.saturating_sub(1)),
+        };
+        SampleId { shard, record }
+    }
 }
 
 /// From the position before a sample to the one after it.

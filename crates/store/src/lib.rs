@@ -47,6 +47,11 @@ pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
+/// CRC-32C (Castagnoli) of some bytes: finds what a disk has damaged, and withstands nobody.
+pub fn crc32c(bytes: &[u8]) -> u32 {
+    ::crc32c::crc32c(bytes)
+}
+
 /// Refuses the URL of an object store.
 ///
 /// # Errors
