@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use spec::{Length, Mode};
 use store::Lease;
 use track::{Resume, Summary, Terminal, Trackers, read_summary};
-use train::{Checkpoints, Ended, Input, Job, Meta, Pace, Plan, Progress};
+use train::{Checkpoints, Ended, Input, Job, Limits, Meta, Pace, Plan, Progress};
 
 use crate::cli::Spec;
 use crate::config;
 use crate::evaluate;
 use crate::failure::{Failure, INTERRUPTED};
-use crate::{network, output, tracking};
+use crate::{network, output, tracking, weights};
 
 /// What a command line says beside the spec.
 pub(crate) struct How {
@@ -53,7 +53,8 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     std::fs::create_dir_all(&dir)
         .map_err(|e| Failure::Run(format!("{}: cannot create: {e}", dir.display())))?;
     let _lease = Lease::take(&dir)?;
-    let start = train::resume(&dir, &meta)?;
+    let mut said = vec![];
+    let start = train::resume(&dir, &meta, |note| said.push(note.to_owned()))?;
     if let Some(summary) = start
         .as_ref()
         .and_then(|(progress, _)| finished(&dir, &plan, progress))
@@ -70,17 +71,18 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let config = tracking::config(&args.config, &run, &dir, &input, &meta)?;
     store::write_atomic(&dir.join("spec.toml"), &[run.to_toml().as_bytes()])?;
 
-    let resume = start.as_ref().map(|(at, _)| Resume {
-        step: at.step,
-        is_evaluated: at.is_evaluated(),
-        metrics_bytes: at.metrics_bytes,
-    });
+    let weights = match start {
+        Some(_) => None,
+        None => Some(weights::initial(&run, &graph)?),
+    };
+    let resume = start.as_ref().map(|(at, _)| place(at));
     let terminal = if how.tui {
         Terminal::Tui
     } else {
         Terminal::Auto
     };
     let mut trackers = Trackers::open(&dir, resume, &config, terminal);
+    said.iter().for_each(|note| trackers.note(note));
     let (title, params) = (network::title(&run), graph.counts().params);
     trackers.note(&format!("{}: {title}, {params} parameters", run.name));
     let (mut at, state) = match start {
@@ -94,7 +96,9 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
         None => {
             let nodes = network::nodes(&graph);
             trackers.describe(&tracking::params(&meta), &run.to_toml(), &nodes);
-            (Progress::default(), None)
+            let (state, said) = weights.expect("read where there is no checkpoint");
+            said.iter().for_each(|note| trackers.note(note));
+            (Progress::default(), Some(state))
         }
     };
     let mut engine = network::engine(&run, &graph, state)?;
@@ -106,17 +110,28 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
 
     let (checkpoints, stop, mut pace) = (Checkpoints::of(&dir), stop_on_signals(), Pace::default());
     let (plan, input, keep) = (&plan, &input, run.checkpoint.keep);
-    let job = Job {
-        plan,
-        input,
-        checkpoints: &checkpoints,
-        keep,
-        meta,
-        until,
-        stop: &stop,
+    let ended = loop {
+        let job = Job {
+            plan,
+            input,
+            checkpoints: &checkpoints,
+            keep,
+            meta: meta.clone(),
+            until,
+            limits: Limits::of(&run),
+            best: run.checkpoint.best,
+            stop: &stop,
+        };
+        let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
+        let Ok(Ended::Rewound) = ended else {
+            break ended;
+        };
+        // A rewind is a resume that the process survives: the trackers forget what it takes back.
+        drop(trackers);
+        trackers = Trackers::open(&dir, Some(place(&at)), &config, terminal);
     };
-    let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
     let (status, reason) = match &ended {
+        Ok(Ended::Rewound) => unreachable!("a run that was rewound goes on"),
         Ok(Ended::Done) => ("done", None),
         Ok(Ended::Interrupted) if stop.load(Ordering::Relaxed) => {
             ("interrupted", Some("a signal".into()))
@@ -133,6 +148,7 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let summary = pace.summary(status, &at, reason);
     trackers.finish(&summary);
     match ended? {
+        Ended::Rewound => unreachable!("as above"),
         Ended::Done => {
             print(&summary);
             Ok(ExitCode::SUCCESS)
@@ -145,6 +161,15 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
             print(&summary);
             Ok(ExitCode::from(INTERRUPTED))
         }
+    }
+}
+
+/// Where the trackers of a run that has come to `at` go on.
+fn place(at: &Progress) -> Resume {
+    Resume {
+        step: at.step,
+        is_evaluated: at.is_evaluated(),
+        metrics_bytes: at.metrics_bytes,
     }
 }
 

@@ -24,9 +24,9 @@ pub use length::{Length, LengthError, Unit};
 pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};
 pub use run::{
-    Checkpoint, Crop, Data, Decay, Decode, Eval, Instructions, Loss, Mlflow, Mode, Model,
-    Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind, Source,
-    Track, Train,
+    BestMetric, Checkpoint, Crop, Data, Decay, Decode, Eval, Instructions, Loss, Mlflow, Mode,
+    Model, Optimizer, OptimizerKind, Precision, Recipe, Resize, Run, Schedule, ScheduleKind,
+    Source, Track, Train,
 };
 pub use schema::schema;
 pub use sweep::{Cell, Halving, Sweep, sweep};

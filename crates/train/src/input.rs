@@ -117,6 +117,17 @@ impl Glob<'_> {
     }
 }
 
+/// How images that are in no shard are prepared for a network: as those of an evaluation.
+pub fn image_config(run: &Run) -> data::Config {
+    let source = data::Source::TfRecord {
+        shards: vec![],
+        label_offset: run.data.label_offset,
+        lanes: run.data.lanes,
+        shuffle_window: run.data.shuffle_window,
+    };
+    with_source(run, source, run.train.bn_batch())
+}
+
 fn config(
     run: &Run,
     glob: &Glob<'_>,
@@ -135,8 +146,13 @@ fn config(
         Source::Fake => data::Source::Fake { examples },
         Source::Zeros => data::Source::Zeros { examples },
     };
+    Ok(with_source(run, source, batch_size))
+}
+
+fn with_source(run: &Run, source: data::Source, batch_size: usize) -> data::Config {
+    let d = &run.data;
     let (area, aspect) = (d.crop_area, d.crop_aspect);
-    Ok(data::Config {
+    data::Config {
         source,
         resolution: run.model.resolution,
         batch_size,
@@ -160,7 +176,7 @@ fn config(
         crop_ratio: run.eval.crop_ratio,
         max_bad_records: d.max_bad_records,
         threads: run.train.threads,
-    })
+    }
 }
 
 /// Counts the examples and holds the spec's number against them.

@@ -8,6 +8,7 @@
 
 mod bench;
 mod data;
+mod longrun;
 mod messages;
 mod resume;
 #[path = "../../../track/tests/it/served.rs"]
