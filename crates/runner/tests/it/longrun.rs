@@ -148,7 +148,7 @@ fn a_full_disk_stops_no_run() {
     let Some(mount) = Mount::new(home.dir.path(), "size=120m") else {
         return;
     };
-    let length = sets(&["train.length=60 steps", "checkpoint.every=10 steps"]);
+    let length = sets(&["train.length=40 steps", "checkpoint.every=8 steps"]);
     straight.check(&length, 0);
     let mut child = start(&home, &length);
     let is_full = wait_for(
