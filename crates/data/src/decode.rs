@@ -146,6 +146,19 @@ fn draw(
     Ok(())
 }
 
+/// Writes an image file into its slot as an evaluation does.
+pub(crate) fn image(config: &Config, file: &[u8], mut slot: Slot<'_>) -> Result<(), Reason> {
+    // An evaluation draws nothing.
+    let purpose = Purpose::Fake {
+        index: 0,
+        is_eval: true,
+    };
+    let random = Random::new(config.seed, 0, purpose);
+    FAST.with_borrow_mut(|decoder| {
+        render(config, Mode::Eval, file, &random, &mut slot, decoder).map(|_| ())
+    })
+}
+
 /// The draws of a record in an epoch.
 pub(crate) fn augmentation(config: &Config, epoch: u64, shard: usize, record: &Record) -> Random {
     let record = record.index;

@@ -92,6 +92,12 @@ impl Folder {
         hash.to_string()
     }
 
+    /// The paths of some files by their numbers, a line for each.
+    pub(crate) fn describe(&self, files: impl Iterator<Item = u64>) -> Vec<String> {
+        let path = |file: u64| self.path(file as usize).display().to_string();
+        files.map(path).collect()
+    }
+
     fn path(&self, index: usize) -> PathBuf {
         let (class, name, _) = &self.0.files[index];
         self.0

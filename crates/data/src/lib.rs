@@ -26,7 +26,7 @@ mod webdataset;
 pub use augment::{Augment, Policy};
 pub use error::{BadRecord, Error, Reason};
 pub use folder::Folder;
-pub use loader::{Loader, READ_AHEAD, eval, train};
+pub use loader::{Loader, READ_AHEAD, eval, prepare, train};
 pub use made::{Labelled, photo};
 pub use mix::{Mix, Mixed};
 pub use order::Cursor;
@@ -175,6 +175,42 @@ pub struct Batch {
     pub cursor: Cursor,
     /// A line for each bad record that was met while this batch was made: shard, record, offset, reason.
     pub bad_records: Vec<String>,
+    /// Where each image comes from.
+    pub samples: Vec<SampleId>,
+}
+
+/// Which sample of the data an image is. [`describe`] names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SampleId {
+    /// Index of the shard, in the order in which shards are sorted; 0 for made-up data.
+    shard: usize,
+    /// Number of the record in the shard, from 0; for noise the number of the example.
+    record: u64,
+}
+
+/// Names samples, a line for each shard: its path and the numbers of the records, in order.
+pub fn describe(config: &Config, samples: &[SampleId]) -> Vec<String> {
+    let shards = match &config.source {
+        Source::Shards { shards, .. } => sorted(shards),
+        Source::Folder(folder) => {
+            return folder.describe(samples.iter().map(|s| s.record));
+        }
+        Source::Fake { .. } | Source::Zeros { .. } => vec![],
+    };
+    let mut samples = samples.to_vec();
+    samples.sort_unstable();
+    let line = |of_one: &[SampleId]| {
+        let records: Vec<String> = of_one.iter().map(|s| s.record.to_string()).collect();
+        let place = match shards.get(of_one[0].shard) {
+            Some(path) => path.display().to_string(),
+            None => "made-up examples".into(),
+        };
+        format!("{place}: records {}", records.join(", "))
+    };
+    samples
+        .chunk_by(|a, b| a.shard == b.shard)
+        .map(line)
+        .collect()
 }
 
 /// What a record holds: its image file and its label as stored.

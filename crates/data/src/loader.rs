@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::decode::{Mode, decode};
+use crate::decode::{self, Mode, decode};
 use crate::order::{Cursor, Order, Sample};
 use crate::{BadRecord, Batch, Config, Crop, Error, Pixels, Reason, Source};
 
@@ -75,6 +75,32 @@ pub fn train(config: &Config, cursor: Cursor) -> Result<Loader, Error> {
 pub fn eval(config: &Config) -> Result<Loader, Error> {
     check(config)?;
     start(config, Mode::Eval, Order::eval(config)?)
+}
+
+/// Prepares image files as an evaluation does, side by side: a batch of as many images as there are files, black ones
+/// where a file cannot be decoded, and what is wrong with each of those. The source must be [`Source::Shards`]; of what
+/// it names nothing is read.
+///
+/// # Errors
+/// A configuration that cannot work.
+pub fn prepare(
+    config: &Config,
+    files: &[impl AsRef<[u8]> + Sync],
+) -> Result<(Pixels, Vec<Result<(), Reason>>), Error> {
+    check(config)?;
+    let pool = ThreadPoolBuilder::new()
+        .num_threads(config.threads)
+        .build()
+        .map_err(|e| Error::Threads(e.to_string()))?;
+    let len = 3 * config.resolution * config.resolution;
+    let mut pixels = Pixels::new(config, files.len() * len);
+    let slots = pixels.slots(len, 0);
+    let outcomes = pool.install(|| {
+        let pairs = files.par_iter().zip(slots);
+        let outcomes = pairs.map(|(file, slot)| decode::image(config, file.as_ref(), slot));
+        outcomes.collect()
+    });
+    Ok((pixels, outcomes))
 }
 
 /// Everything that would make a later division, allocation or range fail.
@@ -268,6 +294,7 @@ impl Producer {
         let len = 3 * config.resolution * config.resolution;
         let mut pixels = Pixels::new(config, size * len);
         let mut labels = Vec::with_capacity(size);
+        let mut ids = Vec::with_capacity(size);
         let mut bad_records = Vec::new();
         while labels.len() < size {
             let first = labels.len();
@@ -309,6 +336,7 @@ impl Producer {
                             pixels.shift(len, first + i, labels.len());
                         }
                         labels.push(label);
+                        ids.push(sample.id());
                     }
                     Err(reason) => {
                         self.bad += 1;
@@ -330,6 +358,7 @@ impl Producer {
             labels,
             cursor: self.cursor.clone(),
             bad_records,
+            samples: ids,
         }))
     }
 }

@@ -10,7 +10,7 @@ use store::tfrecord::{self, Record};
 use crate::folder::FileOrder;
 use crate::random::{Purpose, Random};
 use crate::webdataset::Samples;
-use crate::{Config, Error, Format, Source};
+use crate::{Config, Error, Format, SampleId, Source};
 
 /// An exact position in the endless stream of training samples; the default is its beginning.
 ///
@@ -55,6 +55,19 @@ impl Step {
             begins: false,
             asked: vec![],
         }
+    }
+}
+
+impl Sample {
+    /// Which one it is.
+    pub(crate) fn id(&self) -> SampleId {
+        let (shard, record) = match &self.content {
+            Content::Record { shard, record, .. } => (*shard, record.index),
+            Content::File { record, .. } => (0, record.index),
+            Content::Fake { index } => (0, *index),
+            Content::Zeros => (0, self.step.next.saturating_sub(1)),
+        };
+        SampleId { shard, record }
     }
 }
 

@@ -465,6 +465,14 @@ pub trait Engine {
         }
     }
 
+    /// Updates that were left out because a gradient overflowed, since the state was loaded; only in f16 are there any.
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn skipped_steps(&self) -> Result<u64, Error> {
+        Ok(0)
+    }
+
     /// Scores a batch of any size with the running statistics; the loss is without label smoothing.
     ///
     /// # Errors

@@ -19,6 +19,7 @@ Examples:
   runner plan configs/resnet50.toml                       what it would cost; touches nothing
   runner config configs/resnet50.toml --origins           every key, and which file, variable or argument said it
   runner eval runs/quickstart                             score its latest checkpoint
+  runner predict runs/quickstart photo.jpg                what it sees in an image
   runner configs/resnet50.toml --set data.source=fake     train on noise, for a first look at the speed
   runner sweep experiments/lr.toml                        many variants of a spec, ranked
   runner report runs/a runs/b                             compare them on one page
@@ -72,6 +73,15 @@ pub(crate) enum Command {
     /// RUNNER__A__B variables and --set lie over the spec in the checkpoint. That spec is resolved: the profile that it
     /// was trained with is applied, and there is none to choose.
     Eval(EvalArgs),
+    /// Say what a checkpoint sees in images: the likeliest classes and their probabilities
+    ///
+    /// Images are prepared as in the evaluation of the checkpoint's spec. One that cannot be read gets a line that says
+    /// why; the exit code is then 3.
+    Predict(PredictArgs),
+    /// Make a checkpoint of weights of torchvision, timm or the 2018 reference
+    Import(ImportArgs),
+    /// Make a state dict of a checkpoint, in safetensors, that torch loads strictly into the network of the same depth
+    Export(ExportArgs),
     /// Prove on this machine that a killed run, resumed, ends with the same bits as one that was not
     VerifyResume(VerifyArgs),
     /// Say what this machine has, and what is missing
@@ -534,7 +544,63 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "KEY=VALUE")]
     pub(crate) set: Vec<String>,
 
+    /// Also write accuracy by class and the confusion matrix there: classes.csv, confusion.csv, confusion.json
+    #[arg(long, value_name = "DIR")]
+    pub(crate) details: Option<PathBuf>,
+
     /// Print one JSON document instead of text
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PredictArgs {
+    /// A run directory, a .safetensors file, or a run's checkpoints/latest or checkpoints/best
+    #[arg(value_name = "CHECKPOINT")]
+    pub(crate) checkpoint: PathBuf,
+
+    /// JPEG files, TFRecord shards of them, or globs of either, in quotes
+    #[arg(value_name = "IMAGE", required = true)]
+    pub(crate) inputs: Vec<String>,
+
+    /// Classes to name for each image
+    #[arg(long, value_name = "K", default_value = "5", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    pub(crate) top: usize,
+
+    /// Images to look at in one go [default: the run's train.bn_batch]
+    #[arg(long, value_name = "B", value_parser = RangedU64ValueParser::<usize>::new().range(1..=65_536))]
+    pub(crate) batch: Option<usize>,
+
+    /// Change a key of the checkpoint's spec, for example --set train.device=cpu; may be given often
+    #[arg(long, value_name = "KEY=VALUE")]
+    pub(crate) set: Vec<String>,
+
+    /// Print a line of JSON for each image instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// A .safetensors file, or a state dict as torch.save writes it
+    #[arg(value_name = "WEIGHTS")]
+    pub(crate) weights: PathBuf,
+
+    #[command(flatten)]
+    pub(crate) spec: Spec,
+
+    /// The checkpoint to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// A run directory, a .safetensors file, or a run's checkpoints/latest or checkpoints/best
+    #[arg(value_name = "CHECKPOINT")]
+    pub(crate) checkpoint: PathBuf,
+
+    /// The state dict to write
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: PathBuf,
 }

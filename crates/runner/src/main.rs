@@ -11,11 +11,13 @@ mod failure;
 mod network;
 mod output;
 mod plan;
+mod predict;
 mod report;
 mod run;
 mod sweep;
 mod tracking;
 mod verify;
+mod weights;
 
 use std::process::ExitCode;
 
@@ -29,6 +31,9 @@ fn main() -> ExitCode {
         (Some(Command::Plan(args)), _) => plan::plan(&args),
         (Some(Command::Config(args)), _) => config::config(&args),
         (Some(Command::Eval(args)), _) => evaluate::evaluate(&args),
+        (Some(Command::Predict(args)), _) => predict::predict(&args),
+        (Some(Command::Import(args)), _) => weights::import(&args),
+        (Some(Command::Export(args)), _) => weights::export(&args),
         (Some(Command::VerifyResume(args)), _) => verify::verify(&args),
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (Some(Command::Data(DataArgs::Fake(args))), _) => data::fake(&args),

@@ -421,7 +421,7 @@ impl MemoryReport {
             0
         };
         let checkpoint = if is_training {
-            2 * checkpoint
+            3 * checkpoint // what to go back to, what is written, and its file
         } else {
             checkpoint
         };

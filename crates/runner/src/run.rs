@@ -8,13 +8,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use spec::{Length, Mode};
 use store::Lease;
 use track::{Resume, Summary, Terminal, Trackers, read_summary};
-use train::{Checkpoints, Ended, Input, Job, Meta, Pace, Plan, Progress};
+use train::{Checkpoints, Ended, Input, Job, Limits, Meta, Pace, Plan, Progress};
 
 use crate::cli::Spec;
 use crate::config;
 use crate::evaluate;
 use crate::failure::{Failure, INTERRUPTED};
-use crate::{network, output, tracking};
+use crate::{network, output, tracking, weights};
 
 /// What a command line says beside the spec.
 pub(crate) struct How {
@@ -57,7 +57,8 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     std::fs::create_dir_all(&dir)
         .map_err(|e| Failure::Run(format!("{}: cannot create: {e}", dir.display())))?;
     let _lease = Lease::take(&dir)?;
-    let start = train::resume(&dir, &meta)?;
+    let mut said = vec![];
+    let start = train::resume(&dir, &meta, |note| said.push(note.to_owned()))?;
     if let Some(summary) = start
         .as_ref()
         .and_then(|(progress, _)| finished(&dir, &plan, progress))
@@ -74,17 +75,18 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let config = tracking::config(&args.config, &run, &dir, &input, &meta)?;
     store::write_atomic(&dir.join("spec.toml"), &[run.to_toml().as_bytes()])?;
 
-    let resume = start.as_ref().map(|(at, _)| Resume {
-        step: at.step,
-        is_evaluated: at.is_evaluated(),
-        metrics_bytes: at.metrics_bytes,
-    });
+    let weights = match start {
+        Some(_) => None,
+        None => Some(weights::initial(&run, &graph)?),
+    };
+    let resume = start.as_ref().map(|(at, _)| place(at));
     let terminal = if how.tui {
         Terminal::Tui
     } else {
         Terminal::Auto
     };
     let mut trackers = Trackers::open(&dir, resume, &config, terminal);
+    said.iter().for_each(|note| trackers.note(note));
     let (title, params) = (network::title(&run), graph.counts().params);
     trackers.note(&format!("{}: {title}, {params} parameters", run.name));
     let (mut at, mut state) = match start {
@@ -98,12 +100,14 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
         None => {
             let nodes = network::nodes(&graph);
             trackers.describe(&tracking::params(&meta), &run.to_toml(), &nodes);
-            (Progress::default(), None)
+            let (state, said) = weights.expect("read where there is no checkpoint");
+            said.iter().for_each(|note| trackers.note(note));
+            (Progress::default(), Some(state))
         }
     };
     let (checkpoints, stop, mut pace) = (Checkpoints::of(&dir), stop_on_signals(), Pace::default());
     // Every resolution has an engine of its own, which takes over from the one before.
-    let ended = loop {
+    let ended = 'phases: loop {
         let (end, side) = plan.phase(&at);
         let here = at_resolution(&run, side);
         let mut engine = network::engine(&here, &network::network(&here), state.take())?;
@@ -113,25 +117,37 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
             _ => format!(", {side} px until step {end}"),
         };
         trackers.note(&format!("{what}, {steps} steps of {images} images{grows}"));
-        let job = Job {
-            plan: &plan,
-            input: &input.at(side),
-            checkpoints: &checkpoints,
-            keep: run.checkpoint.keep,
-            meta: meta.clone(),
-            until: until.min(end),
-            stop: &stop,
-        };
-        let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
-        let is_stopped = stop.load(Ordering::Relaxed);
-        match ended {
-            Ok(Ended::Interrupted) if !is_stopped && at.step == end && end < until => {
-                state = Some(engine.state());
+        let input = input.at(side);
+        loop {
+            let job = Job {
+                plan: &plan,
+                input: &input,
+                checkpoints: &checkpoints,
+                keep: run.checkpoint.keep,
+                meta: meta.clone(),
+                until: until.min(end),
+                limits: Limits::of(&run),
+                best: run.checkpoint.best,
+                stop: &stop,
+            };
+            let ended = train::train(job, &mut at, &mut *engine, &mut trackers, &mut pace);
+            let is_stopped = stop.load(Ordering::Relaxed);
+            match ended {
+                Ok(Ended::Rewound) => {
+                    // A resume that the process survives: the trackers forget what it takes back.
+                    drop(trackers);
+                    trackers = Trackers::open(&dir, Some(place(&at)), &config, terminal);
+                }
+                Ok(Ended::Interrupted) if !is_stopped && at.step == end && end < until => {
+                    state = Some(engine.state());
+                    continue 'phases;
+                }
+                ended => break 'phases ended,
             }
-            ended => break ended,
         }
     };
     let (status, reason) = match &ended {
+        Ok(Ended::Rewound) => unreachable!("a run that was rewound goes on"),
         Ok(Ended::Done) => ("done", None),
         Ok(Ended::Interrupted) if stop.load(Ordering::Relaxed) => {
             ("interrupted", Some("a signal".into()))
@@ -148,6 +164,7 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let summary = pace.summary(status, &at, reason);
     trackers.finish(&summary);
     match ended? {
+        Ended::Rewound => unreachable!("as above"),
         Ended::Done => {
             print(&summary);
             Ok(ExitCode::SUCCESS)
@@ -168,6 +185,15 @@ fn at_resolution(run: &spec::Run, resolution: usize) -> spec::Run {
     let mut run = run.clone();
     run.model.resolution = resolution;
     run
+}
+
+/// Where the trackers of a run that has come to `at` go on.
+fn place(at: &Progress) -> Resume {
+    Resume {
+        step: at.step,
+        is_evaluated: at.is_evaluated(),
+        metrics_bytes: at.metrics_bytes,
+    }
 }
 
 /// The summary of a run that has nothing left to do.

@@ -9,7 +9,7 @@ use crate::run::{DEPTHS, Data, Mode, OptimizerKind, Run, ScheduleKind, Source};
 /// What whole numbers can be; the schema says the same (`run`). The upper ends are far above what anybody trains, and
 /// low enough for every product of them: a batch stays within what `data` can index, an epoch within what a double
 /// counts exactly.
-const WHOLE: [(&str, RangeInclusive<u64>); 14] = [
+const WHOLE: [(&str, RangeInclusive<u64>); 16] = [
     ("seed", 0..=u64::MAX),
     ("model.classes", 2..=1_000_000),
     ("data.lanes", 1..=65_536),
@@ -23,6 +23,8 @@ const WHOLE: [(&str, RangeInclusive<u64>); 14] = [
     ("train.batch_size", 1..=65_536),
     ("train.bn_batch", 1..=65_536),
     ("train.threads", 0..=1024),
+    ("train.max_rewinds", 0..=1000),
+    ("eval.wait", 0..=100_000_000),
     ("checkpoint.keep", 1..=1_000_000),
 ];
 
@@ -153,6 +155,7 @@ fn names(run: &Run, found: &mut Findings) {
         ("run_dir", &run.run_dir),
         ("model.labels", &run.model.labels),
         ("data.cache", &run.data.cache),
+        ("model.weights", &run.model.weights),
         ("data.train", &run.data.train),
         ("data.eval", &run.data.eval),
     ];
@@ -204,6 +207,8 @@ fn whole_numbers(run: &Run, found: &mut Findings) {
         "train.batch_size" => Some(train.batch_size as u64),
         "train.bn_batch" => train.bn_batch.map(|n| n as u64),
         "train.threads" => Some(train.threads as u64),
+        "train.max_rewinds" => Some(train.max_rewinds),
+        "eval.wait" => run.eval.wait,
         "checkpoint.keep" => Some(checkpoint.keep as u64),
         other => unreachable!("{other} has a range and no value"),
     };
@@ -337,6 +342,9 @@ fn numbers(run: &Run, found: &mut Findings) {
         schedule,
         ..
     } = run;
+    if let Some(max_loss) = run.train.max_loss {
+        found.range("train.max_loss", max_loss, positive(max_loss), "above 0");
+    }
     let momentum = optimizer.momentum;
     found.range(
         "optimizer.momentum",

@@ -109,6 +109,8 @@ pub struct Model {
     pub dropout: f64,
     /// Text file with one label per line, in the order of the classes.
     pub labels: Option<String>,
+    /// File of the initial weights: a checkpoint, safetensors or a state dict of torch. Drawn from the seed if absent.
+    pub weights: Option<String>,
 }
 
 /// Whose padding, shortcuts and initial values.
@@ -308,6 +310,14 @@ pub struct Train {
     pub bn_batch: Option<usize>,
     /// How long to train, from the first step of the run.
     pub length: Length,
+    /// The largest mean loss of a step; a larger one counts as divergence, as one that is not finite always does. No
+    /// limit if absent.
+    #[schemars(extend("exclusiveMinimum" = 0))]
+    pub max_loss: Option<f64>,
+    /// How often a run goes back to its last checkpoint when a step diverges, and on without the images of that step,
+    /// before it fails; from 0 to 1000.
+    #[schemars(range(max = 1000))]
+    pub max_rewinds: u64,
     /// Number format of activations.
     pub precision: Precision,
     /// Where to compute: "auto" takes the first card that can be used, or the CPU; "cuda:1" is the second card.
@@ -513,6 +523,10 @@ pub struct Eval {
     /// Side of the central crop over the shorter side of the image, above 0 and at most 1.
     #[schemars(range(max = 1), extend("exclusiveMinimum" = 0))]
     pub crop_ratio: f64,
+    /// Mode `eval` only: score every checkpoint once, and wait for new ones, at most so many seconds for each, until the
+    /// one of the last step has been scored. Absent: score the latest and stop.
+    #[schemars(range(max = 100_000_000))]
+    pub wait: Option<u64>,
 }
 
 /// `[checkpoint]`: checkpoints.
@@ -521,9 +535,23 @@ pub struct Eval {
 pub struct Checkpoint {
     /// How often.
     pub every: Length,
-    /// How many of the latest are kept, from 1 to 1000000; the best by top1 is kept besides.
+    /// How many of the latest are kept, from 1 to 1000000; the best is kept besides.
     #[schemars(range(min = 1, max = 1_000_000))]
     pub keep: usize,
+    /// By which number of an evaluation the best is the best.
+    pub best: BestMetric,
+}
+
+/// A number of an evaluation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BestMetric {
+    /// Share of the images whose likeliest class is right.
+    Top1,
+    /// Share of the images whose five likeliest classes have the right one.
+    Top5,
+    /// Mean loss; the least is the best.
+    Loss,
 }
 
 /// `[track]`: where numbers are kept besides the run directory's `metrics.jsonl`.
@@ -634,6 +662,7 @@ impl Default for Model {
             stem_pool: StemPool::Max,
             dropout: 0.0,
             labels: None,
+            weights: None,
         }
     }
 }
@@ -676,6 +705,8 @@ impl Default for Train {
                 value: 112_590.0,
                 unit: Unit::Steps,
             },
+            max_loss: None,
+            max_rewinds: 3,
             precision: Precision::F32,
             device: Device::Auto,
             threads: 0,
@@ -728,6 +759,7 @@ impl Default for Eval {
         Self {
             every: epochs(1.0),
             crop_ratio: 0.875,
+            wait: None,
         }
     }
 }
@@ -737,6 +769,7 @@ impl Default for Checkpoint {
         Self {
             every: epochs(1.0),
             keep: 3,
+            best: BestMetric::Top1,
         }
     }
 }
@@ -782,7 +815,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 22] = [
+const FREE: [&str; 25] = [
     "name",
     "mode",
     "run_dir",
@@ -800,6 +833,9 @@ const FREE: [&str; 22] = [
     "eval.every",
     "checkpoint.every",
     "checkpoint.keep",
+    "checkpoint.best",
+    "eval.wait",
+    "train.max_rewinds",
     "track.mlflow",
     "track.experiment",
     "track.tensorboard",

@@ -19,7 +19,7 @@ const HEADER_BUFFER: usize = 4 << 10;
 
 /// CRC-32C, rotated and offset so that a checksum of bytes that hold checksums stays useful.
 fn masked_crc(bytes: &[u8]) -> u32 {
-    crc32c::crc32c(bytes)
+    crate::crc32c(bytes)
         .rotate_right(15)
         .wrapping_add(0xa282_ead8)
 }

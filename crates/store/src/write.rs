@@ -27,7 +27,11 @@ pub fn write_atomic(path: &Path, parts: &[&[u8]]) -> Result<(), Error> {
     hidden.push(name);
     hidden.push(".tmp");
     let temporary = dir.join(hidden);
-    replace(&temporary, path, parts).map_err(|e| Error::io("write", path, e))?;
+    replace(&temporary, path, parts).map_err(|e| {
+        // On a full disk half a file would take what others need; if it cannot go, the next write is over it.
+        let _ = std::fs::remove_file(&temporary);
+        Error::io("write", path, e)
+    })?;
     File::open(dir)
         .and_then(|dir| dir.sync_all())
         .map_err(|e| Error::io("sync", dir, e))

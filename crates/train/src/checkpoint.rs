@@ -2,9 +2,9 @@
 //!
 //! Tensors are the engine's [`State`]: parameters by torchvision's names, `optimizer.momentum.*`, running statistics.
 //! The header's metadata has one entry, `runner`: [`Meta`] as JSON. A file is written beside its place, fsynced and
-//! renamed, so a file that has a checkpoint's name is whole.
+//! renamed, so a file that has a checkpoint's name is whole; what a disk does to it later, the checksums find.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use engine::{State, Tensor};
@@ -15,8 +15,9 @@ use track::{Best, EvalSummary};
 
 use crate::Error;
 
-/// Version of [`Meta`] and of the tensors' names.
-const FORMAT: u32 = 1;
+/// Version of [`Meta`] and of the tensors' names. Earlier ones are read by [`migrate`].
+/// 1: no checksums, no batches that were passed over.
+const FORMAT: u32 = 2;
 /// The metadata's key.
 const KEY: &str = "runner";
 
@@ -35,6 +36,45 @@ pub struct Progress {
     pub best: Option<Best>,
     /// Length of metrics.jsonl at this step.
     pub metrics_bytes: u64,
+    /// Batches drawn, those that were passed over included.
+    pub drawn: u64,
+    /// Numbers, from 0, of the batches that are passed over, because a step on them diverged.
+    pub skip: BTreeSet<u64>,
+    /// How often the run has gone back to a checkpoint.
+    pub rewinds: u64,
+    /// The step that diverged last.
+    pub bad_step: Option<u64>,
+    /// Seconds spent training, over all starts; evaluations do not count.
+    pub seconds: f64,
+    /// Every evaluation so far, for `results.tsv`.
+    pub evaluations: Vec<Row>,
+}
+
+/// A line of `results.tsv`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Row {
+    /// Steps done.
+    pub step: u64,
+    /// Passes over the training set.
+    pub epoch: f64,
+    /// Hours of training.
+    pub hours: f64,
+    /// Share of top-1 hits, from 0 to 1.
+    pub top1: f64,
+    /// Share of top-5 hits, from 0 to 1.
+    pub top5: f64,
+}
+
+/// Evaluations as DAWNBench asks for them: epoch, hours, accuracies in percent, separated by tabs (its rules for
+/// submissions of ImageNet training).
+pub fn results(rows: &[Row]) -> String {
+    let mut text = "epoch\thours\ttop1Accuracy\ttop5Accuracy\n".to_owned();
+    for row in rows {
+        let (epoch, hours) = (row.epoch, row.hours);
+        let (top1, top5) = (100.0 * row.top1, 100.0 * row.top5);
+        text += &format!("{epoch:.2}\t{hours:.8}\t{top1:.2}\t{top5:.2}\n");
+    }
+    text
 }
 
 impl Progress {
@@ -59,6 +99,8 @@ pub struct Meta {
     pub labels: Option<Vec<String>>,
     /// How far the run has come.
     pub progress: Progress,
+    /// CRC-32C of each tensor's bytes. [`load`] has compared and then forgets them.
+    pub checksums: BTreeMap<String, u32>,
 }
 
 impl Meta {
@@ -74,6 +116,7 @@ impl Meta {
             computation,
             labels,
             progress: Progress::default(),
+            checksums: BTreeMap::new(),
         }
     }
 }
@@ -127,6 +170,15 @@ impl Checkpoints {
         Ok(steps)
     }
 
+    /// The files of all checkpoints, latest first.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn files(&self) -> Result<Vec<PathBuf>, Error> {
+        let steps = self.steps()?.into_iter().rev();
+        Ok(steps.map(|step| self.dir.join(file_name(step))).collect())
+    }
+
     /// The file of the latest checkpoint.
     ///
     /// # Errors
@@ -155,14 +207,8 @@ impl Checkpoints {
     /// Writes a checkpoint, points `latest` to it and removes the oldest beyond `keep`; the best stays.
     ///
     /// # Errors
-    /// If the disk refuses, or a value is not finite. Earlier checkpoints are then untouched.
+    /// If the disk refuses. Earlier checkpoints are then untouched.
     pub fn save(&self, meta: &Meta, state: &State, keep: usize) -> Result<(), Error> {
-        let finite = |t: &Tensor| t.values.iter().all(|v| v.is_finite());
-        if !state.values().all(finite) {
-            return Err(Error::Diverged {
-                step: meta.progress.step,
-            });
-        }
         std::fs::create_dir_all(&self.dir)
             .map_err(|source| Error::io("create", &self.dir, source))?;
         let step = meta.progress.step;
@@ -181,6 +227,12 @@ impl Checkpoints {
         Ok(())
     }
 
+    /// Writes `results.tsv` into the run directory.
+    pub(crate) fn write_results(&self, rows: &[Row]) -> Result<(), Error> {
+        let path = self.dir.with_file_name("results.tsv");
+        Ok(store::write_atomic(&path, &[results(rows).as_bytes()])?)
+    }
+
     fn remove(&self, name: &str) -> Result<(), Error> {
         let path = self.dir.join(name);
         std::fs::remove_file(&path).map_err(|source| Error::io("remove", &path, source))
@@ -193,8 +245,10 @@ impl Checkpoints {
     pub fn point_to(&self, at: &Progress) -> Result<(), Error> {
         let best = at.best.as_ref().map(|best| best.step);
         let latest = self.steps()?.last().copied();
+        // A disk that refused for a while may have cost the best its file.
+        let has_file = |step: &u64| self.dir.join(file_name(*step)).is_file();
         for (name, step) in [("latest", latest), ("best", best)] {
-            if let Some(step) = step {
+            if let Some(step) = step.filter(has_file) {
                 let text = file_name(step) + "\n";
                 store::write_atomic(&self.dir.join(name), &[text.as_bytes()])?;
             }
@@ -256,7 +310,10 @@ pub fn load(path: &Path) -> Result<(Meta, State), Error> {
             known: FORMAT,
         });
     }
-    let meta = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+    let meta: serde_json::Value = serde_json::from_str(text).map_err(|e| damaged(e.to_string()))?;
+    let meta = migrate(version.format, meta);
+    let mut meta: Meta = serde_json::from_value(meta).map_err(|e| damaged(e.to_string()))?;
+    let checksums = std::mem::take(&mut meta.checksums);
     let tensors = SafeTensors::deserialize(&bytes).map_err(|e| damaged(e.to_string()))?;
     let mut state = State::new();
     for (name, view) in tensors.tensors() {
@@ -264,6 +321,14 @@ pub fn load(path: &Path) -> Result<(Meta, State), Error> {
             return Err(damaged(format!(
                 "tensor {name} is {:?}, not F32",
                 view.dtype()
+            )));
+        }
+        if checksums
+            .get(&name)
+            .is_some_and(|sum| *sum != store::crc32c(view.data()))
+        {
+            return Err(damaged(format!(
+                "the values of tensor {name} are not those that were written"
             )));
         }
         let value = |b: &[u8]| f32::from_le_bytes(b.try_into().expect("chunks of four bytes"));
@@ -276,7 +341,37 @@ pub fn load(path: &Path) -> Result<(Meta, State), Error> {
             },
         );
     }
+    if let Some(name) = checksums.keys().find(|name| !state.contains_key(*name)) {
+        return Err(damaged(format!("tensor {name} is missing")));
+    }
     Ok((meta, state))
+}
+
+/// Makes the metadata of an earlier format one of this format: what it did not have gets the value that says what that
+/// version did.
+fn migrate(found: u32, mut meta: serde_json::Value) -> serde_json::Value {
+    if found < 2 {
+        meta["checksums"] = serde_json::json!({});
+        let step = meta["progress"]["step"].clone();
+        let progress = &mut meta["progress"];
+        if progress.is_object() {
+            progress["drawn"] = step;
+            progress["skip"] = serde_json::json!([]);
+            progress["rewinds"] = 0.into();
+            progress["bad_step"] = serde_json::Value::Null;
+            progress["seconds"] = 0.0.into();
+            progress["evaluations"] = serde_json::json!([]);
+        }
+    }
+    meta["format"] = FORMAT.into();
+    meta
+}
+
+/// The first tensor with a value that is not a finite number.
+pub(crate) fn not_finite(state: &State) -> Option<&str> {
+    let is_finite = |t: &Tensor| t.values.iter().all(|v| v.is_finite());
+    let mut broken = state.iter().filter(|(_, tensor)| !is_finite(tensor));
+    broken.next().map(|(name, _)| name.as_str())
 }
 
 /// The part of the metadata that every version has.
@@ -294,18 +389,25 @@ fn view(tensor: &Tensor) -> TensorView<'_> {
     .expect("a tensor has as many values as its shape says")
 }
 
-fn encode(meta: &Meta, state: &State) -> Vec<u8> {
-    let meta = serde_json::to_string(meta).expect("the metadata has string keys");
+/// The bytes of a checkpoint's file.
+pub fn encode(meta: &Meta, state: &State) -> Vec<u8> {
+    let sum = |t: &Tensor| store::crc32c(bytemuck::cast_slice(&t.values));
+    let checksums = state.iter().map(|(name, t)| (name.clone(), sum(t)));
+    let meta = Meta {
+        checksums: checksums.collect(),
+        ..meta.clone()
+    };
+    let meta = serde_json::to_string(&meta).expect("the metadata has string keys");
     let metadata = HashMap::from([(KEY.to_owned(), meta)]);
     let tensors = state.iter().map(|(name, t)| (name.as_str(), view(t)));
     safetensors::serialize(tensors, Some(metadata)).expect("names are unique and sizes fit")
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
-    fn meta(step: u64, best: Option<u64>) -> Meta {
+    pub(crate) fn meta(step: u64, best: Option<u64>) -> Meta {
         let run = spec::parse("name = \"t\"\ndata.source = \"fake\"", "t.toml", &[])
             .unwrap_or_else(|e| panic!("{e}"));
         let mut meta = Meta::new(&run, run.computation(), None);
@@ -318,7 +420,7 @@ mod tests {
         meta
     }
 
-    fn state() -> State {
+    pub(crate) fn state() -> State {
         let values = vec![1.5, -0.0, f32::MIN_POSITIVE, 3.0e38];
         State::from([(
             "fc.weight".to_owned(),
@@ -406,10 +508,70 @@ mod tests {
         check_damaged(&whole[..whole.len() - 1], "not a whole checkpoint");
         let mut later = meta(1, None);
         later.format = FORMAT + 1;
-        check_damaged(&encode(&later, &state()), "format 2");
+        check_damaged(&encode(&later, &state()), "format 3");
         let bare =
             safetensors::serialize(std::iter::empty::<(&str, TensorView<'_>)>(), None).unwrap();
         check_damaged(&bare, "no metadata of a run");
+    }
+
+    #[test]
+    fn results_are_dawnbench_s() {
+        let row = |epoch, hours, top1, top5| Row {
+            step: 0,
+            epoch,
+            hours,
+            top1,
+            top5,
+        };
+        let rows = [
+            row(1.0, 0.5, 0.123_449, 0.3),
+            row(90.0, 8.0, 0.766_7, 0.933_3),
+        ];
+        assert_eq!(
+            results(&rows),
+            "epoch\thours\ttop1Accuracy\ttop5Accuracy\n\
+             1.00\t0.50000000\t12.34\t30.00\n90.00\t8.00000000\t76.67\t93.33\n"
+        );
+    }
+
+    #[test]
+    fn a_flipped_bit_is_found_and_its_tensor_named() {
+        let mut whole = encode(&meta(1, None), &state());
+        let last = whole.len() - 1;
+        whole[last] ^= 1;
+        check_damaged(
+            &whole,
+            "the values of tensor fc.weight are not those that were written",
+        );
+    }
+
+    /// As version 0.1 wrote it: no checksums, nothing about batches that were passed over.
+    #[test]
+    fn format_1_is_read() {
+        let mut json = serde_json::to_value(meta(7, Some(5))).unwrap();
+        json["format"] = 1.into();
+        json.as_object_mut().unwrap().remove("checksums");
+        for key in [
+            "drawn",
+            "skip",
+            "rewinds",
+            "bad_step",
+            "seconds",
+            "evaluations",
+        ] {
+            json["progress"].as_object_mut().unwrap().remove(key);
+        }
+        let metadata = HashMap::from([(KEY.to_owned(), json.to_string())]);
+        let state = state();
+        let tensors = state.iter().map(|(name, t)| (name.as_str(), view(t)));
+        let bytes = safetensors::serialize(tensors, Some(metadata)).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.safetensors");
+        store::write_atomic(&path, &[&bytes]).unwrap();
+        let (found, _) = load(&path).unwrap();
+        let mut expected = meta(7, Some(5));
+        expected.progress.drawn = 7; // a batch for each step
+        assert_eq!(found, expected);
     }
 
     #[test]

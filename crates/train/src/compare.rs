@@ -52,9 +52,11 @@ pub fn compare(a: &Path, b: &Path) -> Result<Comparison, Error> {
         }
     }
     // The offset counts the digits of the rates too.
-    let timeless = |progress: Progress| Progress {
-        metrics_bytes: 0,
-        ..progress
+    let timeless = |mut progress: Progress| {
+        (progress.metrics_bytes, progress.seconds) = (0, 0.0);
+        let hours = progress.evaluations.iter_mut().map(|row| &mut row.hours);
+        hours.for_each(|hours| *hours = 0.0);
+        progress
     };
     let (at_a, at_b) = (timeless(meta_a.progress), timeless(meta_b.progress));
     if at_a != at_b {

@@ -52,10 +52,14 @@ pub enum Error {
     },
     /// No image could be scored.
     NothingScored,
-    /// The loss or a parameter is not finite.
+    /// The loss or a parameter is not finite, or the loss is too large.
     Diverged {
         /// The update after which.
         step: u64,
+        /// What is wrong.
+        what: String,
+        /// How often the run had gone back to a checkpoint before.
+        rewinds: u64,
     },
     /// No shards are found.
     Shards {
@@ -128,7 +132,7 @@ impl fmt::Display for Error {
             ),
             Error::Damaged { path, what } => write!(
                 f,
-                "{}: not a whole checkpoint: {what}\nhint: remove it; the run goes on from the one before",
+                "{}: not a whole checkpoint: {what}\nhint: started again, its run puts the file aside and goes on from the one before",
                 path.display()
             ),
             Error::Format { path, found, known } => write!(
@@ -155,11 +159,22 @@ impl fmt::Display for Error {
                 f,
                 "the evaluation set has no readable image\nhint: see data.eval and data.max_bad_records"
             ),
-            Error::Diverged { step } => write!(
-                f,
-                "the loss or a parameter is not finite after step {step}; the last checkpoint is from before\n\
-                 hint: try a lower schedule.base_lr or a longer schedule.warmup, under another name or with --fresh"
-            ),
+            Error::Diverged {
+                step,
+                what,
+                rewinds,
+            } => {
+                write!(f, "{what} after step {step}; ")?;
+                match rewinds {
+                    0 => write!(f, "the last checkpoint is from before")?,
+                    1 => write!(f, "the run had gone back to a checkpoint once before")?,
+                    n => write!(f, "the run had gone back to a checkpoint {n} times before")?,
+                }
+                write!(
+                    f,
+                    "\nhint: try a lower schedule.base_lr or a longer schedule.warmup, under another name or with --fresh"
+                )
+            }
             Error::Shards { key, source } => write!(f, "{key}: {source}"),
             Error::Examples {
                 key,

@@ -136,6 +136,18 @@ impl Glob<'_> {
     }
 }
 
+/// How images that are in no shard are prepared for a network: as those of an evaluation.
+pub fn image_config(run: &Run) -> data::Config {
+    let source = data::Source::Shards {
+        format: data::Format::TfRecord,
+        shards: vec![],
+        label_offset: run.data.label_offset,
+        lanes: run.data.lanes,
+        shuffle_window: run.data.shuffle_window,
+    };
+    with_source(run, source, run.train.bn_batch(), None)
+}
+
 fn config(
     run: &Run,
     glob: &Glob<'_>,
@@ -163,8 +175,18 @@ fn config(
         Source::Fake => data::Source::Fake { examples },
         Source::Zeros => data::Source::Zeros { examples },
     };
+    Ok(with_source(run, source, batch_size, cache))
+}
+
+fn with_source(
+    run: &Run,
+    source: data::Source,
+    batch_size: usize,
+    cache: Option<store::Cache>,
+) -> data::Config {
+    let d = &run.data;
     let (area, aspect) = (d.crop_area, d.crop_aspect);
-    Ok(data::Config {
+    data::Config {
         source,
         resolution: run.model.resolution,
         batch_size,
@@ -201,7 +223,7 @@ fn config(
             jitter: d.color_jitter,
             erasing: d.random_erasing,
         },
-    })
+    }
 }
 
 /// The directory that keeps parts of shards in buckets; none is opened for others.

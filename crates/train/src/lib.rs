@@ -5,26 +5,32 @@
 
 mod checkpoint;
 mod compare;
+mod confusion;
 mod error;
 mod input;
 mod pace;
 mod plan;
+mod writer;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use engine::{Engine, Metrics, Pixels, Started};
+use spec::BestMetric;
 use track::{Best, EvalMetrics, EvalSummary, Trackers};
 
-pub use checkpoint::{Checkpoints, Meta, Progress, find, load};
+pub use checkpoint::{Checkpoints, Meta, Progress, Row, encode, find, load, results};
 pub use compare::{Comparison, compare};
+pub use confusion::Confusion;
 pub use error::Error;
-pub use input::{Input, eval_config};
+pub use input::{Input, eval_config, image_config};
 pub use pace::Pace;
 pub use plan::Plan;
 use plan::Scored;
+use writer::{Snapshot, Writer};
 
 /// A run that is ready to go.
 pub struct Job<'a> {
@@ -40,8 +46,42 @@ pub struct Job<'a> {
     pub meta: Meta,
     /// The step to stop at: the plan's last, or one before it.
     pub until: u64,
+    /// When the run goes back to a checkpoint.
+    pub limits: Limits,
+    /// By what the best evaluation is the best.
+    pub best: BestMetric,
     /// Set from outside to stop after the current step.
     pub stop: &'a AtomicBool,
+}
+
+/// What a run takes for divergence, and how often it goes back.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Limits {
+    /// The largest mean loss of a step; none if any finite loss will do.
+    pub max_loss: Option<f64>,
+    /// How often the run goes back to its last checkpoint before it fails.
+    pub max_rewinds: u64,
+}
+
+impl Limits {
+    /// Those of a spec.
+    pub fn of(run: &spec::Run) -> Self {
+        Self {
+            max_loss: run.train.max_loss,
+            max_rewinds: run.train.max_rewinds,
+        }
+    }
+
+    /// What is wrong with a loss, if anything is.
+    fn excess(&self, loss: f64) -> Option<String> {
+        if !loss.is_finite() {
+            return Some("the loss is not finite".into());
+        }
+        let max = self.max_loss.filter(|max| loss > *max)?;
+        Some(format!(
+            "the loss is {loss:.4}, above train.max_loss = {max},"
+        ))
+    }
 }
 
 /// Why [`train`] returned.
@@ -51,18 +91,46 @@ pub enum Ended {
     Done,
     /// It was told to stop, or has come to [`Job::until`]; what was done is saved.
     Interrupted,
+    /// A step diverged: engine and progress are those of the last checkpoint again, and the batch of that step will be
+    /// passed over. To be called again, after the trackers have been cut to the checkpoint.
+    Rewound,
 }
 
 /// Trains from `at` to the end of the plan or to `until`, or until it is told to stop; `at` moves along.
 ///
 /// Each step: update, log, checkpoint, evaluate. The checkpoint is written before the evaluation of its step, and an
 /// evaluation that is due and not in the checkpoint is made up for at the start. So a run that is killed at any
-/// moment loses at most the steps since the last checkpoint, and no evaluation.
+/// moment loses at most the steps since the last checkpoint, and no evaluation. Checkpoints are written by a thread of
+/// their own; where the disk refuses, training goes on (docs/decisions/0017).
 ///
 /// # Errors
-/// If input, disk or engine fail, or the loss is not finite. What was saved stays.
+/// If input or engine fail, if a step diverges more often than the limits allow, or if the last checkpoint cannot be
+/// written. What was saved stays.
 pub fn train(
-    mut job: Job<'_>,
+    job: Job<'_>,
+    at: &mut Progress,
+    engine: &mut dyn Engine,
+    trackers: &mut Trackers,
+    pace: &mut Pace,
+) -> Result<Ended, Error> {
+    let mut saver = Saver {
+        writer: Writer::start(job.checkpoints, job.keep)?,
+        last: None,
+        skipped: 0,
+    };
+    let ended = steps(&job, &mut saver, at, engine, trackers, pace);
+    let (notes, written) = saver.writer.finish();
+    notes.iter().for_each(|note| trackers.note(note));
+    match (ended, written) {
+        (Ok(ended), Ok(())) => Ok(ended),
+        (Ok(_), Err(error)) | (Err(error), _) => Err(error),
+    }
+}
+
+/// The loop itself.
+fn steps(
+    job: &Job<'_>,
+    saver: &mut Saver,
     at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
@@ -73,25 +141,34 @@ pub fn train(
         .train
         .as_ref()
         .expect("a run that trains has training data");
-    let mut batches = data::train(config, at.cursor.clone())?;
+    let mut stream = Stream {
+        batches: data::train(config, at.cursor.clone())?,
+        drawn: at.drawn,
+        skip: at.skip.clone(),
+    };
     job.checkpoints.point_to(at)?;
+    let before_now = at.seconds - pace.seconds();
     at.is_eval_due |= job.is_eval_due(at.step);
-    if at.is_eval_due && !evaluate(&job, at, engine, trackers, pace)? {
+    if job.limits.max_rewinds > 0 {
+        saver.last = Some(job.snapshot(at, engine.state()));
+    }
+    if at.is_eval_due && !evaluate(job, saver, at, engine, trackers, pace)? {
         return Ok(Ended::Interrupted);
     }
     // A device of its own computes while the next batch is made: `under_way` is the step that it does.
-    let mut under_way: Option<(Started, data::Cursor)> = None;
+    let mut under_way: Option<(Started, Drawn)> = None;
+    let mut before: Option<Drawn> = None;
     while at.step < job.until {
         let first = match under_way.take() {
             Some(step) => Ok(step),
-            None => start(&job, at.step, &mut batches, engine, trackers, pace),
+            None => start(job, at.step, &mut stream, engine, trackers, pace),
         };
-        let (step, cursor) = match first {
+        let (step, drawn) = match first {
             Ok(step) => step,
             Err(error) => {
                 // An engine that fails has nothing to save.
                 if at.step > 0 && !matches!(error, Error::Engine(_)) {
-                    save(&mut job, at, engine, trackers, pace)?;
+                    save(job, saver, at, engine, trackers, pace)?;
                 }
                 return Err(error);
             }
@@ -99,7 +176,7 @@ pub fn train(
         // Where nothing is to be saved or scored after this step, the next one need not wait for its end.
         let mut failed = None;
         if matches!(step, Started::Running(_)) && !job.pauses_after(at.step + 1) {
-            match start(&job, at.step + 1, &mut batches, engine, trackers, pace) {
+            match start(job, at.step + 1, &mut stream, engine, trackers, pace) {
                 Ok(next) => under_way = Some(next),
                 Err(error) => failed = Some(error),
             }
@@ -109,17 +186,23 @@ pub fn train(
         let metrics = engine.finish_step(step)?;
         let blocked = waits.elapsed();
         at.step += 1;
-        at.cursor = cursor;
+        at.cursor = drawn.cursor.clone();
+        at.drawn = drawn.number + 1;
         at.is_eval_due = job.is_eval_due(at.step);
         let goes_on = under_way.is_some();
         let (lr, ends) = (hyper.lr, (blocked, goes_on));
         trackers.step(&pace.step(job.plan, at.step, lr, &metrics, ends, trackers.busy()));
-        if !metrics.loss().is_finite() {
-            return Err(Error::Diverged { step: at.step });
+        at.seconds = before_now + pace.seconds();
+        saver.tell(trackers);
+        if let Some(what) = job.limits.excess(metrics.loss()) {
+            if let Some((next, _)) = under_way.take() {
+                engine.finish_step(next)?;
+            }
+            return rewind(job, saver, at, &what, (before, drawn), engine, trackers);
         }
         if let Some(error) = failed {
             if !matches!(error, Error::Engine(_)) {
-                save(&mut job, at, engine, trackers, pace)?;
+                save(job, saver, at, engine, trackers, pace)?;
             }
             return Err(error);
         }
@@ -127,21 +210,118 @@ pub fn train(
         // A step that is under way is finished first: it has changed what would be saved.
         let is_stopping = under_way.is_none() && job.stop.load(Ordering::Relaxed);
         if is_stopping || at.step == job.until || job.plan.is_checkpoint_due(at.step) {
-            save(&mut job, at, engine, trackers, pace)?;
+            match save(job, saver, at, engine, trackers, pace) {
+                Err(Error::Diverged { what, .. }) => {
+                    return rewind(job, saver, at, &what, (before, drawn), engine, trackers);
+                }
+                saved => saved?,
+            }
         }
-        if is_stopping || at.is_eval_due && !evaluate(&job, at, engine, trackers, pace)? {
+        if is_stopping || at.is_eval_due && !evaluate(job, saver, at, engine, trackers, pace)? {
             return Ok(Ended::Interrupted);
         }
+        before = Some(drawn);
     }
     if at.step < job.plan.steps {
         // With the evaluation, so that the next start need not make up for it.
-        write(&mut job, at, &engine.state(), trackers)?;
+        write(job, saver, at, engine.state(), trackers);
         return Ok(Ended::Interrupted);
     }
     Ok(Ended::Done)
 }
 
+/// Where batches come from.
+struct Stream {
+    batches: data::Loader,
+    /// Number of the next batch.
+    drawn: u64,
+    /// Numbers of those that are passed over.
+    skip: BTreeSet<u64>,
+}
+
+/// A batch that was drawn: what remains of it when the engine has it.
+struct Drawn {
+    /// From 0, those that were passed over included.
+    number: u64,
+    /// Where the data go on after it.
+    cursor: data::Cursor,
+    samples: Vec<data::SampleId>,
+}
+
+impl Stream {
+    /// The next batch that is not passed over, and its number.
+    fn next(&mut self, pace: &mut Pace) -> Result<(data::Batch, u64), Error> {
+        loop {
+            let batch = pace.wait_for(&mut self.batches)?;
+            let number = self.drawn;
+            self.drawn += 1;
+            if !self.skip.contains(&number) {
+                return Ok((batch, number));
+            }
+        }
+    }
+}
+
+/// Goes back to the last snapshot, and passes over the batch of the step that diverged. Where the same step diverges
+/// again on another batch, the update before it is to blame, and its batch is passed over too.
+fn rewind(
+    job: &Job<'_>,
+    saver: &Saver,
+    at: &mut Progress,
+    what: &str,
+    (before, bad): (Option<Drawn>, Drawn),
+    engine: &mut dyn Engine,
+    trackers: &mut Trackers,
+) -> Result<Ended, Error> {
+    let step = at.step;
+    let mut batches = vec![(step, bad)];
+    if let (Some(before), true) = (before, at.bad_step == Some(step)) {
+        batches.push((step - 1, before));
+    }
+    let config = job.input.train.as_ref();
+    for (step, batch) in &batches {
+        trackers.note(&format!("{what} after step {step}; it saw"));
+        let lines = config.map(|config| data::describe(config, &batch.samples));
+        for line in lines.into_iter().flatten() {
+            trackers.note(&format!("  {line}"));
+        }
+    }
+    let is_allowed = at.rewinds < job.limits.max_rewinds;
+    let Some(last) = saver.last.as_ref().filter(|_| is_allowed) else {
+        return Err(Error::Diverged {
+            step,
+            what: what.trim_end_matches(',').into(),
+            rewinds: at.rewinds,
+        });
+    };
+    let mut skip = at.skip.clone();
+    skip.extend(batches.iter().map(|(_, batch)| batch.number));
+    let back = &last.meta.progress;
+    *at = Progress {
+        skip,
+        rewinds: at.rewinds + 1,
+        bad_step: Some(step),
+        seconds: at.seconds,
+        ..back.clone()
+    };
+    engine.load(&last.state)?;
+    trackers.note(&format!(
+        "back to step {}, and on without these images (rewind {} of at most {})",
+        at.step, at.rewinds, job.limits.max_rewinds
+    ));
+    Ok(Ended::Rewound)
+}
+
 impl Job<'_> {
+    /// The run as it is at `at`.
+    fn snapshot(&self, at: &Progress, state: engine::State) -> Arc<Snapshot> {
+        let meta = Meta {
+            progress: at.clone(),
+            ..self.meta.clone()
+        };
+        Arc::new(Snapshot { meta, state })
+    }
+
     /// Whether an evaluation follows a step: where the plan has one, and where the run stops.
     fn is_eval_due(&self, step: u64) -> bool {
         let is_last = step == self.until && self.plan.eval_every.is_some();
@@ -157,16 +337,16 @@ impl Job<'_> {
     }
 }
 
-/// Starts the step after `done` with the next batch; where the data go on after it.
+/// Starts the step after `done` with the next batch; what remains of that.
 fn start(
     job: &Job<'_>,
     done: u64,
-    batches: &mut data::Loader,
+    stream: &mut Stream,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
     pace: &mut Pace,
-) -> Result<(Started, data::Cursor), Error> {
-    let mut batch = pace.wait_for(batches)?;
+) -> Result<(Started, Drawn), Error> {
+    let (mut batch, number) = stream.next(pace)?;
     let (mix, seed) = job.plan.mix;
     let mixed = mix.apply(&mut batch, seed, done);
     batch.bad_records.iter().for_each(|bad| trackers.note(bad));
@@ -175,12 +355,39 @@ fn start(
         trackers.images(0, side, &first_images(&batch, side));
     }
     let step = engine.start_step(&view(&batch, mixed.as_ref()), &job.plan.hyper(done))?;
-    Ok((step, batch.cursor))
+    let (cursor, samples) = (batch.cursor, batch.samples);
+    let drawn = Drawn {
+        number,
+        cursor,
+        samples,
+    };
+    Ok((step, drawn))
 }
 
-/// Writes a checkpoint of what has been done so far.
+/// Where checkpoints go.
+struct Saver {
+    writer: Writer,
+    /// What a step that diverges goes back to; none if it may not.
+    last: Option<Arc<Snapshot>>,
+    /// Updates that the engine had left out when it was asked last.
+    skipped: u64,
+}
+
+impl Saver {
+    /// Tells what happened to the checkpoints in writing.
+    fn tell(&self, trackers: &mut Trackers) {
+        let notes = self.writer.notes();
+        notes.iter().for_each(|note| trackers.note(note));
+    }
+}
+
+/// Hands over a checkpoint of what has been done so far.
+///
+/// # Errors
+/// If a value is not finite; nothing is written then.
 fn save(
-    job: &mut Job<'_>,
+    job: &Job<'_>,
+    saver: &mut Saver,
     at: &mut Progress,
     engine: &dyn Engine,
     trackers: &mut Trackers,
@@ -189,28 +396,58 @@ fn save(
     pace.part(
         |spent| &mut spent.checkpoint,
         trackers,
-        |trackers| {
-            let state = engine.state();
-            trackers.tensors(
-                at.step,
-                state
-                    .iter()
-                    .map(|(name, t)| (histogram(name), &t.values[..])),
-            );
-            write(job, at, &state, trackers)
-        },
+        |trackers| hand_over(job, saver, at, engine, trackers),
     )
 }
 
-fn write(
-    job: &mut Job<'_>,
+/// The same, without the bookkeeping of time.
+fn hand_over(
+    job: &Job<'_>,
+    saver: &mut Saver,
     at: &mut Progress,
-    state: &engine::State,
+    engine: &dyn Engine,
     trackers: &mut Trackers,
 ) -> Result<(), Error> {
+    let state = engine.state();
+    if let Some(name) = checkpoint::not_finite(&state) {
+        return Err(Error::Diverged {
+            step: at.step,
+            what: format!("tensor {name} is not finite"),
+            rewinds: at.rewinds,
+        });
+    }
+    let skipped = engine.skipped_steps()?;
+    if skipped > saver.skipped {
+        trackers.note(&format!(
+            "{} updates since the last checkpoint were left out: in f16 a gradient overflowed, and the loss scale was halved",
+            skipped - saver.skipped
+        ));
+    }
+    saver.skipped = skipped;
+    trackers.tensors(
+        at.step,
+        state
+            .iter()
+            .map(|(name, t)| (histogram(name), &t.values[..])),
+    );
+    write(job, saver, at, state, trackers);
+    Ok(())
+}
+
+fn write(
+    job: &Job<'_>,
+    saver: &mut Saver,
+    at: &mut Progress,
+    state: engine::State,
+    trackers: &mut Trackers,
+) {
+    // The numbers first: a checkpoint says how long their file was.
     at.metrics_bytes = trackers.sync();
-    job.meta.progress = at.clone();
-    job.checkpoints.save(&job.meta, state, job.keep)
+    let snapshot = job.snapshot(at, state);
+    if saver.last.is_some() {
+        saver.last = Some(Arc::clone(&snapshot));
+    }
+    saver.writer.save(snapshot);
 }
 
 /// How TensorBoard calls a tensor of the state. The momentum is the running sum of the gradients, all of them that
@@ -238,6 +475,7 @@ fn first_images(batch: &data::Batch, side: usize) -> Vec<u8> {
 /// end.
 fn evaluate(
     job: &Job<'_>,
+    saver: &Saver,
     at: &mut Progress,
     engine: &mut dyn Engine,
     trackers: &mut Trackers,
@@ -297,19 +535,38 @@ fn evaluate(
         ema_top1,
     };
     at.eval = Some((at.step, summary));
-    let (metric, value) = match ema_top1 {
-        Some(top1) => ("ema_top1", top1),
-        None => ("top1", top1),
+    at.evaluations.push(Row {
+        step: at.step,
+        epoch: job.plan.epoch(at.step),
+        hours: at.seconds / 3600.0,
+        top1,
+        top5,
+    });
+    if let Err(error) = job.checkpoints.write_results(&at.evaluations) {
+        trackers.note(&error.to_string());
+    }
+    // An average that is scored beside the parameters is what the run is for.
+    let (metric, value) = match (job.best, average) {
+        (BestMetric::Top1, None) => ("top1", top1),
+        (BestMetric::Top5, None) => ("top5", top5),
+        (BestMetric::Loss, None) => ("loss", loss),
+        (BestMetric::Top1, Some(m)) => ("ema_top1", m.top1()),
+        (BestMetric::Top5, Some(m)) => ("ema_top5", m.top5()),
+        (BestMetric::Loss, Some(m)) => ("ema_loss", m.loss()),
     };
-    // `ema.eval` may have changed since the last start.
-    let is_better = |best: &Best| best.metric != metric || value > best.value;
-    if at.best.as_ref().is_none_or(is_better) {
+    let is_better = |best: &Best| match job.best {
+        BestMetric::Loss => value < best.value,
+        _ => value > best.value,
+    };
+    // The best by another metric, from before the spec was changed, is the best no more.
+    let best = at.best.as_ref().filter(|best| best.metric == metric);
+    if best.is_none_or(is_better) {
         at.best = Some(Best {
             metric: metric.into(),
             value,
             step: at.step,
         });
-        job.checkpoints.point_to(at)?;
+        saver.writer.point_to(at);
     }
     Ok(true)
 }
@@ -342,6 +599,30 @@ pub fn score(
     }
 }
 
+/// Scores a whole set as [`score`] does, from the logits, and says what was taken for what.
+///
+/// # Errors
+/// As for [`score`].
+pub fn score_classes(
+    config: &data::Config,
+    engine: &mut dyn Engine,
+    mut note: impl FnMut(&str),
+) -> Result<Confusion, Error> {
+    let mut confusion = Confusion::new(config.classes);
+    for batch in data::eval(config)? {
+        let batch = batch?;
+        batch.bad_records.iter().for_each(|bad| note(bad));
+        if !batch.labels.is_empty() {
+            let logits = engine.predict(view(&batch).pixels)?;
+            confusion.add(&logits, &batch.labels);
+        }
+    }
+    match confusion.images() {
+        0 => Err(Error::NothingScored),
+        _ => Ok(confusion),
+    }
+}
+
 /// A batch as the engine takes it.
 fn view<'a>(batch: &'a data::Batch, mixed: Option<&'a data::Mixed>) -> engine::Batch<'a> {
     let pixels = match &batch.pixels {
@@ -358,17 +639,42 @@ fn view<'a>(batch: &'a data::Batch, mixed: Option<&'a data::Mixed>) -> engine::B
     }
 }
 
-/// Where a run in `dir` goes on: its last checkpoint, if it computes what `meta` says.
+/// Where a run in `dir` goes on: its last whole checkpoint, if it computes what `meta` says. Files that are damaged are
+/// put aside as `NAME.damaged`; `note` hears of each. To be called by whoever holds the directory's lease.
 ///
 /// # Errors
-/// If the checkpoint cannot be read, or holds another computation; all differing keys are named.
-pub fn resume(dir: &Path, meta: &Meta) -> Result<Option<(Progress, engine::State)>, Error> {
-    let Some(path) = Checkpoints::of(dir).latest()? else {
-        return Ok(None);
-    };
-    let (found, state) = load(&path)?;
-    check_equal(dir, &computation(&found), &meta.computation, |_| true)?;
-    Ok(Some((found.progress, state)))
+/// If a checkpoint cannot be read, if all are damaged, or if the last whole one holds another computation; all differing
+/// keys are named.
+pub fn resume(
+    dir: &Path,
+    meta: &Meta,
+    mut note: impl FnMut(&str),
+) -> Result<Option<(Progress, engine::State)>, Error> {
+    let files = Checkpoints::of(dir).files()?;
+    let mut damaged = vec![];
+    for path in &files {
+        let (found, state) = match load(path) {
+            Err(error @ Error::Damaged { .. }) if damaged.len() + 1 < files.len() => {
+                damaged.push((path, error));
+                continue;
+            }
+            loaded => loaded?,
+        };
+        check_equal(dir, &computation(&found), &meta.computation, |_| true)?;
+        for (path, error) in damaged {
+            let mut aside = path.clone().into_os_string();
+            aside.push(".damaged");
+            store::rename(path, aside.as_ref())?;
+            let (text, aside) = (error.to_string(), Path::new(&aside).display().to_string());
+            let first = text.lines().next().unwrap_or_default();
+            note(&format!(
+                "{first}; it is now {aside}, and the run goes on from step {}, the checkpoint before",
+                found.progress.step
+            ));
+        }
+        return Ok(Some((found.progress, state)));
+    }
+    Ok(None)
 }
 
 /// What a checkpoint computes; keys that its version of the program did not have are at their defaults, which keep

@@ -112,6 +112,11 @@ impl Pace {
         }
     }
 
+    /// Seconds of training of this process.
+    pub(crate) fn seconds(&self) -> f64 {
+        self.stepping.as_secs_f64()
+    }
+
     /// How a run ended that has come to `at`.
     pub fn summary(&self, status: &str, at: &Progress, reason: Option<String>) -> Summary {
         let seconds = self.stepping.as_secs_f64();

@@ -1067,6 +1067,10 @@ impl Engine for Cuda {
         self.totals(index, number % 2 == 1)
     }
 
+    fn skipped_steps(&self) -> Result<u64, Error> {
+        Cuda::skipped_steps(self).map(|steps| steps as u64)
+    }
+
     fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
         self.infer(batch, |_| (), false)
     }

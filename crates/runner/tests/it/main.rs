@@ -10,6 +10,7 @@ mod bench;
 mod buckets;
 mod data;
 mod fake_bucket;
+mod longrun;
 mod messages;
 mod real_stores;
 mod resume;

@@ -235,7 +235,7 @@ fn every_layer_is_told_apart() {
          environment variable RUNNER__OPTIMISER__KIND: optimiser: unknown section\nhint: did you mean [optimizer]?\n\
          environment variable RUNNER__TRAIN__THREADS: train.threads: expected a whole number from 0 to 1024, not \"all\"\n\
          --set loss.label_smoothing=2: loss.label_smoothing: expected at least 0 and below 1, not 2.0\n\
-         --set eval.often=1: eval.often: unknown key\nhint: the keys of [eval] are crop_ratio, every\n\
+         --set eval.often=1: eval.often: unknown key\nhint: the keys of [eval] are crop_ratio, every, wait\n\
          --set data.flip=maybe: data.flip: expected true or false, not \"maybe\"",
     );
 }

@@ -256,7 +256,7 @@ fn unknown_key_like_no_other() {
     check(
         &format!("{FAKE}[checkpoint]\nzzz = 1\n"),
         &[],
-        "x.toml:5:1: checkpoint.zzz: unknown key\nhint: the keys of [checkpoint] are every, keep",
+        "x.toml:5:1: checkpoint.zzz: unknown key\nhint: the keys of [checkpoint] are best, every, keep",
     );
     check_set(
         "zzz=1",
@@ -493,7 +493,7 @@ fn every_range_is_checked() {
 }
 
 /// Keys of whole numbers, and the ends of their ranges.
-const WHOLE: [(&str, u64, u64); 13] = [
+const WHOLE: [(&str, u64, u64); 15] = [
     ("model.classes", 2, 1_000_000),
     ("data.lanes", 1, 65_536),
     ("data.shuffle_window", 1, 10_000_000),
@@ -506,6 +506,8 @@ const WHOLE: [(&str, u64, u64); 13] = [
     ("train.batch_size", 1, 65_536),
     ("train.bn_batch", 1, 65_536),
     ("train.threads", 0, 1024),
+    ("train.max_rewinds", 0, 1000),
+    ("eval.wait", 0, 100_000_000),
     ("checkpoint.keep", 1, 1_000_000),
 ];
 
@@ -688,8 +690,8 @@ fn set_without_a_key() {
         &["=3", "train.=3"],
         "--set =3: unknown key\nhint: the keys outside sections are mode, name, run_dir, seed\n\
          --set train.=3: train.: unknown key\n\
-         hint: the keys of [train] are batch_size, bn_batch, device, instructions, length, precision, threads, \
-         winograd",
+         hint: the keys of [train] are batch_size, bn_batch, device, instructions, length, max_loss, max_rewinds, \
+         precision, threads, winograd",
     );
 }
 
@@ -1030,7 +1032,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 73] = [
+const KEYS: [(&str, &str, bool); 78] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1043,6 +1045,7 @@ const KEYS: [(&str, &str, bool); 73] = [
     ("model.stem_pool", "conv", true),
     ("model.dropout", "0.25", true),
     ("model.labels", "l", false),
+    ("model.weights", "w", true),
     ("data.source", "zeros", true),
     ("data.train", "t", false),
     ("data.eval", "e", false),
@@ -1068,6 +1071,8 @@ const KEYS: [(&str, &str, bool); 73] = [
     ("train.batch_size", "512", true),
     ("train.bn_batch", "64", true),
     ("train.length", "50 epochs", false),
+    ("train.max_loss", "50", true),
+    ("train.max_rewinds", "0", false),
     ("train.precision", "bf16", true),
     ("train.device", "cpu", false),
     ("train.threads", "1", false),
@@ -1097,8 +1102,10 @@ const KEYS: [(&str, &str, bool); 73] = [
     ("ema.eval", "raw", false),
     ("eval.every", "5 steps", false),
     ("eval.crop_ratio", "1", true),
+    ("eval.wait", "60", false),
     ("checkpoint.every", "5 steps", false),
     ("checkpoint.keep", "5", false),
+    ("checkpoint.best", "loss", false),
     ("track.mlflow", "off", false),
     ("track.experiment", "e", false),
     ("track.tensorboard", "false", false),
