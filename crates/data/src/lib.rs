@@ -75,8 +75,10 @@ pub struct Config {
 /// Where samples come from.
 #[derive(Clone, Debug)]
 pub enum Source {
-    /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG, PNG or WebP file) and `image/class/label`.
-    TfRecord {
+    /// Files of many records, or such objects in buckets.
+    Shards {
+        /// What they are.
+        format: Format,
         /// The files, or URLs of objects in buckets; their order does not matter: they are sorted by file name, those of one name by path.
         shards: Vec<PathBuf>,
         /// Subtracted from the stored label to give the class.

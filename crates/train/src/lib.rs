@@ -613,7 +613,7 @@ pub fn score_classes(
         let batch = batch?;
         batch.bad_records.iter().for_each(|bad| note(bad));
         if !batch.labels.is_empty() {
-            let logits = engine.predict(view(&batch).pixels)?;
+            let logits = engine.predict(view(&batch, None).pixels)?;
             confusion.add(&logits, &batch.labels);
         }
     }
