@@ -135,7 +135,7 @@ mod tests {
         .into_iter()
         .map(|(seed, epoch, purpose)| Random::new(seed, epoch, purpose).bits())
         .collect();
-        assert_eq!(firsts.len(), 10);
+        assert_eq!(firsts.len(), 11);
     }
 
     #[test]

@@ -25,6 +25,10 @@ pub(crate) fn fault(
     let element = error.path.get(depth).and_then(|i| i.parse::<usize>().ok());
     let element = element.map_or(String::new(), |i| format!("element {}: ", i + 1));
 
+    // What a key says in its own words stands: it may have reasons not to repeat the value.
+    if let Kind::Message(said) = &error.kind {
+        return Some((format!("{element}{said}"), None));
+    }
     // A key that knows some names and not the empty one is a choice, whatever was wrong with its value.
     let probe = alone(section, key, &"".into());
     if let Err(Kind::UnknownVariant(_, names)) = probe.map_err(|error| error.kind) {

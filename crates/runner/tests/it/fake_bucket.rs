@@ -96,8 +96,16 @@ struct Request {
     body: Vec<u8>,
 }
 
+/// Percent-encoded bytes become what they stand for.
 fn decoded(text: &str) -> String {
-    text.replace("%2F", "/").replace("%2f", "/")
+    let mut parts = text.split('%');
+    let mut bytes = parts.next().unwrap_or_default().as_bytes().to_vec();
+    for part in parts {
+        let (code, rest) = part.split_at(2);
+        bytes.push(u8::from_str_radix(code, 16).unwrap());
+        bytes.extend(rest.as_bytes());
+    }
+    String::from_utf8(bytes).unwrap()
 }
 
 fn request(input: &mut impl BufRead) -> Option<Request> {
