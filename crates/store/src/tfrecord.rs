@@ -473,7 +473,7 @@ mod tests {
     /// Larger than every buffer, and not all alike.
     fn large() -> Vec<u8> {
         let payloads: Vec<Vec<u8>> = (0..40u32)
-            .map(|i| (0..i * 997).map(|j| (j * j >> (i % 7)) as u8).collect())
+            .map(|i| (0..i * 997).map(|j| ((j * j) >> (i % 7)) as u8).collect())
             .collect();
         let payloads: Vec<&[u8]> = payloads.iter().map(Vec::as_slice).collect();
         framed(&payloads)
