@@ -18,18 +18,8 @@ use crate::{config, network, output};
 
 /// `runner eval`.
 pub(crate) fn evaluate(args: &EvalArgs) -> Result<ExitCode, Failure> {
-    let path = train::find(&args.checkpoint)?;
-    let (meta, state) = train::load(&path)?;
-    let origin = format!("{} (spec)", path.display());
     // A run that only trained need not have said what to evaluate on.
-    let sets: Vec<String> = args
-        .set
-        .iter()
-        .cloned()
-        .chain(["mode=eval".into()])
-        .collect();
-    let run = spec::parse_over(&meta.spec, &origin, &config::environment(), &sets)?;
-    train::check_network(&path, &meta, &run)?;
+    let (path, meta, state, run) = open(&args.checkpoint, &args.set, &["mode=eval"])?;
     score(
         &path,
         &meta,
@@ -37,6 +27,22 @@ pub(crate) fn evaluate(args: &EvalArgs) -> Result<ExitCode, Failure> {
         &run,
         (args.json, args.details.as_deref()),
     )
+}
+
+/// A checkpoint, and the run that its spec describes under the environment, `sets` and, over all, `fixed`.
+pub(crate) fn open(
+    checkpoint: &Path,
+    sets: &[String],
+    fixed: &[&str],
+) -> Result<(PathBuf, Meta, State, Run), Failure> {
+    let path = train::find(checkpoint)?;
+    let (meta, state) = train::load(&path)?;
+    let origin = format!("{} (spec)", path.display());
+    let fixed = fixed.iter().map(|set| (*set).to_owned());
+    let sets: Vec<String> = sets.iter().cloned().chain(fixed).collect();
+    let run = spec::parse_over(&meta.spec, &origin, &config::environment(), &sets)?;
+    train::check_network(&path, &meta, &run)?;
+    Ok((path, meta, state, run))
 }
 
 /// A run whose mode is `eval`: the latest checkpoint of its directory, on the evaluation set of its own spec.
@@ -225,14 +231,14 @@ fn score(
 ) -> Result<ExitCode, Failure> {
     let config = train::eval_config(run)?;
     let (states, has_both) = to_score(state, run);
-    let mut engine = network::engine(run, &network::network(run), Some(states[0].clone()))?;
+    let mut states = states.into_iter();
+    let mut engine = network::engine(run, &network::network(run), states.next())?;
     let started = Instant::now();
     let note = |bad: &str| eprintln!("{bad}");
     let mut scores: Vec<Metrics> = vec![];
-    for (i, state) in states.iter().enumerate() {
-        engine.load(state)?;
+    loop {
         // The details are of what is scored first.
-        scores.push(match details.filter(|_| i == 0) {
+        scores.push(match details.filter(|_| scores.is_empty()) {
             None => {
                 let never = AtomicBool::new(false);
                 let found = train::score(&config, &mut *engine, &never, note)?;
@@ -244,6 +250,10 @@ fn score(
                 found.metrics()
             }
         });
+        match states.next() {
+            Some(state) => engine.load(&state)?,
+            None => break,
+        }
     }
     let (step, seconds) = (meta.progress.step, started.elapsed().as_secs_f64());
     let m = &scores[0];

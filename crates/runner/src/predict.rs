@@ -11,7 +11,7 @@ use store::tfrecord::Reader;
 
 use crate::cli::PredictArgs;
 use crate::failure::Failure;
-use crate::{config, network, output};
+use crate::{evaluate, network, output};
 
 /// An image to look at.
 struct Image {
@@ -27,18 +27,9 @@ struct Image {
 /// `runner predict`. An image that cannot be read gets a line that says why, the others are looked at, and the exit code
 /// is 3.
 pub(crate) fn predict(args: &PredictArgs) -> Result<ExitCode, Failure> {
-    let path = train::find(&args.checkpoint)?;
-    let (meta, state) = train::load(&path)?;
-    let origin = format!("{} (spec)", path.display());
-    let sets: Vec<String> = args
-        .set
-        .iter()
-        .cloned()
-        // It need not say where the data of the run were.
-        .chain(["mode=eval", "data.source=fake"].map(String::from))
-        .collect();
-    let run = spec::parse_over(&meta.spec, &origin, &config::environment(), &sets)?;
-    train::check_network(&path, &meta, &run)?;
+    // It need not say where the data of the run were.
+    let fixed = ["mode=eval", "data.source=fake"];
+    let (_, meta, state, run) = evaluate::open(&args.checkpoint, &args.set, &fixed)?;
     let mut files = vec![];
     for input in &args.inputs {
         // A file of that name, brackets and all, comes before a pattern.
