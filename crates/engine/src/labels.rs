@@ -56,7 +56,7 @@ impl Target {
 
 /// Whether the label scores highest (lowest class wins ties), and whether fewer than five score strictly higher.
 /// A score that is not finite is never a hit.
-pub(crate) fn hits<T: PartialOrd + Copy + Into<f64>>(logits: &[T], label: usize) -> (bool, bool) {
+pub fn hits<T: PartialOrd + Copy + Into<f64>>(logits: &[T], label: usize) -> (bool, bool) {
     let score = logits[label];
     if !score.into().is_finite() {
         return (false, false);

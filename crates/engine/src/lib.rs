@@ -17,6 +17,7 @@ use std::fmt;
 
 pub use dropout::Dropout;
 pub use init::initial_state;
+pub use labels::hits;
 pub use profile::KernelTime;
 pub use state::{
     AVERAGE_PREFIX, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,

@@ -383,7 +383,11 @@ fn times(told: &[Told]) -> String {
         };
         for (name, share) in spent.shares().into_iter().filter(|s| s.1 >= 0.0005) {
             let percent = 100.0 * share;
-            let colour = PARTS.iter().position(|part| *part == name).unwrap_or(0);
+            // Colours are in the order of the names.
+            let colour = Spent::PARTS
+                .iter()
+                .position(|part| *part == name)
+                .unwrap_or(0);
             let _ = write!(
                 bar,
                 "<i class=\"p{colour}\" style=\"width:{percent:.2}%\"></i>"
@@ -410,16 +414,6 @@ fn times(told: &[Told]) -> String {
     text + "</tbody></table></div><p class=\"faint\">Of the last start of each run. A run that is going on, or was killed, \
             shows its steps only.</p>"
 }
-
-/// The parts of [`Spent`] in the order of their colours.
-const PARTS: [&str; 6] = [
-    "engine",
-    "decode",
-    "input read",
-    "evaluation",
-    "checkpoint",
-    "tracking",
-];
 
 /// The page: no script, nothing from elsewhere.
 fn page(told: &[Told], charts: &[(&'static str, Chart)]) -> String {

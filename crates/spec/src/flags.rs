@@ -19,7 +19,6 @@ type Flag = (&'static str, Here, &'static str);
 const BIGTABLE: &str = "training reads TFRecord shards";
 const SUBMIT: &str = "runs are started on the machine that computes";
 const DROP_BLOCK: &str = "there is no DropBlock";
-const AUGMENT: &str = "training images are cropped and mirrored";
 const EXPORT: &str = "checkpoints are safetensors with torchvision's names";
 const FILE: &str = "the spec is a file, and `extends` builds it on others";
 const SETS: &str = "`--set section.key=value` changes a key";
@@ -87,9 +86,9 @@ const FLAGS: &[Flag] = &[
     ("profile_every_n_steps", NotYet, "rates and input waits are in metrics.jsonl"),
     ("export_to_tpu", NotNeeded, "there are no TPUs here"),
     ("use_async_checkpointing", NotNeeded, "a thread writes checkpoints, in every mode"),
-    ("augment_name", NotYet, AUGMENT),
-    ("randaug_num_layers", NotYet, AUGMENT),
-    ("randaug_magnitude", NotYet, AUGMENT),
+    ("augment_name", Keys(&["data.augment"]), "`\"autoaugment\"` or `\"randaugment\"`"),
+    ("randaug_num_layers", Keys(&["data.augment_ops"]), ""),
+    ("randaug_magnitude", Keys(&["data.augment_magnitude"]), ""),
     ("add_warmup_requests", NotYet, EXPORT),
     ("model_name", NotYet, EXPORT),
     ("inference_batch_sizes", NotYet, EXPORT),

@@ -36,16 +36,27 @@ pub struct Time {
 }
 
 impl Spent {
+    /// What the parts are called.
+    pub const PARTS: [&'static str; 6] = [
+        "engine",
+        "decode",
+        "input read",
+        "evaluation",
+        "checkpoint",
+        "tracking",
+    ];
+
     /// Names and seconds, the largest first.
     fn parts(&self) -> [(&'static str, f64); 6] {
-        let mut parts = [
-            ("engine", self.engine),
-            ("decode", self.decode),
-            ("input read", self.read),
-            ("evaluation", self.evaluation),
-            ("checkpoint", self.checkpoint),
-            ("tracking", self.tracking),
+        let seconds = [
+            self.engine,
+            self.decode,
+            self.read,
+            self.evaluation,
+            self.checkpoint,
+            self.tracking,
         ];
+        let mut parts = std::array::from_fn(|i| (Self::PARTS[i], seconds[i]));
         parts.sort_by(|a, b| b.1.total_cmp(&a.1));
         parts
     }

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use engine::Metrics;
+use engine::{Metrics, hits};
 use serde_json::{Value, json};
 
 /// Counts of (class, prediction), and what [`crate::score`] would say.
@@ -32,7 +32,6 @@ impl Confusion {
         assert_eq!(logits.len(), labels.len() * self.classes, "a row an image");
         for (row, &label) in logits.chunks_exact(self.classes).zip(labels) {
             let label = label as usize;
-            let score = row[label];
             // The lowest class wins a tie; a score that is not a number wins nothing.
             let mut best = 0;
             for (class, &value) in row.iter().enumerate() {
@@ -41,8 +40,7 @@ impl Confusion {
                 }
             }
             self.counts[label * self.classes + best] += 1;
-            let above = row.iter().filter(|&&value| value > score).count();
-            self.top5[label] += u64::from(above < 5 && score.is_finite());
+            self.top5[label] += u64::from(hits(row, label).1);
             self.loss_sum -= log_softmax(row, label);
         }
     }

@@ -1,9 +1,9 @@
 //! The small kernels: classifier, loss, update.
 
-use super::memory::{Span, matmul};
-use super::pool::Pool;
 use std::sync::OnceLock;
 
+use super::memory::{Span, matmul};
+use super::pool::Pool;
 use crate::labels::{Target, hits, targets};
 use crate::{Batch, Dropout, Metrics, TensorRule};
 

@@ -154,27 +154,39 @@ fn oracle_gradients_pass_finite_differences() {
         let images = 2 + r.below(3);
         let data = Data::new(r, &graph, images);
         let mut oracle = Oracle::new(&graph, 8, &initial_state(&graph, seed)).unwrap();
-        let gradients = oracle.gradients(&data.batch(), 0.1);
-        for (p, gradient) in gradients.iter().enumerate() {
-            let scale = gradient.iter().map(|g| g * g).sum::<f64>().sqrt().max(1e-3);
-            for _ in 0..6 {
-                let (id, i, h) = (ParamId(p), r.below(gradient.len()), 1e-6);
-                let mut loss = |by| {
-                    oracle.nudge(id, i, by);
-                    let loss = oracle.training_loss(&data.batch(), 0.1);
-                    oracle.nudge(id, i, -by);
-                    loss
-                };
-                let slope = (loss(h) - loss(-h)) / (2.0 * h);
-                let name = &graph.params()[p].name;
-                // Differences of an f64 loss near 1 are good to 1e-16 / 2e-6; a kink within h is not met here.
-                let error = (slope - gradient[i]).abs() / scale;
-                assert!(
-                    error < 1e-6,
-                    "seed {seed}: {name}[{i}]: {} against {slope}",
-                    gradient[i]
-                );
-            }
+        check_slopes(seed, r, &graph, &data, &mut oracle, 6);
+    }
+}
+
+/// Holds some values of each gradient against differences of the loss.
+fn check_slopes(
+    seed: u64,
+    r: &mut Random,
+    graph: &Graph,
+    data: &Data,
+    oracle: &mut Oracle,
+    tries: usize,
+) {
+    let gradients = oracle.gradients(&data.batch(), 0.1);
+    for (p, gradient) in gradients.iter().enumerate() {
+        let scale = gradient.iter().map(|g| g * g).sum::<f64>().sqrt().max(1e-3);
+        for _ in 0..tries {
+            let (id, i, h) = (ParamId(p), r.below(gradient.len()), 1e-6);
+            let mut loss = |by| {
+                oracle.nudge(id, i, by);
+                let loss = oracle.training_loss(&data.batch(), 0.1);
+                oracle.nudge(id, i, -by);
+                loss
+            };
+            let slope = (loss(h) - loss(-h)) / (2.0 * h);
+            let name = &graph.params()[p].name;
+            // Differences of an f64 loss near 1 are good to 1e-16 / 2e-6; a kink within h is not met here.
+            let error = (slope - gradient[i]).abs() / scale;
+            assert!(
+                error < 1e-6,
+                "seed {seed}: {name}[{i}]: {} against {slope}",
+                gradient[i]
+            );
         }
     }
 }
@@ -797,23 +809,7 @@ fn gradients_with_dropout_pass_finite_differences() {
         let without = oracle.training_loss(&data.batch(), 0.1);
         oracle.drop_out(Some(DROPOUT));
         assert_ne!(oracle.training_loss(&data.batch(), 0.1), without);
-        let gradients = oracle.gradients(&data.batch(), 0.1);
-        for (p, gradient) in gradients.iter().enumerate() {
-            let scale = gradient.iter().map(|g| g * g).sum::<f64>().sqrt().max(1e-3);
-            for _ in 0..4 {
-                let (id, i, h) = (ParamId(p), r.below(gradient.len()), 1e-6);
-                let mut loss = |by| {
-                    oracle.nudge(id, i, by);
-                    let loss = oracle.training_loss(&data.batch(), 0.1);
-                    oracle.nudge(id, i, -by);
-                    loss
-                };
-                let slope = (loss(h) - loss(-h)) / (2.0 * h);
-                let error = (slope - gradient[i]).abs() / scale;
-                let name = &graph.params()[p].name;
-                assert!(error < 1e-6, "seed {seed}: {name}[{i}]: {error}");
-            }
-        }
+        check_slopes(seed, r, &graph, &data, &mut oracle, 4);
     }
 }
 
