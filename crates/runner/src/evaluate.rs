@@ -130,8 +130,7 @@ fn watch(run: &Run, longest: Duration) -> Result<ExitCode, Failure> {
             Err(error) => return Err(error.into()),
         };
         train::check_network(path, &meta, run)?;
-        // An average that is scored beside the parameters is what the run is for.
-        let state = to_score(state, run).0.pop().expect("there is one");
+        let state = to_use(state, run);
         let engine = match &mut engine {
             Some(engine) => engine,
             none => none.insert(network::engine(run, &network::network(run), None)?),
@@ -220,6 +219,11 @@ fn to_score(state: State, run: &Run) -> (Vec<State>, bool) {
         EmaEval::Both if has_average => (vec![raw, average], true),
         _ => (vec![raw], false),
     }
+}
+
+/// What a checkpoint is for: the average of the parameters where it is scored, also beside them, else the parameters.
+pub(crate) fn to_use(state: State, run: &Run) -> State {
+    to_score(state, run).0.pop().expect("there is one")
 }
 
 fn score(

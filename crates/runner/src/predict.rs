@@ -38,10 +38,7 @@ pub(crate) fn predict(args: &PredictArgs) -> Result<ExitCode, Failure> {
             false => files.extend(store::glob(input)?),
         }
     }
-    let state = state
-        .into_iter()
-        .filter(|(name, _)| !name.starts_with("optimizer."))
-        .collect();
+    let state = evaluate::to_use(state, &run);
     let mut engine = network::engine(&run, &network::network(&run), Some(state))?;
     let size = args.batch.unwrap_or(run.train.bn_batch());
     let mut look = Look {

@@ -18,7 +18,7 @@ use train::{Meta, Progress};
 
 use crate::cli::{ExportArgs, ImportArgs};
 use crate::failure::Failure;
-use crate::{config, network, output};
+use crate::{config, evaluate, network, output};
 
 /// A format of numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -284,13 +284,10 @@ pub(crate) fn import(args: &ImportArgs) -> Result<ExitCode, Failure> {
 
 /// `runner export`: a state dict that torch loads strictly into the network of the same depth.
 pub(crate) fn export(args: &ExportArgs) -> Result<ExitCode, Failure> {
-    let path = train::find(&args.checkpoint)?;
-    let (meta, state) = train::load(&path)?;
-    let is_of_network = |name: &str| !name.starts_with("optimizer.") && !name.starts_with("ema.");
-    let state: State = state
-        .into_iter()
-        .filter(|(name, _)| is_of_network(name))
-        .collect();
+    // It need not say where the data of the run were.
+    let fixed = ["mode=eval", "data.source=fake"];
+    let (_, meta, state, run) = evaluate::open(&args.checkpoint, &[], &fixed)?;
+    let state = evaluate::to_use(state, &run);
     // torch counts batches in every normalisation.
     let steps = meta.progress.step.to_le_bytes();
     let norms = state

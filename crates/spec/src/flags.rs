@@ -92,7 +92,11 @@ const FLAGS: &[Flag] = &[
     ("add_warmup_requests", NotYet, EXPORT),
     ("model_name", NotYet, EXPORT),
     ("inference_batch_sizes", NotYet, EXPORT),
-    ("export_moving_average", NotYet, EXPORT),
+    (
+        "export_moving_average",
+        Keys(&["ema.eval"]),
+        "`runner export` writes the average unless it is `\"raw\"`",
+    ),
     // Keys of its parameter files that are no flags.
     ("use_resnetd_stem", Keys(&["model.stem"]), "`\"deep\"`"),
     ("resnetd_shortcut", NotYet, "shortcuts are strided 1x1 convolutions"),

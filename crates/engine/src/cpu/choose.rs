@@ -3,6 +3,7 @@
 use graph::{Caps, Geometry, Needs, Plane};
 use half::bf16;
 
+use super::direct::Arithmetic;
 use super::fuse::Partials;
 use super::memory::ALIGNMENT;
 use super::simd::Level;
@@ -40,14 +41,13 @@ impl CpuCaps {
         }
     }
 
-    /// Whether convolutions multiply pairs of bf16.
-    pub(crate) fn multiplies_bf16(&self) -> bool {
-        self.precision == Precision::Bf16 && matches!(self.level, Level::Avx512Bf16 | Level::Amx)
-    }
-
-    /// Neighbouring depths that convolutions multiply at once.
-    fn pairs(&self) -> usize {
-        if self.multiplies_bf16() { 2 } else { 1 }
+    /// How direct convolutions multiply.
+    pub(crate) fn arithmetic(&self) -> Arithmetic {
+        match (self.precision, self.level) {
+            (Precision::Bf16, Level::Avx512Bf16 | Level::Amx) => Arithmetic::Bf16,
+            (Precision::F32, Level::Amx) => Arithmetic::Split,
+            _ => Arithmetic::F32,
+        }
     }
 
     /// Whether Winograd's transforms can be used, and pay, where at least `tiles` tiles share the transform of a large
@@ -60,7 +60,7 @@ impl CpuCaps {
         let is_large = g.input.c * g.output.c >= 128 * 256;
         let shared = batch * g.output.h.div_ceil(4) * g.output.w.div_ceil(4);
         let pays = has_tiles && has_channels && (!is_large || shared >= tiles);
-        self.winograd && !self.multiplies_bf16() && is_3x3 && pays
+        self.winograd && self.arithmetic() != Arithmetic::Bf16 && is_3x3 && pays
     }
 
     pub(crate) fn forward_product(&self, g: &Geometry, batch: usize) -> Product {
@@ -68,7 +68,12 @@ impl CpuCaps {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.input.c, g.output.c);
             return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
         }
-        Product::Direct(direct::Plan::forward(self.level, self.pairs(), g, batch))
+        Product::Direct(direct::Plan::forward(
+            self.level,
+            self.arithmetic(),
+            g,
+            batch,
+        ))
     }
 
     /// Two folded convolutions that run together, if they do.
@@ -78,7 +83,7 @@ impl CpuCaps {
         second: &Geometry,
         batch: usize,
     ) -> Option<[direct::Plan; 2]> {
-        direct::Plan::joined(self.level, self.pairs(), [first, second], batch)
+        direct::Plan::joined(self.level, self.arithmetic(), [first, second], batch)
     }
 
     pub(crate) fn backward_product(&self, g: &Geometry, batch: usize) -> Product {
@@ -86,7 +91,11 @@ impl CpuCaps {
             let (h, w, inputs, outputs) = (g.output.h, g.output.w, g.output.c, g.input.c);
             return Product::Winograd(wino::Plan::new(self.level, h, w, inputs, outputs, batch));
         }
-        Product::Direct(direct::Plan::backward(self.level, self.pairs(), g, batch))
+        // What is read is the sum of two tensors, and is cut into pieces for every result of a pixel.
+        let depth = g.kernel * g.kernel * g.output.c;
+        let pays = depth >= 256 && (g.kernel > 1 || g.input.c >= 256);
+        let arithmetic = self.arithmetic().split_if(pays);
+        Product::Direct(direct::Plan::backward(self.level, arithmetic, g, batch))
     }
 
     pub(crate) fn weight_product(&self, g: &Geometry, batch: usize) -> WeightProduct {
@@ -97,8 +106,10 @@ impl CpuCaps {
                 self.level, h, w, inputs, outputs, batch,
             ));
         }
-        let tiled = wgrad_tiles::Plan::new(self.level, g, batch);
-        match tiled.filter(|_| self.multiplies_bf16()) {
+        // x is cut and transposed piece by piece, all of it for each of its channels.
+        let is_wide = g.output.c >= 256 && (128..=2 * g.output.c).contains(&g.input.c);
+        let arithmetic = self.arithmetic().split_if(g.kernel == 1 && is_wide);
+        match wgrad_tiles::Plan::new(self.level, arithmetic, g, batch) {
             Some(plan) => WeightProduct::Tiled(plan),
             None => WeightProduct::Direct(wgrad::Plan::new(self.level, g, batch)),
         }

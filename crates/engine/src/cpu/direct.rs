@@ -95,6 +95,52 @@ impl Operand for bf16 {
     }
 }
 
+/// How a convolution multiplies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Arithmetic {
+    /// f32 by f32.
+    F32,
+    /// Pairs of bf16.
+    Bf16,
+    /// f32 by f32 through matrix tiles, each as the sum of three bf16. Only with [`Level::Amx`], where channels are a multiple
+    /// of [`tiles::DEPTH`] and rows are not short; plans of other shapes are of [`Self::F32`].
+    Split,
+}
+
+impl Arithmetic {
+    /// Neighbouring depths in a lane.
+    fn pairs(self) -> usize {
+        match self {
+            Self::F32 => 1,
+            Self::Bf16 | Self::Split => 2,
+        }
+    }
+
+    /// Products of pieces that one of operands takes.
+    pub(crate) fn products(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 1,
+            Self::Split => tiles::PRODUCTS,
+        }
+    }
+
+    /// Plain f32 where pieces of it do not pay.
+    pub(crate) fn split_if(self, pays: bool) -> Self {
+        match self {
+            Self::Split if !pays => Self::F32,
+            other => other,
+        }
+    }
+
+    /// Values that an operand is the sum of.
+    pub(crate) fn pieces(self) -> usize {
+        match self {
+            Self::F32 | Self::Bf16 => 1,
+            Self::Split => tiles::PIECES,
+        }
+    }
+}
+
 /// How the input of a task is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Packing {
@@ -140,6 +186,9 @@ const JOINED_BYTES: usize = 256 << 10;
 
 /// The same where matrix tiles multiply, see [`TILED_PACK_BYTES`].
 const TILED_JOINED_BYTES: usize = 512 << 10;
+
+/// Values of weights, in pieces, that stay in the second-level cache from task to task.
+const SPLIT_JOINED_WEIGHTS: usize = 512 << 10;
 
 /// One residue of the results' pixels and the taps that reach it.
 #[derive(Clone, Debug)]
@@ -188,8 +237,7 @@ pub(crate) struct Plan {
     groups: usize,
     /// Panels that a tile is multiplied by before the next tile.
     abreast: usize,
-    /// Neighbouring depths in a lane: 1, or 2 for bf16.
-    pairs: usize,
+    arithmetic: Arithmetic,
     /// Multiplied by matrix tiles.
     tiled: bool,
     /// Taps that the weights have.
@@ -266,8 +314,13 @@ struct Shape {
 }
 
 impl Plan {
-    /// y = x * w, multiplied as pairs of bf16 if `pairs` is 2.
-    pub(crate) fn forward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
+    /// y = x * w.
+    pub(crate) fn forward(
+        level: Level,
+        arithmetic: Arithmetic,
+        g: &Geometry,
+        batch: usize,
+    ) -> Self {
         let pad = g.pad() as isize;
         let tap = |weight: usize| Tap {
             dy: (weight / g.kernel) as isize - pad,
@@ -275,10 +328,10 @@ impl Plan {
             weight,
         };
         let taps: Vec<Tap> = (0..g.kernel * g.kernel).map(tap).collect();
-        let (packing, pairs) = match g.kernel {
-            1 => (Packing::Points, pairs),
-            _ if has_rows(g) => (Packing::Rows, 1),
-            _ => (Packing::Planes, pairs),
+        let (packing, arithmetic) = match g.kernel {
+            1 => (Packing::Points, arithmetic),
+            _ if has_rows(g) => (Packing::Rows, Arithmetic::F32),
+            _ => (Packing::Planes, arithmetic),
         };
         let to = (g.output.h, g.output.w, g.output.c);
         let from = (g.input.h, g.input.w, g.input.c);
@@ -292,14 +345,14 @@ impl Plan {
             taps: taps.len(),
             phases: vec![((0, 0), (to.0, to.1), taps)],
         };
-        Self::new(level, pairs, batch, shape)
+        Self::new(level, arithmetic, batch, shape)
     }
 
     /// Two convolutions of 1 x 1, the second of which reads the results of the first, cut into tasks alike; none if
     /// they are not so, or if the results of a task are too large to stay near.
     pub(crate) fn joined(
         level: Level,
-        pairs: usize,
+        arithmetic: Arithmetic,
         [first, second]: [&Geometry; 2],
         batch: usize,
     ) -> Option<[Self; 2]> {
@@ -307,18 +360,29 @@ impl Plan {
         if !is_matmul(first) || !is_matmul(second) {
             return None;
         }
-        let mut plans = [first, second].map(|g| Self::forward(level, pairs, g, batch));
+        let mut plans = [first, second].map(|g| Self::forward(level, arithmetic, g, batch));
         let all = batch * first.output.pixels();
-        let tiled = plans.iter().all(|plan| plan.tiled);
-        let (value, most, unit, least) = if tiled {
-            (size_of::<bf16>(), TILED_JOINED_BYTES, tiles::SIDE, 64)
+        let (most, unit, least) = if plans.iter().all(|plan| plan.tiled) {
+            (TILED_JOINED_BYTES, tiles::SIDE, 64)
         } else {
-            (size_of::<f32>(), JOINED_BYTES, 14, 56)
+            (JOINED_BYTES, 14, 56)
         };
-        let result = first.output.c * value;
+        // Tensors of f32 are never multiplied as pairs.
+        let stored = match plans[0].arithmetic {
+            Arithmetic::Bf16 => size_of::<bf16>(),
+            Arithmetic::F32 | Arithmetic::Split => size_of::<f32>(),
+        };
+        let result = first.output.c * stored;
         let near = (most / 2 / result).max(least).min(all / 8) / unit * unit;
         let rows = plans[0].rows.min(plans[1].rows).min(near);
-        if rows < least || rows * result > most || plans[0].pairs != plans[1].pairs {
+        // Two convolutions in turn read all of their weights for every few results.
+        let weights: usize = plans.iter().map(Self::weights_len).sum();
+        let is_heavy = plans[0].arithmetic == Arithmetic::Split && weights > SPLIT_JOINED_WEIGHTS;
+        if is_heavy
+            || rows < least
+            || rows * result > most
+            || plans[0].arithmetic != plans[1].arithmetic
+        {
             return None;
         }
         for plan in &mut plans {
@@ -330,7 +394,12 @@ impl Plan {
     }
 
     /// The gradient of x from that of y.
-    pub(crate) fn backward(level: Level, pairs: usize, g: &Geometry, batch: usize) -> Self {
+    pub(crate) fn backward(
+        level: Level,
+        arithmetic: Arithmetic,
+        g: &Geometry,
+        batch: usize,
+    ) -> Self {
         let packing = if g.is_matmul() {
             Packing::Points
         } else {
@@ -353,10 +422,10 @@ impl Plan {
             taps: used.len(),
             phases,
         };
-        Self::new(level, pairs, batch, shape)
+        Self::new(level, arithmetic, batch, shape)
     }
 
-    fn new(level: Level, pairs: usize, batch: usize, shape: Shape) -> Self {
+    fn new(level: Level, arithmetic: Arithmetic, batch: usize, shape: Shape) -> Self {
         let Shape {
             packing,
             from,
@@ -388,6 +457,13 @@ impl Plan {
             phases.iter().map(|p| p.1.0).max().unwrap_or(0),
             phases.iter().map(|p| p.1.1).max().unwrap_or(0),
         );
+        let fits_tiles = level == Level::Amx && from.2.is_multiple_of(tiles::DEPTH);
+        // Of a tile's sixteen rows most would be empty.
+        let is_narrow = packing == Packing::Planes && grid.1 < 8;
+        let arithmetic = match arithmetic {
+            Arithmetic::Split if !fits_tiles || is_narrow => Arithmetic::F32,
+            arithmetic => arithmetic,
+        };
         let mut plan = Self {
             level,
             batch,
@@ -408,8 +484,8 @@ impl Plan {
             rows: 1,
             groups: 1,
             abreast: 1,
-            pairs,
-            tiled: level == Level::Amx && pairs == 2 && from.2.is_multiple_of(tiles::DEPTH),
+            arithmetic,
+            tiled: fits_tiles && arithmetic != Arithmetic::F32,
             taps,
             phases: vec![],
         };
@@ -447,7 +523,7 @@ impl Plan {
     /// Chooses the results of a task.
     fn cut(&mut self) {
         let (value, most, unit) = if self.tiled {
-            (size_of::<bf16>(), TILED_PACK_BYTES, tiles::SIDE)
+            (self.value_len(), TILED_PACK_BYTES, tiles::SIDE)
         } else {
             (size_of::<f32>(), PACK_BYTES, 14)
         };
@@ -492,10 +568,15 @@ impl Plan {
         }
         let panels = self.to.2.div_ceil(2 * self.level.lanes());
         let tasks = self.tasks();
-        self.groups = 8usize.div_ceil(tasks).min(panels).max(1);
+        // Each group packs what it reads, which costs more in pieces.
+        let least: usize = if self.arithmetic == Arithmetic::Split {
+            4
+        } else {
+            8
+        };
+        self.groups = least.div_ceil(tasks).min(panels).max(1);
         let depth = (self.from.2 * self.taps).min(self.block());
-        let value = size_of::<f32>() / self.pairs;
-        let block = depth * 2 * self.level.lanes() * value;
+        let block = depth * 2 * self.level.lanes() * self.value_len();
         self.abreast = (ABREAST_BYTES / block).clamp(1, panels);
     }
 
@@ -504,16 +585,21 @@ impl Plan {
         self.from.2.div_ceil(CHUNK) * CHUNK
     }
 
-    /// Neighbouring depths in a lane: 1, or 2 for pairs of bf16.
+    /// Neighbouring depths in a lane: 1, or 2 of bf16.
     pub(crate) fn pairs(&self) -> usize {
-        self.pairs
+        self.arithmetic.pairs()
+    }
+
+    /// Bytes of a packed value, all its pieces.
+    fn value_len(&self) -> usize {
+        size_of::<f32>() / self.pairs() * self.arithmetic.pieces()
     }
 
     fn packed_rows(&self, rows: usize) -> usize {
         (rows - 1) * self.step + self.reach.0 + 1
     }
 
-    /// Values between the chunks of a packed tile.
+    /// Values between the chunks of a packed tile, or between the pieces of a chunk.
     fn chunk_len(&self) -> usize {
         match self.packing {
             Packing::Planes => {
@@ -528,7 +614,7 @@ impl Plan {
     /// Rows of a panel of weights for one tap of a chunk.
     fn chunk_rows(&self, chunk: usize) -> usize {
         let length = (self.from.2 - chunk * CHUNK).min(CHUNK);
-        length.next_multiple_of(self.pairs)
+        length.next_multiple_of(self.pairs())
     }
 
     fn stretches(&self, taps: &[Tap]) -> Vec<Stretch> {
@@ -546,7 +632,7 @@ impl Plan {
         for chunk in 0..channels.div_ceil(CHUNK) {
             let depth = (channels - chunk * CHUNK).min(CHUNK);
             let first_row = chunk * CHUNK * self.taps;
-            let start = chunk * self.chunk_len();
+            let start = chunk * self.chunk_len() * self.arithmetic.pieces();
             let mut push = |at: usize, weight: usize| {
                 out.push(Stretch {
                     at: start + at * CHUNK,
@@ -587,13 +673,14 @@ impl Plan {
         if !self.tiled {
             return vec![];
         }
+        let row_len = tiles::SIDE * self.arithmetic.pieces();
         let steps = |s: &Stretch| {
             let Stretch { at, depth, row } = *s;
             let depths = (0..depth).step_by(tiles::DEPTH);
-            depths.map(move |k| Step::new(at + k, (row + k) * tiles::SIDE))
+            depths.map(move |k| Step::new(at + k, (row + k) * row_len))
         };
         // The next panel's follow.
-        let first = stretches.first().map_or(0, |s| s.row * tiles::SIDE);
+        let first = stretches.first().map_or(0, |s| s.row * row_len);
         let next = Step::new(0, first + self.panel_len());
         stretches.iter().flat_map(steps).chain([next]).collect()
     }
@@ -634,8 +721,8 @@ impl Plan {
     /// Values of scratch per worker, in f32.
     pub(crate) fn worker_len(&self) -> usize {
         // A last run may be shorter than the tile's and then reads on behind the packed tile.
-        let packed = self.pixel_len() / CHUNK * self.chunk_len();
-        self.tiles_len() + packed.div_ceil(self.pairs) + RUNS * CHUNK
+        let packed = self.pixel_len() / CHUNK * self.chunk_len() * self.arithmetic.pieces();
+        self.tiles_len() + packed.div_ceil(self.pairs()) + RUNS * CHUNK
     }
 
     /// Values of the tiles that a worker keeps from one block of the depth to the next.
@@ -649,13 +736,21 @@ impl Plan {
                 Packing::Images => self.images.div_ceil(length),
                 Packing::Points => self.rows.div_ceil(length),
             };
-            if phase.blocks.len() > 1 {
-                runs.div_ceil(q) * self.abreast
-            } else {
-                1
+            match phase.blocks.len() {
+                1 => self.waiting(phase),
+                _ => runs.div_ceil(q) * self.waiting(phase),
             }
         });
         tiles.max().unwrap_or(1) * self.tile_len()
+    }
+
+    /// Tiles of the same results that wait for the next block, or for each other.
+    fn waiting(&self, phase: &Phase) -> usize {
+        if self.tiled || phase.blocks.len() > 1 {
+            self.abreast
+        } else {
+            1
+        }
     }
 
     /// Least depth of a block.
@@ -676,7 +771,25 @@ impl Plan {
     fn panel_len(&self) -> usize {
         let chunks = 0..self.from.2.div_ceil(CHUNK);
         let rows: usize = chunks.map(|chunk| self.chunk_rows(chunk)).sum();
-        rows * self.taps * 2 * self.level.lanes()
+        rows * self.taps * 2 * self.level.lanes() * self.arithmetic.pieces()
+    }
+
+    /// Whether a panel has rows that are no depth.
+    fn pads_depth(&self) -> bool {
+        let chunks = 0..self.from.2.div_ceil(CHUNK);
+        chunks.map(|chunk| self.chunk_rows(chunk)).sum::<usize>() > self.from.2
+    }
+
+    /// A row of a panel, or a pair of them: pieces of [`tiles::DEPTH`] rows lie one behind the other.
+    fn panel_row<'a, P>(&self, panel: &'a mut [P], row: usize) -> PanelRow<'a, P> {
+        let (nr, pieces) = (2 * self.level.lanes(), self.arithmetic.pieces());
+        let filled = row / tiles::DEPTH * tiles::DEPTH;
+        let first = (filled * pieces + row - filled) * nr;
+        PanelRow {
+            values: &mut panel[first..],
+            pieces,
+            stride: tiles::DEPTH * nr,
+        }
     }
 
     /// Values of the weights.
@@ -765,7 +878,8 @@ fn by_pixel(
     out
 }
 
-/// Puts weights into the order of [`Plan::forward`] as pairs of bf16. For f32 the masters have it already.
+/// Puts weights into the order of [`Plan::forward`] as pairs of bf16, or of pieces of f32. For plain f32 the masters have
+/// it already.
 pub(crate) fn pack_forward(
     pool: &mut Pool,
     plan: &Plan,
@@ -776,7 +890,7 @@ pub(crate) fn pack_forward(
     let panels = plan.columns() / nr;
     let (from_len, to_len) = (masters.len() / panels, plan.panel_len());
     assert!(
-        plan.pairs == 2 && to.len() >= to_len * panels,
+        plan.pairs() == 2 && to.len() >= to_len * panels,
         "pairs have room"
     );
     pool.run(panels, |_, panel| {
@@ -788,17 +902,18 @@ pub(crate) fn pack_forward(
                 to.part(panel * to_len..(panel + 1) * to_len).get_mut(),
             )
         };
-        let mut pairs = to.chunks_exact_mut(2 * nr);
         let channels = plan.from.2;
+        let mut row = 0;
         for chunk in 0..channels.div_ceil(CHUNK) {
             let depth = (channels - chunk * CHUNK).min(CHUNK);
             for _ in 0..plan.taps {
                 let (rows, rest) = from.split_at(depth * nr);
                 from = rest;
                 for rows in rows.chunks(2 * nr) {
-                    let pair = pairs.next().expect("a panel has all its pairs");
+                    let to = plan.panel_row(to, row);
                     // SAFETY: the engine has the level's instructions.
-                    unsafe { plan.level.call(Pair { rows, pair }) };
+                    unsafe { plan.level.call(Pair { rows, to }) };
+                    row += 2;
                 }
             }
         }
@@ -808,16 +923,15 @@ pub(crate) fn pack_forward(
 /// Interleaves two rows of a panel, or one and zeros.
 struct Pair<'a> {
     rows: &'a [f32],
-    pair: &'a mut [bf16],
+    to: PanelRow<'a, bf16>,
 }
 
 impl Job for Pair<'_> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let Self { rows, pair } = self;
+        let Self { rows, mut to } = self;
         let two = rows.len() == 2 * I::NR;
         for half in [0, I::LANES] {
-            let pair = pair[2 * half..2 * (half + I::LANES)].as_mut_ptr();
             // SAFETY: a row is two vectors.
             unsafe {
                 let low = I::load(rows[half..half + I::LANES].as_ptr());
@@ -826,23 +940,25 @@ impl Job for Pair<'_> {
                 } else {
                     I::zero()
                 };
-                bf16::put::<I>(pair, &[low, high]);
+                to.put::<I>(2 * half, &[low, high]);
             }
         }
     }
 }
 
 /// Turns a square of weights, sixteen inputs of sixteen outputs, into depths of a panel.
-struct Turn<P: Operand> {
+struct Turn<'a, P: Operand> {
     /// Outputs of the first input; the next input's are a panel's width further.
     from: *const f32,
     /// The first output's.
-    to: *mut P,
+    to: PanelRow<'a, P>,
+    /// Its first input.
+    column: usize,
 }
 
-impl<P: Operand> Job for Turn<P> {
+impl<P: Operand> Job for Turn<'_, P> {
     #[inline(always)]
-    unsafe fn run<I: Isa>(self) {
+    unsafe fn run<I: Isa>(mut self) {
         // SAFETY: the caller's word: the square lies in the masters and in the panel, and vectors have sixteen lanes.
         unsafe {
             let mut rows = [I::zero(); 16];
@@ -851,8 +967,49 @@ impl<P: Operand> Job for Turn<P> {
             }
             I::transpose(&mut rows);
             for (step, depths) in rows.chunks_exact(P::STEP).enumerate() {
-                P::put::<I>(self.to.add(step * P::STEP * I::NR), depths);
+                let at = (step * I::NR + self.column) * P::STEP;
+                self.to.put::<I>(at, depths);
             }
+        }
+    }
+}
+
+/// Rows of a panel of weights, of [`Plan::panel_row`].
+struct PanelRow<'a, P> {
+    values: &'a mut [P],
+    pieces: usize,
+    /// Values between the pieces of a row.
+    stride: usize,
+}
+
+impl<P: Operand> PanelRow<'_, P> {
+    /// A vector of each of [`Operand::STEP`] neighbouring depths.
+    #[inline(always)]
+    unsafe fn put<I: Isa>(&mut self, at: usize, depths: &[I::V]) {
+        let mut to = |piece: usize| {
+            let at = at + piece * self.stride;
+            self.values[at..at + P::STEP * I::LANES].as_mut_ptr()
+        };
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            if self.pieces == 1 {
+                P::put::<I>(to(0), depths);
+                return;
+            }
+            let mut rest = [depths[0], depths[1]];
+            for piece in 0..tiles::PIECES {
+                let [low, high] = tiles::pieces::<I, 2>(&mut rest, piece);
+                I::store(to(piece).cast(), I::join(low, high));
+            }
+        }
+    }
+
+    /// One value.
+    fn set(&mut self, at: usize, mut value: f32) {
+        for piece in 0..self.pieces {
+            let rounded = P::from_f32(value);
+            self.values[at + piece * self.stride] = rounded;
+            value -= rounded.to_f32();
         }
     }
 }
@@ -871,7 +1028,7 @@ pub(crate) fn pack_backward<P: Operand>(
     let (panels, taps) = (plan.columns() / nr, backward_taps(g));
     let len = plan.panel_len();
     assert!(
-        plan.pairs == P::STEP && taps.len() == plan.taps && to.len() >= len * panels,
+        plan.pairs() == P::STEP && taps.len() == plan.taps && to.len() >= len * panels,
         "the weights have room"
     );
     pool.run(panels, |_, panel| {
@@ -880,17 +1037,16 @@ pub(crate) fn pack_backward<P: Operand>(
             let to = to.part(panel * len..(panel + 1) * len).get_mut();
             (masters.get(), to)
         };
-        let mut at = 0;
+        let mut row = 0;
         let inputs = (from.inputs - panel * nr).min(nr);
+        if inputs < nr || plan.pads_depth() {
+            to.fill(P::from_f32(0.0));
+        }
         for chunk in 0..from.outputs.div_ceil(CHUNK) {
             let outputs = chunk * CHUNK..(chunk * CHUNK + CHUNK).min(from.outputs);
             for &tap in &taps {
-                let rows = plan.chunk_rows(chunk);
-                let to = &mut to[at..at + rows * nr];
-                at += rows * nr;
-                if inputs < nr || rows > outputs.len() {
-                    to.fill(P::from_f32(0.0));
-                }
+                let start = row;
+                row += plan.chunk_rows(chunk);
                 // Blocks of outputs that lie in one panel of the masters; its inputs are `nr` apart.
                 for first in outputs.clone().step_by(nr) {
                     let block = first..(first + nr).min(outputs.end);
@@ -898,15 +1054,12 @@ pub(crate) fn pack_backward<P: Operand>(
                         for square in 0..4 {
                             let (o, i) = (square / 2 * 16, square % 2 * 16);
                             let at = from.at(first + o, panel * nr + i, tap);
-                            let row = (first + o - outputs.start) * nr + i * P::STEP;
-                            // SAFETY: inputs of a panel lie in one chunk, a panel's width apart; both squares are
-                            // inside, and the level has sixteen lanes.
-                            unsafe {
-                                let from = masters[at..at + 15 * nr + 16].as_ptr();
-                                let len = (16 - P::STEP) * nr + 16 * P::STEP;
-                                let to = to[row..row + len].as_mut_ptr();
-                                plan.level.call(Turn { from, to });
-                            }
+                            let from = masters[at..at + 15 * nr + 16].as_ptr();
+                            let to = plan.panel_row(to, start + first + o - outputs.start);
+                            let column = i;
+                            // SAFETY: inputs of a panel lie in one chunk, a panel's width apart, and the level has
+                            // sixteen lanes.
+                            unsafe { plan.level.call(Turn { from, to, column }) };
                         }
                         continue;
                     }
@@ -914,9 +1067,9 @@ pub(crate) fn pack_backward<P: Operand>(
                         let at = from.at(first, panel * nr + i, tap);
                         let values = &masters[at..at + block.len()];
                         for (o, v) in block.clone().zip(values) {
-                            let row = o - outputs.start;
-                            let lane = row / P::STEP * nr * P::STEP + i * P::STEP + row % P::STEP;
-                            to[lane] = P::from_f32(*v);
+                            let row = start + o - outputs.start;
+                            let mut to = plan.panel_row(to, row - row % P::STEP);
+                            to.set(i * P::STEP + row % P::STEP, *v);
                         }
                     }
                 }
@@ -1069,6 +1222,11 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
     unsafe fn pixel<I: Isa>(&self, at: usize, to: *mut P, chunk_len: usize) {
         let channels = self.plan.from.2;
         let mut c = 0;
+        if self.plan.arithmetic == Arithmetic::Split {
+            // SAFETY: as in `run`.
+            unsafe { self.split::<I>(at, to, chunk_len) };
+            return;
+        }
         // SAFETY: as in `run`; a chunk has whole vectors, so the filling of the last one fits.
         unsafe {
             while c + I::NR <= channels {
@@ -1092,10 +1250,29 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
         }
     }
 
+    /// The same in pieces, those of a chunk one behind the other.
+    #[inline(always)]
+    unsafe fn split<I: Isa>(&self, at: usize, to: *mut P, chunk_len: usize) {
+        for c in (0..self.plan.from.2).step_by(I::NR) {
+            // SAFETY: as in `run`; channels are whole pairs of vectors.
+            unsafe {
+                let to = to.add(c / CHUNK * tiles::PIECES * chunk_len + c % CHUNK);
+                let mut to = to.cast::<bf16>();
+                let (low, high) = (c, c + I::LANES);
+                let mut rest = [low, high].map(|c| self.source.full::<I>(at, c));
+                for piece in 0..tiles::PIECES {
+                    let [low, high] = tiles::pieces::<I, 2>(&mut rest, piece);
+                    I::store_halves(to, low, high);
+                    to = to.add(chunk_len);
+                }
+            }
+        }
+    }
+
     /// A pixel outside of the plane.
     #[inline(always)]
     unsafe fn nothing(&self, to: *mut P, chunk_len: usize) {
-        for chunk in 0..self.plan.from.2.div_ceil(CHUNK) {
+        for chunk in 0..self.plan.from.2.div_ceil(CHUNK) * self.plan.arithmetic.pieces() {
             // SAFETY: as in `run`. All bits zero are 0 in f32 and bf16.
             unsafe { std::ptr::write_bytes(to.add(chunk * chunk_len), 0, CHUNK) };
         }
@@ -1282,7 +1459,7 @@ impl<P: Operand, T: Element, F: Finish, const R: usize, const Q: usize> Job
         unsafe {
             let mut values = self.product.sums::<I>();
             let unused = &mut [I::zero(); SUMS];
-            // All reads come before the first store, see `Finish::READS`.
+            // All reads come before the first store, as in `FinishTile`.
             for (q, run) in values.iter_mut().enumerate() {
                 for (r, vectors) in run.iter_mut().enumerate() {
                     for (half, v) in vectors.iter_mut().enumerate() {
@@ -1346,22 +1523,20 @@ impl<'a, P: Operand> TileOf<'a, P> {
     ///
     /// # Safety
     /// `P` is bf16; the steps are those of the stretches; and as for [`tiles::multiply`].
-    unsafe fn by_tiles(&self, tiles: &Configured, steps: &[Step]) {
+    unsafe fn by_tiles(&self, plan: &Plan, tiles: &Configured, steps: &[Step]) {
         let at = |run: &Run| self.packed.wrapping_add(run.at as usize).cast();
         let first = at(&self.runs[0]);
         let rows = [first, self.runs.get(1).map_or(first, at)];
-        let pitch = CHUNK * size_of::<bf16>();
+        let (weights, tile) = (self.weights.cast(), self.tile);
         // SAFETY: the caller's word.
         unsafe {
-            tiles::multiply(
-                tiles,
-                rows,
-                pitch,
-                self.weights.cast(),
-                steps,
-                self.tile,
-                self.adds,
-            );
+            let pitch = CHUNK * size_of::<bf16>();
+            if plan.arithmetic == Arithmetic::Split {
+                let piece = plan.chunk_len();
+                tiles::multiply_pieces(tiles, rows, pitch, piece, weights, steps, tile, self.adds);
+            } else {
+                tiles::multiply(tiles, rows, pitch, weights, steps, tile, self.adds);
+            }
         }
     }
 
@@ -1382,11 +1557,14 @@ impl<'a, P: Operand> TileOf<'a, P> {
     }
 }
 
-/// Runs the epilogue over a tile.
+/// Runs the epilogue over a tile, or over neighbouring ones: the same results in the panels that follow.
 struct FinishTile<'a, T: Element, F: Finish> {
     finish: F,
     out: Out<'a, T>,
     tile: *mut f32,
+    /// Tiles, and values from one to the next.
+    panels: usize,
+    tile_len: usize,
     runs: &'a [Run],
     /// Rows of the tile from one run to the next.
     run_rows: usize,
@@ -1394,150 +1572,199 @@ struct FinishTile<'a, T: Element, F: Finish> {
     spread: usize,
     /// First channel.
     channel: usize,
-    /// Sums of that channel, rows `columns` apart; null if there are none.
+    /// Sums of that channel, zero at first, rows `columns` apart; null if there are none.
     sums: *mut f32,
     columns: usize,
     /// The first of the task for these channels.
     begins: bool,
 }
 
+/// Sums of a panel: those of both of its vectors.
+type PanelSums<I> = [[<I as Isa>::V; SUMS]; 2];
+
 impl<T: Element, F: Finish> Job for FinishTile<'_, T, F> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        if self.channel + I::NR <= self.out.channels && !self.out.stream {
-            // SAFETY: the tile holds every run, the runs' pixels are results of this task.
-            unsafe { self.both::<I>() };
-            return;
-        }
-        for half in 0..2 {
-            let c = self.channel + half * I::LANES;
-            if c >= self.out.channels {
-                return;
+        let whole = ((self.out.channels - self.channel) / I::NR).min(self.panels);
+        // SAFETY: the tiles hold every run, the runs' pixels are results of this task.
+        unsafe {
+            if whole == 1 {
+                self.panel::<I>();
+            } else {
+                self.rows::<I>(whole);
             }
-            let n = (self.out.channels - c).min(I::LANES);
-            // SAFETY: the tile holds every run, the runs' pixels are results of this task.
-            unsafe {
-                if n == I::LANES {
-                    self.half::<I, true>(half, c, n);
-                } else {
-                    self.half::<I, false>(half, c, n);
-                }
+            if whole < self.panels {
+                self.part::<I>(whole);
             }
         }
     }
 }
 
 impl<T: Element, F: Finish> FinishTile<'_, T, F> {
-    /// A whole panel: both vectors of a result together.
+    /// One panel.
     #[inline(always)]
-    unsafe fn both<I: Isa>(mut self) {
+    unsafe fn panel<I: Isa>(&self) {
         // SAFETY: as in `run`.
         unsafe {
-            let mut sums = [[I::zero(); SUMS]; 2];
-            if F::SUMMED && !self.begins {
-                for (half, sums) in sums.iter_mut().enumerate() {
-                    for (row, sum) in sums.iter_mut().enumerate() {
-                        *sum = I::load(self.sums.add(row * self.columns + half * I::LANES));
-                    }
-                }
-            }
+            let mut sums = self.load_sums::<I>(0);
+            let mut begins = self.begins;
             for (q, run) in self.runs.iter().enumerate() {
                 let (mut r, len) = (run.skip as usize, run.len as usize);
-                let row = q * self.run_rows;
-                let pixel = run.pixel as usize;
                 while r + 4 <= len {
-                    self.group::<I, 4>(row + r, pixel + r * self.spread, &mut sums);
+                    self.group::<I, 4>(0, q, r, begins, &mut sums);
+                    begins = false;
                     r += 4;
                 }
                 while r < len {
-                    self.group::<I, 1>(row + r, pixel + r * self.spread, &mut sums);
+                    self.group::<I, 1>(0, q, r, begins, &mut sums);
+                    begins = false;
                     r += 1;
                 }
             }
-            if F::SUMMED {
-                for (half, sums) in sums.iter().enumerate() {
-                    for (row, sum) in sums.iter().enumerate() {
-                        I::store(self.sums.add(row * self.columns + half * I::LANES), *sum);
+            self.store_sums::<I>(0, &sums);
+        }
+    }
+
+    /// Several panels, a few results after the other: their channels are stored in long rows.
+    #[inline(always)]
+    unsafe fn rows<I: Isa>(&self, panels: usize) {
+        let mut begins = self.begins;
+        for (q, run) in self.runs.iter().enumerate() {
+            let (mut r, len) = (run.skip as usize, run.len as usize);
+            while r < len {
+                let whole = r + 4 <= len;
+                for panel in 0..panels {
+                    // SAFETY: as in `run`.
+                    unsafe {
+                        let mut sums = self.load_sums::<I>(panel);
+                        if whole {
+                            self.group::<I, 4>(panel, q, r, begins, &mut sums);
+                        } else {
+                            self.group::<I, 1>(panel, q, r, begins, &mut sums);
+                        }
+                        self.store_sums::<I>(panel, &sums);
                     }
+                }
+                begins = false;
+                r += if whole { 4 } else { 1 };
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums<I: Isa>(&self, panel: usize) -> PanelSums<I> {
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut sums = [[I::zero(); SUMS]; 2];
+            if F::SUMMED {
+                for (half, sums) in sums.iter_mut().enumerate() {
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        *sum = I::load(self.sums_at::<I>(panel, half, row));
+                    }
+                }
+            }
+            sums
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_sums<I: Isa>(&self, panel: usize, sums: &PanelSums<I>) {
+        if F::SUMMED {
+            for (half, sums) in sums.iter().enumerate() {
+                for (row, sum) in sums.iter().enumerate() {
+                    // SAFETY: as in `run`.
+                    unsafe { I::store(self.sums_at::<I>(panel, half, row), *sum) };
                 }
             }
         }
     }
 
-    /// N neighbouring results. All reads come before the first store, see [`Finish::READS`].
+    #[inline(always)]
+    fn sums_at<I: Isa>(&self, panel: usize, half: usize, row: usize) -> *mut f32 {
+        let at = row * self.columns + panel * I::NR + half * I::LANES;
+        self.sums.wrapping_add(at)
+    }
+
+    /// N neighbouring results of a panel, the `r`-th of run `q` and so on. All reads come before the first store: what the
+    /// epilogue reads often lies as the results do, and where pixels are 4 KiB apart a load that follows a store to the
+    /// pixel before waits for it, as their low address bits are equal.
     #[inline(always)]
     unsafe fn group<I: Isa, const N: usize>(
-        &mut self,
-        row: usize,
-        pixel: usize,
-        sums: &mut [[I::V; SUMS]; 2],
+        &self,
+        panel: usize,
+        q: usize,
+        r: usize,
+        begins: bool,
+        sums: &mut PanelSums<I>,
     ) {
+        let pixel = self.runs[q].pixel as usize + r * self.spread;
         let at = |i: usize| (pixel + i * self.spread) * self.out.channels;
+        let row = q * self.run_rows + r;
+        let first = self.channel + panel * I::NR;
         // SAFETY: as in `run`.
         unsafe {
+            let tile = self.tile.add(panel * self.tile_len);
             let mut values = [[I::zero(); 2]; N];
             for (i, values) in values.iter_mut().enumerate() {
                 for (half, value) in values.iter_mut().enumerate() {
-                    let v = I::load(self.tile.add((row + i) * I::NR + half * I::LANES));
-                    if self.begins && i == 0 {
+                    let v = I::load(tile.add((row + i) * I::NR + half * I::LANES));
+                    if begins && i == 0 {
                         self.finish.begin::<I>(v, &mut sums[half]);
                     }
-                    let c = self.channel + half * I::LANES;
+                    let c = first + half * I::LANES;
                     *value = self
                         .finish
                         .apply::<I>(v, at(i), c, I::LANES, true, &mut sums[half]);
                 }
             }
-            self.begins = false;
             for (i, [low, high]) in values.iter().enumerate() {
-                let to = self.out.y.ptr().add(at(i) + self.channel);
-                T::store_two::<I>(to, *low, *high);
+                let to = self.out.y.ptr().add(at(i) + first);
+                if self.out.stream {
+                    T::stream::<I>(to, *low);
+                    T::stream::<I>(to.add(I::LANES), *high);
+                } else {
+                    T::store_two::<I>(to, *low, *high);
+                }
             }
         }
     }
 
+    /// A panel that is not full.
     #[inline(always)]
-    unsafe fn half<I: Isa, const FULL: bool>(&self, half: usize, c: usize, n: usize) {
-        // SAFETY: as in `run`.
-        unsafe {
-            let mut sums = [I::zero(); SUMS];
-            let kept = self.sums.wrapping_add(half * I::LANES);
-            if F::SUMMED {
-                for (row, sum) in sums.iter_mut().enumerate() {
-                    *sum = I::load(kept.add(row * self.columns));
-                }
+    unsafe fn part<I: Isa>(&self, panel: usize) {
+        let tile = self.tile.wrapping_add(panel * self.tile_len);
+        for half in 0..2 {
+            let c = self.channel + panel * I::NR + half * I::LANES;
+            if c >= self.out.channels {
+                return;
             }
-            let mut begins = self.begins;
-            for (q, run) in self.runs.iter().enumerate() {
-                for (r, pixel) in run.results(self.spread) {
-                    let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
-                    let v = I::load(self.tile.add(row));
-                    if begins {
-                        self.finish.begin::<I>(v, &mut sums);
-                        begins = false;
-                    }
-                    let at = pixel * self.out.channels;
-                    let v = self.finish.apply::<I>(v, at, c, n, FULL, &mut sums);
-                    if F::READS {
-                        I::store(self.tile.add(row), v);
-                    } else {
-                        self.out.store::<I>(v, at, c, n, FULL);
+            let n = (self.out.channels - c).min(I::LANES);
+            // SAFETY: as in `run`.
+            unsafe {
+                let mut sums = [I::zero(); SUMS];
+                if F::SUMMED {
+                    for (row, sum) in sums.iter_mut().enumerate() {
+                        *sum = I::load(self.sums_at::<I>(panel, half, row));
                     }
                 }
-            }
-            if F::READS {
+                let mut begins = self.begins;
                 for (q, run) in self.runs.iter().enumerate() {
                     for (r, pixel) in run.results(self.spread) {
                         let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
-                        let v = I::load(self.tile.add(row));
-                        self.out
-                            .store::<I>(v, pixel * self.out.channels, c, n, FULL);
+                        let v = I::load(tile.add(row));
+                        if begins {
+                            self.finish.begin::<I>(v, &mut sums);
+                            begins = false;
+                        }
+                        let at = pixel * self.out.channels;
+                        let v = self.finish.apply::<I>(v, at, c, n, false, &mut sums);
+                        self.out.store::<I>(v, at, c, n, false);
                     }
                 }
-            }
-            if F::SUMMED {
-                for (row, sum) in sums.iter().enumerate() {
-                    I::store(kept.add(row * self.columns), *sum);
+                if F::SUMMED {
+                    for (row, sum) in sums.iter().enumerate() {
+                        I::store(self.sums_at::<I>(panel, half, row), *sum);
+                    }
                 }
             }
         }
@@ -1677,7 +1904,7 @@ impl<T: Element, P: Operand> Convolution<'_, T, P> {
     fn check(&self) {
         let (plan, (h, w, c)) = (self.plan, self.plan.from);
         assert!(
-            plan.pairs == P::STEP && self.weights.len() >= plan.weights_len(),
+            plan.pairs() == P::STEP && self.weights.len() >= plan.weights_len(),
             "the weights are those of the plan"
         );
         assert!(
@@ -1805,6 +2032,7 @@ unsafe fn run_task<T: Element, P: Operand>(
         count = 0;
         for (phase, all) in &phases {
             let (length, q) = phase.tile;
+            let waiting = plan.waiting(phase);
             for (b, block) in phase.blocks.iter().enumerate() {
                 let is_last = b + 1 == phase.blocks.len();
                 let stretches = &phase.stretches[block.clone()];
@@ -1812,17 +2040,32 @@ unsafe fn run_task<T: Element, P: Operand>(
                 for (t, runs) in all.chunks(q).enumerate() {
                     let is_whole = runs.len() == q
                         && runs.iter().all(|r| r.skip == 0 && r.len as usize == length);
+                    let row = match phase.blocks.len() {
+                        1 => tiles,
+                        _ => tiles.wrapping_add(t * waiting * plan.tile_len()),
+                    };
+                    // SAFETY: the tiles hold the runs; the record's columns belong to this task.
+                    let finish = |first: usize, panels: usize, tile: *mut f32| unsafe {
+                        finish_as!(*epilogue, finish => plan.level.call(FinishTile {
+                            finish,
+                            out,
+                            tile,
+                            panels,
+                            tile_len: plan.tile_len(),
+                            runs,
+                            run_rows: length,
+                            spread,
+                            channel: first * nr,
+                            sums: sums(first * nr),
+                            columns: record.map_or(0, |(_, columns)| columns),
+                            begins: count == 0,
+                        }));
+                    };
                     for panel in abreast.clone() {
                         let channel = panel * nr;
                         let w = panel * plan.panel_len();
                         let w = weights.part(w..w + plan.panel_len()).ptr().cast_const();
-                        let tile = match phase.blocks.len() {
-                            1 => tiles,
-                            _ => {
-                                let tile = t * plan.abreast + panel - first;
-                                tiles.wrapping_add(tile * plan.tile_len())
-                            }
-                        };
+                        let tile = row.wrapping_add((panel - first) % waiting * plan.tile_len());
                         if is_last {
                             // What the epilogue reads, and where it stores, comes while the tile is multiplied.
                             finish_as!(*epilogue, finish => {
@@ -1853,24 +2096,16 @@ unsafe fn run_task<T: Element, P: Operand>(
                                 continue;
                             }
                             match &configured {
-                                Some(tiles) => of.by_tiles(tiles, &phase.steps[b]),
+                                Some(tiles) => of.by_tiles(plan, tiles, &phase.steps[b]),
                                 None => multiply(plan, phase.tile, &of),
                             }
-                            if is_last {
-                                finish_as!(*epilogue, finish => plan.level.call(FinishTile {
-                                    finish,
-                                    out,
-                                    tile,
-                                    runs,
-                                    run_rows: length,
-                                    spread,
-                                    channel,
-                                    sums: sums(channel),
-                                    columns: record.map_or(0, |(_, columns)| columns),
-                                    begins: count == 0,
-                                }));
+                            if is_last && !plan.tiled {
+                                finish(panel, 1, tile);
                             }
                         }
+                    }
+                    if is_last && plan.tiled {
+                        finish(first, abreast.len(), row);
                     }
                     if is_last {
                         let new = runs.iter().map(|r| usize::from(r.len - r.skip));

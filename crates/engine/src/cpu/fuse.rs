@@ -236,9 +236,6 @@ pub(crate) const SUMS: usize = 3;
 pub(crate) trait Finish: Copy + Send + Sync {
     /// Whether the sums are used.
     const SUMMED: bool;
-    /// Whether `apply` reads other tensors. They often lie as the results do, and where pixels are 4 KiB apart a load
-    /// that follows a store to the pixel before waits for it: their low address bits are equal.
-    const READS: bool;
 
     /// Called with the first result that a task has for these channels, before `apply`, while the sums are zero.
     ///
@@ -297,7 +294,6 @@ unsafe fn vector<I: Isa, T: Element>(p: *const T, n: usize, full: bool) -> I::V 
 
 impl<T: Element> Finish for Store<'_, T> {
     const SUMMED: bool = false;
-    const READS: bool = true;
 
     #[inline(always)]
     unsafe fn apply<I: Isa>(
@@ -319,7 +315,6 @@ impl<T: Element> Finish for Store<'_, T> {
 
 impl Finish for Stats {
     const SUMMED: bool = true;
-    const READS: bool = false;
 
     /// The first result is the pivot: sums of d = v - pivot and d^2 lose no digits where the mean is far from zero.
     #[inline(always)]
@@ -358,7 +353,6 @@ impl Finish for Stats {
 
 impl<T: Element> Finish for Affine<'_, T> {
     const SUMMED: bool = false;
-    const READS: bool = true;
 
     #[inline(always)]
     fn prefetch(&self, at: usize, c: usize, panel: usize) {
@@ -390,7 +384,6 @@ impl<T: Element> Finish for Affine<'_, T> {
 
 impl<T: Element> Finish for Mask<'_, T> {
     const SUMMED: bool = true;
-    const READS: bool = true;
 
     #[inline(always)]
     fn prefetch(&self, at: usize, c: usize, panel: usize) {
@@ -426,7 +419,6 @@ impl<T: Element> Finish for Mask<'_, T> {
 
 impl<T: Element> Finish for Join<'_, T> {
     const SUMMED: bool = true;
-    const READS: bool = true;
 
     #[inline(always)]
     fn prefetch(&self, at: usize, c: usize, panel: usize) {

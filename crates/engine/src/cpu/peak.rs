@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use super::Options;
 use super::choose::CpuCaps;
+use super::direct::Arithmetic;
 use super::pool::Pool;
 use super::simd::{Isa, Job, Level};
 use super::tiles::{self, Configured};
@@ -19,7 +20,8 @@ const TASKS: usize = 100;
 /// FLOP/s that a loop of multiply-adds in registers reaches with the level, precision and threads of `options`: what
 /// no kernel that does every multiply-add can exceed. Takes 0.3 s.
 ///
-/// It counts f32 fused multiply-adds, or dot products or tiles of bf16 where kernels use them. Clocks move with load and heat,
+/// It counts f32 fused multiply-adds, or dot products or tiles of bf16 where kernels use them: for f32 by tiles a sixth of
+/// theirs. Clocks move with load and heat,
 /// so a rate belongs between two measurements of its peak.
 ///
 /// # Panics
@@ -31,10 +33,12 @@ pub fn peak(options: &Options) -> f64 {
 fn measure(options: &Options, duration: Duration) -> f64 {
     let level = options.level;
     assert!(level.is_available(), "this CPU has no {level} instructions");
-    let dots = CpuCaps::new(options).multiplies_bf16();
-    if dots && level == Level::Amx {
-        return measure_tiles(options.threads, duration);
+    let arithmetic = CpuCaps::new(options).arithmetic();
+    if level == Level::Amx {
+        let products = arithmetic.products() as f64;
+        return measure_tiles(options.threads, duration) / products;
     }
+    let dots = arithmetic == Arithmetic::Bf16;
     let mut pool = Pool::new(options.threads);
     let tasks = TASKS * pool.threads();
     // A vector of the portable level is two registers of 128 bits, of which x86-64 has 16.

@@ -27,7 +27,7 @@ pub enum Level {
     Avx512,
     /// AVX-512 with the dot products of bf16.
     Avx512Bf16,
-    /// AVX-512 with matrix tiles of bf16 (AMX). In f32 the same as AVX-512, bit by bit.
+    /// AVX-512 with matrix tiles of bf16 (AMX), which multiply f32 too, in pieces.
     Amx,
 }
 
@@ -225,6 +225,12 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
     unsafe fn pair(low: Self::V, high: Self::V) -> Self::V;
     /// Rows become columns, where there are sixteen lanes.
     unsafe fn transpose(rows: &mut [Self::V; 16]);
+    /// Rounded to bf16, halves away from zero, and what that leaves. Where there are sixteen lanes.
+    unsafe fn split(v: Self::V) -> (Self::V, Self::V);
+    /// Stores two vectors of what bf16 holds, side by side. Where there are sixteen lanes.
+    unsafe fn store_halves(p: *mut bf16, low: Self::V, high: Self::V);
+    /// Two of what bf16 holds in each lane, as [`Self::pair`]. Where there are sixteen lanes.
+    unsafe fn join(low: Self::V, high: Self::V) -> Self::V;
 }
 
 /// Asks for the cache line of an address, into the second level: pixels whose channels lie 4 KiB apart would push each
@@ -435,6 +441,18 @@ unsafe impl Isa for Portable {
     unsafe fn transpose(_: &mut [Self::V; 16]) {
         unreachable!("there are eight lanes")
     }
+    #[inline(always)]
+    unsafe fn split(_: Self::V) -> (Self::V, Self::V) {
+        unreachable!("there are eight lanes")
+    }
+    #[inline(always)]
+    unsafe fn store_halves(_: *mut bf16, _: Self::V, _: Self::V) {
+        unreachable!("there are eight lanes")
+    }
+    #[inline(always)]
+    unsafe fn join(_: Self::V, _: Self::V) -> Self::V {
+        unreachable!("there are eight lanes")
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -636,6 +654,18 @@ pub(crate) mod x86 {
         unsafe fn transpose(_: &mut [__m256; 16]) {
             unreachable!("there are eight lanes")
         }
+        #[inline(always)]
+        unsafe fn split(_: __m256) -> (__m256, __m256) {
+            unreachable!("there are eight lanes")
+        }
+        #[inline(always)]
+        unsafe fn store_halves(_: *mut bf16, _: __m256, _: __m256) {
+            unreachable!("there are eight lanes")
+        }
+        #[inline(always)]
+        unsafe fn join(_: __m256, _: __m256) -> __m256 {
+            unreachable!("there are eight lanes")
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -823,6 +853,33 @@ pub(crate) mod x86 {
                 unsafe fn transpose(rows: &mut [__m512; 16]) {
                     unsafe { transpose16(rows) }
                 }
+                #[inline(always)]
+                unsafe fn split(v: __m512) -> (__m512, __m512) {
+                    unsafe {
+                        let bits = _mm512_castps_si512(v);
+                        let up = _mm512_add_epi32(bits, _mm512_set1_epi32(0x8000));
+                        let piece = _mm512_and_si512(up, _mm512_set1_epi32(-0x1_0000));
+                        let piece = _mm512_castsi512_ps(piece);
+                        (piece, _mm512_sub_ps(v, piece))
+                    }
+                }
+                #[inline(always)]
+                unsafe fn store_halves(p: *mut bf16, low: __m512, high: __m512) {
+                    unsafe {
+                        let (low, high) = (_mm512_castps_si512(low), _mm512_castps_si512(high));
+                        let both = _mm512_permutex2var_epi16(low, upper_halves(), high);
+                        _mm512_storeu_si512(p.cast(), both);
+                    }
+                }
+                #[inline(always)]
+                unsafe fn join(low: __m512, high: __m512) -> __m512 {
+                    unsafe {
+                        let low = _mm512_srli_epi32(_mm512_castps_si512(low), 16);
+                        let mask = _mm512_set1_epi32(-0x1_0000);
+                        let high = _mm512_and_si512(_mm512_castps_si512(high), mask);
+                        _mm512_castsi512_ps(_mm512_or_si512(low, high))
+                    }
+                }
             }
         };
     }
@@ -835,6 +892,21 @@ pub(crate) mod x86 {
     #[inline(always)]
     unsafe fn high_pairs(a: __m512, b: __m512) -> __m512 {
         unsafe { _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b))) }
+    }
+
+    /// The upper half of every lane of two vectors.
+    #[inline(always)]
+    unsafe fn upper_halves() -> __m512i {
+        const ODD: [u16; 32] = {
+            let mut odd = [0; 32];
+            let mut i = 0;
+            while i < 32 {
+                odd[i] = 2 * i as u16 + 1;
+                i += 1;
+            }
+            odd
+        };
+        unsafe { _mm512_loadu_si512(ODD.as_ptr().cast()) }
     }
 
     /// Lanes of neighbouring rows side by side, then pairs of them, then the quarters of vectors change places.

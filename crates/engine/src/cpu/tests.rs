@@ -15,7 +15,7 @@ use std::sync::Mutex;
 use graph::{Geometry, NORM_EPSILON, Plane, STATE_ROWS, Window};
 use half::bf16;
 
-use super::direct::{self, Operand};
+use super::direct::{self, Arithmetic, Operand};
 use super::fuse::{
     Affine, Centred, Epilogue, Grad, Join, Mask, Norm, Out, Partials, Raw, SUMS, Source, Stats,
     Store,
@@ -898,6 +898,8 @@ enum Direction {
     Backward,
 }
 
+const ARITHMETICS: [Arithmetic; 3] = [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::Split];
+
 trait Multiplied: Operand {
     /// Masters as [`direct::Plan::forward`] reads them.
     fn pack_forward(pool: &mut Pool, plan: &direct::Plan, masters: &Guarded<f32>) -> Guarded<Self>;
@@ -938,10 +940,10 @@ struct Ran<T> {
 }
 
 impl Case {
-    fn plan<P: Operand>(&self, level: Level) -> direct::Plan {
+    fn plan(&self, level: Level, arithmetic: Arithmetic) -> direct::Plan {
         match self.direction {
-            Direction::Forward => direct::Plan::forward(level, P::STEP, &self.g, self.batch),
-            Direction::Backward => direct::Plan::backward(level, P::STEP, &self.g, self.batch),
+            Direction::Forward => direct::Plan::forward(level, arithmetic, &self.g, self.batch),
+            Direction::Backward => direct::Plan::backward(level, arithmetic, &self.g, self.batch),
         }
     }
 
@@ -971,19 +973,32 @@ impl Case {
         )
     }
 
-    fn run<T: Element, P: Multiplied>(
+    fn run<T: Element>(
         &self,
         pool: &mut Pool,
         level: Level,
+        arithmetic: Arithmetic,
         input: &Input<T>,
         w: &[f64],
         closing: &Closing<T>,
     ) -> Ran<T> {
-        let (plan, nr) = (self.plan::<P>(level), 2 * level.lanes());
-        if plan.pairs() != P::STEP {
-            // The engine multiplies rows of three channels as f32 in any case.
-            return self.run::<T, f32>(pool, level, input, w, closing);
+        let plan = self.plan(level, arithmetic);
+        match plan.pairs() {
+            1 => self.run_plan::<T, f32>(pool, level, plan, input, w, closing),
+            _ => self.run_plan::<T, bf16>(pool, level, plan, input, w, closing),
         }
+    }
+
+    fn run_plan<T: Element, P: Multiplied>(
+        &self,
+        pool: &mut Pool,
+        level: Level,
+        plan: direct::Plan,
+        input: &Input<T>,
+        w: &[f64],
+        closing: &Closing<T>,
+    ) -> Ran<T> {
+        let nr = 2 * level.lanes();
         let masters = Guarded::<f32>::of(&in_panels(&self.g, nr, w));
         let weights = match self.direction {
             Direction::Forward => P::pack_forward(pool, &plan, &masters),
@@ -1042,31 +1057,35 @@ impl Case {
             Direction::Forward => forward(&self.g, self.batch, self.values, &input, &w),
             Direction::Backward => backward(&self.g, self.batch, self.values, &input, &w),
         };
-        self.check_multiplied::<T, f32>(pool, &input, &w, &closing, &products);
-        self.check_multiplied::<T, bf16>(pool, &input, &w, &closing, &products);
+        for arithmetic in ARITHMETICS {
+            self.check_multiplied::<T>(pool, arithmetic, &input, &w, &closing, &products);
+        }
     }
 
-    fn check_multiplied<T: Element, P: Multiplied>(
+    fn check_multiplied<T: Element>(
         &self,
         pool: &mut Pool,
+        arithmetic: Arithmetic,
         input: &Input<T>,
         w: &[f64],
         closing: &Closing<T>,
         products: &Products,
     ) {
         let n = self.g.kernel * self.g.kernel * self.planes().0.c;
-        let tolerances = products.tolerances::<P>(self.values, n);
+        let tolerances = match arithmetic {
+            Arithmetic::Bf16 => products.tolerances::<bf16>(self.values, n),
+            Arithmetic::F32 | Arithmetic::Split => products.tolerances::<f32>(self.values, n),
+        };
         let closed = closing.close(self.values, &products.sums, &tolerances, F32_PIXELS);
         let expected: Vec<f64> = match self.values {
             Values::Whole => closed.values.iter().map(|v| rounded::<T>(*v)).collect(),
             Values::Real => closed.values.clone(),
         };
         for level in levels() {
-            let ran = self.run::<T, P>(pool, level, input, w, closing);
+            let ran = self.run(pool, level, arithmetic, input, w, closing);
             let what = || {
-                let types =
-                    [is_bf16::<T>(), is_bf16::<P>()].map(|b| if b { "bf16" } else { "f32" });
-                format!("{self:?}, {level}, stored and multiplied as {types:?}")
+                let stored = if is_bf16::<T>() { "bf16" } else { "f32" };
+                format!("{self:?}, {level}, stored as {stored}, {arithmetic:?}")
             };
             check_all(what, &ran.out.to_f64(), &expected, |i| match self.values {
                 Values::Whole => 0.0,
@@ -1185,14 +1204,16 @@ fn convolutions_that_are_cut_into_many_tasks() {
     let mut packings = BTreeSet::new();
     let mut cuts = BTreeSet::new();
     for case in large_cases() {
-        let plan = format!("{:?}", case.plan::<f32>(Level::Portable));
+        let plan = format!("{:?}", case.plan(Level::Portable, Arithmetic::F32));
         let field = |name: &str| {
             let rest = plan.split(name).nth(1).expect("a field of the plan");
             rest.split([',', ' ']).next().unwrap_or_default().to_owned()
         };
         packings.insert((format!("{:?}", case.direction), field("packing: ")));
         cuts.extend((field("groups: ") != "1").then_some("groups"));
-        cuts.extend((case.plan::<f32>(Level::Portable).tasks() > case.batch).then_some("rows"));
+        cuts.extend(
+            (case.plan(Level::Portable, Arithmetic::F32).tasks() > case.batch).then_some("rows"),
+        );
         cuts.extend((field("images: ") != "1").then_some("images"));
         case.check(pool);
     }
@@ -1215,7 +1236,7 @@ fn variance_is_precise_far_from_zero() {
     let mean = values.iter().sum::<f64>() / pixels as f64;
     let var = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / pixels as f64;
     for level in levels() {
-        let plan = direct::Plan::forward(level, 1, &g, batch);
+        let plan = direct::Plan::forward(level, Arithmetic::F32, &g, batch);
         let weights = Guarded::<f32>::of(&in_panels(&g, 2 * level.lanes(), &[1.0; 5]));
         let out = Guarded::<f32>::unset(5 * pixels);
         let columns = plan.columns();
@@ -1262,7 +1283,7 @@ fn one_nan_reaches_what_depends_on_it() {
     let pool = &mut Pool::new(1);
     for (g, batch) in [
         (geometry(3, 1, (7, 6), 20, 33), 3),
-        (geometry(3, 2, (7, 6), 20, 33), 3),
+        (geometry(3, 2, (7, 6), 32, 33), 3),
         (geometry(1, 1, (7, 6), 20, 33), 3),
         (geometry(7, 2, (9, 8), 3, 24), 2),
         (geometry(3, 1, (2, 1), 9, 5), 4),
@@ -1296,14 +1317,12 @@ fn one_nan_reaches_what_depends_on_it() {
                         assert!(all, "{case:?}, {level}, {what}: pixel {pixel}");
                     }
                 };
-                let ran = case.run::<f32, f32>(pool, level, &input, &w, &closing);
+                for arithmetic in [Arithmetic::Bf16, Arithmetic::Split] {
+                    let ran = case.run::<f32>(pool, level, arithmetic, &input, &w, &closing);
+                    check(&format!("{arithmetic:?}"), ran.out.to_f64());
+                }
+                let ran = case.run::<f32>(pool, level, Arithmetic::F32, &input, &w, &closing);
                 check("f32", ran.out.to_f64());
-                check(
-                    "bf16",
-                    case.run::<f32, bf16>(pool, level, &input, &w, &closing)
-                        .out
-                        .to_f64(),
-                );
                 if ends == Ends::Stats {
                     let partials = Partials {
                         all: ran.partials.span(),
@@ -1336,7 +1355,7 @@ fn gradients_pass_a_relu_of_nan() {
     // SAFETY: no kernel runs.
     unsafe { closing.z[0].span().get_mut() }.fill(f32::NAN);
     for level in levels() {
-        let ran = case.run::<f32, f32>(pool, level, &input, &w, &closing);
+        let ran = case.run::<f32>(pool, level, Arithmetic::F32, &input, &w, &closing);
         check_all(
             || level.to_string(),
             &ran.out.to_f64(),
@@ -1424,10 +1443,14 @@ impl WeightCase {
         dw
     }
 
-    /// How the engine multiplies what it stores as bf16, where there are matrix tiles.
+    /// How the engine multiplies where there are matrix tiles.
     fn tiled<T: Element>(&self, level: Level) -> Option<wgrad_tiles::Plan> {
-        let plan = wgrad_tiles::Plan::new(level, &self.g, self.batch);
-        plan.filter(|_| is_bf16::<T>())
+        let arithmetic = if is_bf16::<T>() {
+            Arithmetic::Bf16
+        } else {
+            Arithmetic::Split
+        };
+        wgrad_tiles::Plan::new(level, arithmetic, &self.g, self.batch)
     }
 
     fn check<T: Element>(&self, pool: &mut Pool) {
@@ -1454,8 +1477,8 @@ impl WeightCase {
         for level in levels() {
             let nr = 2 * level.lanes();
             let tolerances = match self.tiled::<T>(level) {
-                Some(_) => &tolerances_of_tiles,
-                None => &tolerances,
+                Some(_) if is_bf16::<T>() => &tolerances_of_tiles,
+                _ => &tolerances,
             };
             let dw = self.run(pool, level, &x, &d, &before);
             // In the order of panels, whose filling is zero.
@@ -2001,15 +2024,12 @@ fn bits_do_not_depend_on_threads_or_on_the_order_of_tasks() {
     for case in large_cases() {
         let (input, w, closing) = case.operands::<bf16>();
         check_threads(&case, |pool| {
-            let ran = case.run::<bf16, f32>(pool, level, &input, &w, &closing);
-            let pairs = case.run::<bf16, bf16>(pool, level, &input, &w, &closing);
-            [
-                ran.out.bytes(),
-                ran.partials.bytes(),
-                pairs.out.bytes(),
-                pairs.partials.bytes(),
-            ]
-            .concat()
+            let all = ARITHMETICS
+                .map(|arithmetic| case.run(pool, level, arithmetic, &input, &w, &closing));
+            let bytes = all
+                .iter()
+                .flat_map(|ran| [ran.out.bytes(), ran.partials.bytes()]);
+            bytes.collect::<Vec<_>>().concat()
         });
     }
     for case in weight_cases() {

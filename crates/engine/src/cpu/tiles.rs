@@ -5,16 +5,47 @@
 //! rows by 32 columns, so that four loads serve four products. Both operands are what the vector kernels pack anyway:
 //! rows of 32 neighbouring depths, and panels of pairs, [`super::weights::CHUNK`] and a tile's width apart.
 //!
+//! f32 is multiplied as the sum of three bf16: the value rounded, what that leaves rounded, and what is left then. That
+//! is all of its 24 bits. Of the nine products of two such sums six are computed; the other three are some 2^-26 of the
+//! product (2^-23 at most), where rounding it to f32 would change 2^-24.
+//!
 //! Stable Rust has no intrinsics for tiles; the loops are assembler. The system has to be asked once for a process to
 //! use them, and each thread configures its tiles ([`Configured`]) before a product.
 
 use half::bf16;
+
+use super::simd::Isa;
 
 /// Rows and columns of a block.
 pub(crate) const SIDE: usize = 32;
 
 /// Depth of one instruction.
 pub(crate) const DEPTH: usize = 32;
+
+/// Values of bf16 that one of f32 is the sum of.
+pub(crate) const PIECES: usize = 3;
+
+/// Products of pieces that make one of f32.
+pub(crate) const PRODUCTS: usize = 6;
+
+/// Piece `piece` of vectors of f32; leaves what it does not hold.
+///
+/// # Safety
+/// The CPU has the instructions, and they have sixteen lanes.
+#[inline(always)]
+pub(crate) unsafe fn pieces<I: Isa, const N: usize>(
+    rest: &mut [I::V; N],
+    piece: usize,
+) -> [I::V; N] {
+    let mut pieces = *rest;
+    if piece + 1 < PIECES {
+        for (piece, rest) in pieces.iter_mut().zip(rest) {
+            // SAFETY: the caller's word.
+            (*piece, *rest) = unsafe { I::split(*rest) };
+        }
+    }
+    pieces
+}
 
 /// Bytes between the rows of a panel of pairs, and between those of a block of f32: 32 columns.
 pub(crate) const PANEL_PITCH: usize = SIDE * size_of::<f32>();
@@ -48,7 +79,6 @@ mod imp {
     use half::bf16;
 
     use super::{PANEL_PITCH, Step};
-
     /// Whether the CPU has tiles of bf16 and the system lets this process use them.
     pub(crate) fn is_available() -> bool {
         static AVAILABLE: OnceLock<bool> = OnceLock::new();
@@ -108,6 +138,66 @@ mod imp {
         };
     }
 
+    /// The sums so far, or zeros. A tile has 16 rows of [`PANEL_PITCH`] bytes in a block.
+    macro_rules! begin {
+        () => {
+            "test {at:e}, {at:e}
+            jz 2f
+            tileloadd tmm0, [{block} + {wide}*1]
+            tileloadd tmm1, [{block} + {wide}*1 + 64]
+            tileloadd tmm2, [{block} + {wide}*1 + 2048]
+            tileloadd tmm3, [{block} + {wide}*1 + 2112]
+            jmp 3f
+            2:
+            tilezero tmm0
+            tilezero tmm1
+            tilezero tmm2
+            tilezero tmm3
+            3:"
+        };
+    }
+
+    macro_rules! end {
+        () => {
+            "tilestored [{block} + {wide}*1], tmm0
+            tilestored [{block} + {wide}*1 + 64], tmm1
+            tilestored [{block} + {wide}*1 + 2048], tmm2
+            tilestored [{block} + {wide}*1 + 2112], tmm3"
+        };
+    }
+
+    /// The pieces of rows at `{low}` and `{high}`.
+    macro_rules! rows {
+        () => {
+            "tileloadd tmm4, [{low} + {pitch}*1]
+            tileloadd tmm5, [{high} + {pitch}*1]"
+        };
+    }
+
+    /// The pieces of a panel that lie `$at` bytes behind the first.
+    macro_rules! panel {
+        ($at:literal) => {
+            concat!(
+                "tileloadd tmm6, [{at} + {wide}*1 + ",
+                $at,
+                "]\n",
+                "tileloadd tmm7, [{at} + {wide}*1 + 64 + ",
+                $at,
+                "]"
+            )
+        };
+    }
+
+    /// Four products.
+    macro_rules! products {
+        () => {
+            "tdpbf16ps tmm0, tmm4, tmm6
+            tdpbf16ps tmm1, tmm4, tmm7
+            tdpbf16ps tmm2, tmm5, tmm6
+            tdpbf16ps tmm3, tmm5, tmm7"
+        };
+    }
+
     /// Palette 1; eight tiles of 16 rows of 64 bytes.
     #[repr(C, align(64))]
     struct Config([u8; 64]);
@@ -156,10 +246,7 @@ mod imp {
         unsafe {
             asm!(
                 "2:",
-                "tdpbf16ps tmm0, tmm4, tmm6",
-                "tdpbf16ps tmm1, tmm4, tmm7",
-                "tdpbf16ps tmm2, tmm5, tmm6",
-                "tdpbf16ps tmm3, tmm5, tmm7",
+                products!(),
                 "dec {times}",
                 "jnz 2b",
                 times = inout(reg) times.max(1) => _,
@@ -192,19 +279,7 @@ mod imp {
         // SAFETY: the caller's word. The last instructions of the loop change flags only; every tile is declared.
         unsafe {
             asm!(
-                "test {adds:e}, {adds:e}",
-                "jz 2f",
-                "tileloadd tmm0, [{block} + {wide}*1]",
-                "tileloadd tmm1, [{block} + {wide}*1 + 64]",
-                "tileloadd tmm2, [{low} + {wide}*1]",
-                "tileloadd tmm3, [{low} + {wide}*1 + 64]",
-                "jmp 3f",
-                "2:",
-                "tilezero tmm0",
-                "tilezero tmm1",
-                "tilezero tmm2",
-                "tilezero tmm3",
-                "3:",
+                begin!(),
                 "cmp {step}, {end}",
                 "je 5f",
                 "4:",
@@ -231,13 +306,8 @@ mod imp {
                 "cmp {step}, {end}",
                 "jne 4b",
                 "5:",
-                "tilestored [{block} + {wide}*1], tmm0",
-                "tilestored [{block} + {wide}*1 + 64], tmm1",
-                "tilestored [{low} + {wide}*1], tmm2",
-                "tilestored [{low} + {wide}*1 + 64], tmm3",
-                adds = in(reg) u32::from(adds),
+                end!(),
                 block = in(reg) block,
-                low = in(reg) block.wrapping_byte_add(16 * PANEL_PITCH),
                 wide = in(reg) PANEL_PITCH,
                 pitch = in(reg) pitch,
                 first = in(reg) rows[0],
@@ -245,8 +315,104 @@ mod imp {
                 panel = in(reg) panel,
                 step = inout(reg) products.as_ptr_range().start => _,
                 end = in(reg) products.as_ptr_range().end,
-                at = out(reg) _,
+                at = inout(reg) usize::from(adds) => _,
                 row = out(reg) _,
+                out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                options(nostack)
+            );
+        }
+    }
+
+    /// As [`multiply`], of f32 in [`super::PIECES`]: those of rows lie `piece` values apart, those of a step's panel one
+    /// behind the other. Every piece is loaded once or twice for its products.
+    ///
+    /// # Safety
+    /// As for [`multiply`].
+    ///
+    /// # Panics
+    /// If there is no last step.
+    pub(crate) unsafe fn multiply_pieces(
+        _: &Configured,
+        rows: [*const bf16; 2],
+        pitch: usize,
+        piece: usize,
+        panel: *const bf16,
+        steps: &[Step],
+        block: *mut f32,
+        adds: bool,
+    ) {
+        let (_, products) = steps.split_last().expect("steps end with what comes next");
+        // SAFETY: the caller's word. The last instructions of the loop change flags only; every tile is declared.
+        unsafe {
+            asm!(
+                begin!(),
+                "cmp {step}, {end}",
+                "je 5f",
+                "4:",
+                "mov {at:e}, dword ptr [{step} + 4]",
+                "add {at}, {panel}",
+                "mov {row:e}, dword ptr [{step}]",
+                "lea {low}, [{first} + {row}]",
+                "lea {high}, [{second} + {row}]",
+                "mov {row:e}, dword ptr [{step} + 12]",
+                "add {row}, {panel}",
+                // First by third.
+                panel!(4096),
+                rows!(),
+                products!(),
+                ahead!(0),
+                ahead!(512),
+                // First by second.
+                panel!(2048),
+                products!(),
+                ahead!(1024),
+                ahead!(1536),
+                // Second by second.
+                "add {low}, {piece}",
+                "add {high}, {piece}",
+                rows!(),
+                products!(),
+                ahead!(2048),
+                ahead!(2560),
+                // Second by first.
+                panel!(0),
+                products!(),
+                ahead!(3072),
+                ahead!(3584),
+                // Third by first.
+                "add {low}, {piece}",
+                "add {high}, {piece}",
+                rows!(),
+                products!(),
+                ahead!(4096),
+                ahead!(4608),
+                // First by first.
+                "mov {low:e}, dword ptr [{step}]",
+                "lea {high}, [{second} + {low}]",
+                "add {low}, {first}",
+                rows!(),
+                products!(),
+                ahead!(5120),
+                ahead!(5632),
+                "add {step}, 8",
+                "cmp {step}, {end}",
+                "jne 4b",
+                "5:",
+                end!(),
+                block = in(reg) block,
+                wide = in(reg) PANEL_PITCH,
+                pitch = in(reg) pitch,
+                piece = in(reg) piece * size_of::<bf16>(),
+                first = in(reg) rows[0],
+                second = in(reg) rows[1],
+                panel = in(reg) panel,
+                step = inout(reg) products.as_ptr_range().start => _,
+                end = in(reg) products.as_ptr_range().end,
+                at = inout(reg) usize::from(adds) => _,
+                row = out(reg) _,
+                low = out(reg) _,
+                high = out(reg) _,
                 out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
                 out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
                 options(nostack)
@@ -290,9 +456,22 @@ mod imp {
     ) {
         unreachable!("no engine is built for a level that is not available")
     }
+
+    pub(crate) unsafe fn multiply_pieces(
+        _: &Configured,
+        _: [*const bf16; 2],
+        _: usize,
+        _: usize,
+        _: *const bf16,
+        _: &[Step],
+        _: *mut f32,
+        _: bool,
+    ) {
+        unreachable!("no engine is built for a level that is not available")
+    }
 }
 
-pub(crate) use imp::{Configured, has_tiles, is_available, multiply, spin};
+pub(crate) use imp::{Configured, has_tiles, is_available, multiply, multiply_pieces, spin};
 
 #[cfg(test)]
 mod tests {

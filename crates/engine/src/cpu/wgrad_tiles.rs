@@ -4,7 +4,7 @@
 //! `[o / 32][position / 2][32][2]`. Positions count the results of a plane row by row, each row as long as the packed
 //! rows of x, so that a tap is the same distance away for all of them; d is zero where a position is no result. Of a
 //! strided window x is packed by residue of rows and columns. A block of 32 x 32 of dw is loaded, runs over some
-//! hundreds of positions and is stored.
+//! hundreds of positions and is stored. Operands of f32 are packed in pieces, see [`super::tiles`].
 //!
 //! Work is cut by shape only, into slices or groups, as in [`super::wgrad`].
 
@@ -13,11 +13,12 @@ use std::ops::Range;
 use graph::Geometry;
 use half::bf16;
 
+use super::direct::Arithmetic;
 use super::fuse::{Read, Source, read_as};
 use super::memory::{Scratch, Span};
 use super::pool::Pool;
 use super::simd::{Element, Isa, Job, Level};
-use super::tiles::{self, Configured, DEPTH, SIDE, Step};
+use super::tiles::{self, Configured, DEPTH, PIECES, SIDE, Step};
 use super::weights::{CHUNK, Panels};
 use super::wgrad::add_up;
 
@@ -55,16 +56,24 @@ pub(crate) struct Plan {
     bands: usize,
     /// Values between channels of x.
     pitch: usize,
+    /// That an operand is the sum of.
+    pieces: usize,
     slices: Option<usize>,
     /// Of all bands, and one more.
     steps: Vec<Step>,
 }
 
 impl Plan {
-    /// None where tiles do not pay: few channels or pixels.
-    pub(crate) fn new(level: Level, g: &Geometry, batch: usize) -> Option<Self> {
+    /// None where there are no tiles for the arithmetic, or they do not pay: few channels or pixels.
+    pub(crate) fn new(
+        level: Level,
+        arithmetic: Arithmetic,
+        g: &Geometry,
+        batch: usize,
+    ) -> Option<Self> {
+        let has_tiles = level == Level::Amx && arithmetic != Arithmetic::F32;
         let is_small = g.input.pixels().max(g.output.pixels()) <= 4;
-        if level != Level::Amx || !g.input.c.is_multiple_of(SIDE) || is_small && g.kernel > 1 {
+        if !has_tiles || !g.input.c.is_multiple_of(SIDE) || is_small && g.kernel > 1 {
             return None;
         }
         let panels = Panels::of(g, SIDE);
@@ -93,6 +102,7 @@ impl Plan {
             x_len: 0,
             bands: 1,
             pitch: 0,
+            pieces: arithmetic.pieces(),
             slices: None,
             steps: vec![],
         };
@@ -105,7 +115,7 @@ impl Plan {
             plan.slices = Some(plan.all_bands().min(SLICES));
         } else {
             let band = plan.x_len * g.input.c + plan.positions * panels.count() * SIDE;
-            let fit = (GROUP_BYTES / (band * size_of::<bf16>())).max(1);
+            let fit = (GROUP_BYTES / (band * plan.pieces * size_of::<bf16>())).max(1);
             plan.bands = fit.min(plan.all_bands());
         }
         // An odd number of cache lines, lest the rows of a tile fall into one set.
@@ -116,7 +126,9 @@ impl Plan {
         let steps = |band: usize| {
             let (x, d) = (band * plan.x_len, band * plan.positions);
             let steps = (0..plan.positions).step_by(DEPTH);
-            steps.map(move |p| Step::new(x + p, (d + p) * SIDE))
+            steps
+                .map(|p| Step::new(x + p, (d + p) * SIDE * plan.pieces))
+                .collect::<Vec<_>>()
         };
         plan.steps = (0..=plan.bands).flat_map(steps).collect();
         Some(plan)
@@ -137,20 +149,24 @@ impl Plan {
         }
     }
 
-    /// Values of packed x.
-    fn x_all(&self) -> usize {
+    /// Values of packed x, one piece of it.
+    fn x_piece(&self) -> usize {
         self.g.input.c * self.pitch
+    }
+
+    /// Values of packed x, up to a whole cache line.
+    fn x_all(&self) -> usize {
+        (self.x_piece() * self.pieces).next_multiple_of(32)
     }
 
     /// Values of a panel of d.
     fn d_panel(&self) -> usize {
-        self.bands * self.positions * SIDE
+        self.bands * self.positions * SIDE * self.pieces
     }
 
     /// f32 of both packed operands.
     fn packed_len(&self) -> usize {
-        // Whole cache lines of bf16.
-        let values = self.x_all().next_multiple_of(32) + self.panels.count() * self.d_panel();
+        let values = self.x_all() + self.panels.count() * self.d_panel();
         values.div_ceil(2)
     }
 
@@ -247,39 +263,64 @@ const NONE: u32 = u32::MAX;
 /// Pixels of [`DEPTH`] positions.
 type Pixels = [u32; DEPTH];
 
-/// Packs positions of x: pixels side by side.
-struct PackX<'a, S: Read> {
+/// Neighbouring pixels in each lane, piece `piece` of them; leaves what it does not hold.
+///
+/// # Safety
+/// The CPU has the instructions, with sixteen lanes.
+#[inline(always)]
+unsafe fn paired<I: Isa, const N: usize>(rest: &mut [I::V; 2], piece: usize) -> I::V {
+    // SAFETY: the caller's word.
+    unsafe {
+        if N == 1 {
+            return I::pair(rest[0], rest[1]);
+        }
+        let [low, high] = tiles::pieces::<I, 2>(rest, piece);
+        I::join(low, high)
+    }
+}
+
+/// Packs positions of x: pixels side by side, in N pieces.
+struct PackX<'a, S: Read, const N: usize> {
     source: &'a S,
     channels: usize,
     pixels: Pixels,
     to: *mut bf16,
     pitch: usize,
+    /// Values between pieces.
+    piece_len: usize,
 }
 
-impl<S: Read> Job for PackX<'_, S> {
+impl<S: Read, const N: usize> Job for PackX<'_, S, N> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         // SAFETY: `to` has room for the positions in every channel, and pixels are inside the plane; there are whole
         // vectors of channels.
         unsafe {
             for c in (0..self.channels).step_by(16) {
-                let mut rows = [I::zero(); 16];
-                for (row, pixels) in rows.iter_mut().zip(self.pixels.chunks_exact(2)) {
-                    let low = value::<I, S>(self.source, pixels[0], self.channels, c);
-                    let high = value::<I, S>(self.source, pixels[1], self.channels, c);
-                    *row = I::pair(low, high);
+                let mut rest = [[I::zero(); 2]; 16];
+                for (rest, pixels) in rest.iter_mut().zip(self.pixels.chunks_exact(2)) {
+                    for (v, pixel) in rest.iter_mut().zip(pixels) {
+                        *v = value::<I, S>(self.source, *pixel, self.channels, c);
+                    }
                 }
-                I::transpose(&mut rows);
-                for (i, row) in rows.iter().enumerate() {
-                    I::store(self.to.add((c + i) * self.pitch).cast(), *row);
+                for piece in 0..N {
+                    let mut rows = [I::zero(); 16];
+                    for (row, rest) in rows.iter_mut().zip(&mut rest) {
+                        *row = paired::<I, N>(rest, piece);
+                    }
+                    I::transpose(&mut rows);
+                    let to = self.to.add(piece * self.piece_len + c * self.pitch);
+                    for (i, row) in rows.iter().enumerate() {
+                        I::store(to.add(i * self.pitch).cast(), *row);
+                    }
                 }
             }
         }
     }
 }
 
-/// Packs positions of d: pairs of pixels.
-struct PackD<'a, S: Read> {
+/// Packs positions of d: pairs of pixels, in N pieces.
+struct PackD<'a, S: Read, const N: usize> {
     source: &'a S,
     channels: usize,
     pixels: Pixels,
@@ -287,7 +328,7 @@ struct PackD<'a, S: Read> {
     panel_len: usize,
 }
 
-impl<S: Read> Job for PackD<'_, S> {
+impl<S: Read, const N: usize> Job for PackD<'_, S, N> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         let whole = self.channels / I::LANES * I::LANES;
@@ -298,8 +339,7 @@ impl<S: Read> Job for PackD<'_, S> {
                 for c in (0..whole).step_by(I::LANES) {
                     let low = value::<I, S>(self.source, pixels[0], self.channels, c);
                     let high = value::<I, S>(self.source, pixels[1], self.channels, c);
-                    let at = c / SIDE * self.panel_len + c % SIDE * 2;
-                    I::store(to.add(at).cast(), I::pair(low, high));
+                    self.put::<I>(to, c, [low, high]);
                 }
                 // A last panel that is not full: the channels that are left, then zeros.
                 for c in (whole..self.channels.next_multiple_of(SIDE)).step_by(I::LANES) {
@@ -312,10 +352,21 @@ impl<S: Read> Job for PackD<'_, S> {
                     if let Some(pixel) = part(pixels[1]) {
                         high = self.source.part::<I>(pixel * self.channels, c, n);
                     }
-                    let at = c / SIDE * self.panel_len + c % SIDE * 2;
-                    I::store(to.add(at).cast(), I::pair(low, high));
+                    self.put::<I>(to, c, [low, high]);
                 }
             }
+        }
+    }
+}
+
+impl<S: Read, const N: usize> PackD<'_, S, N> {
+    /// A vector of channels of a pair of pixels, whose panels start at `to`.
+    #[inline(always)]
+    unsafe fn put<I: Isa>(&self, to: *mut bf16, c: usize, mut rest: [I::V; 2]) {
+        for piece in 0..N {
+            let at = c / SIDE * self.panel_len + piece * DEPTH * SIDE + c % SIDE * 2;
+            // SAFETY: as in `run`.
+            unsafe { I::store(to.add(at).cast(), paired::<I, N>(&mut rest, piece)) };
         }
     }
 }
@@ -347,7 +398,7 @@ unsafe impl Sync for Packed {}
 impl Packed {
     fn new(plan: &Plan, memory: Span<'_, f32>) -> Self {
         let x = memory.part(0..plan.packed_len()).ptr().cast::<bf16>();
-        let d = x.wrapping_add(plan.x_all().next_multiple_of(32));
+        let d = x.wrapping_add(plan.x_all());
         Self { x, d }
     }
 }
@@ -370,10 +421,20 @@ impl Plan {
                 let pixels = self.pixels(first, |place| self.input(band, at, place));
                 let to =
                     to.x.wrapping_add(local * self.x_len + residue * len + first);
-                let (channels, pitch) = (self.g.input.c, self.pitch);
+                let (channels, pitch, piece_len) = (self.g.input.c, self.pitch, self.x_piece());
+                macro_rules! pack {
+                    ($n:expr) => {
+                        read_as!(x, source => self.level.call(PackX::<_, $n> {
+                            source, channels, pixels, to, pitch, piece_len,
+                        }))
+                    };
+                }
                 // SAFETY: the caller's word; a band has whole steps.
                 unsafe {
-                    read_as!(x, source => self.level.call(PackX { source, channels, pixels, to, pitch }));
+                    match self.pieces {
+                        1 => pack!(1),
+                        _ => pack!(PIECES),
+                    }
                 }
             }
         }
@@ -387,11 +448,22 @@ impl Plan {
         let band = self.band(index);
         for first in (0..self.positions).step_by(DEPTH) {
             let pixels = self.pixels(first, |place| self.result(band, place));
-            let to = to.d.wrapping_add((local * self.positions + first) * SIDE);
+            let at = (local * self.positions + first) * SIDE * self.pieces;
+            let to = to.d.wrapping_add(at);
             let (channels, panel_len) = (self.g.output.c, self.d_panel());
+            macro_rules! pack {
+                ($n:expr) => {
+                    read_as!(d, source => self.level.call(PackD::<_, $n> {
+                        source, channels, pixels, to, panel_len,
+                    }))
+                };
+            }
             // SAFETY: the caller's word.
             unsafe {
-                read_as!(d, source => self.level.call(PackD { source, channels, pixels, to, panel_len }));
+                match self.pieces {
+                    1 => pack!(1),
+                    _ => pack!(PIECES),
+                }
             }
         }
     }
@@ -429,8 +501,16 @@ impl Plan {
                         let rows = [x.cast_const(), second.cast_const()];
                         let pitch = self.pitch * size_of::<bf16>();
                         let adds = block > 0 || !clears;
+                        let (tiles, piece) = (&configured, self.x_piece());
                         // SAFETY: the caller's word; a tap's rows lie in the band.
-                        unsafe { tiles::multiply(&configured, rows, pitch, d, steps, dw, adds) }
+                        unsafe {
+                            match self.pieces {
+                                1 => tiles::multiply(tiles, rows, pitch, d, steps, dw, adds),
+                                _ => tiles::multiply_pieces(
+                                    tiles, rows, pitch, piece, d, steps, dw, adds,
+                                ),
+                            }
+                        }
                     }
                 }
             }

@@ -15,20 +15,20 @@ are sharp.
 
 Each file is in the format of safetensors (an 8-byte length, a JSON header, little-endian arrays):
 
-    network files                                                   steps.safetensors
+    network files                                                   steps and hundred-steps
     start      u64 [tensors]      checksums of initial values       the same
     inputs     u64 [2]            checksums of images and labels    the same
     logits     f32 [images, K]    evaluation mode, before the step  -
-    loss       f64 [1]            training mode, smoothing 0.1      f64 [10], one for each step
-    lr         -                                                    f64 [10]
+    loss       f64 [1]            training mode, smoothing 0.1      f64 [steps], one for each
+    lr         -                                                    f64 [steps]
     norms      f64 [tensors]      Frobenius norms                   -
     samples    f32 [tensors, 64]  elements at `positions`           -
-    yardstick  f64 [2 + tensors]  of logits, loss, each tensor      f64 [10], of each loss
+    yardstick  f64 [2 + tensors]  of logits, loss, each tensor      f64 [steps], of each loss
     autocast   f64 [2]            of logits, all gradients          -
 
 where the tensors are the gradients of all parameters, and the running statistics after one training step; `names` in
 the metadata lists them. The yardstick is the relative error (of norms) against float64 of PyTorch itself in float32,
-the larger of its two memory formats: two samples of how large a rounding error may be. ResNet-50, and ten steps of
+the larger of its two memory formats: two samples of how large a rounding error may be. ResNet-50, and some steps of
 any network, meet a switching ReLU sooner or later, so eight more samples come from nudged parameters. The yardstick of
 the steps is the largest so far, because a drift does not go away but may change its sign. `autocast` is the same for bfloat16: the error of PyTorch under
 torch.autocast, that of the gradients over all of them together, estimated from the samples.
@@ -59,7 +59,11 @@ NETWORKS = [
     (50, 224, 1000, 2, "torchvision", 1),
     (50, 224, 1000, 2, "tpu2018", 1),
 ]
-STEPS = (18, 32, 10, 16, "tpu2018", 1)
+# The same, then steps and batches, which take turns.
+STEPS = {
+    "steps": ((18, 32, 10, 16, "tpu2018", 1), 10, 1),
+    "hundred-steps": ((18, 64, 10, 64, "tpu2018", 1), 100, 4),
+}
 
 # ---------------------------------------------------------------------------------------------------------------
 # The generator of crates/engine/src/init.rs.
@@ -335,10 +339,11 @@ def one_step(name, golden):
         print(f"nudged: tensors {max(error(a, b) for other in others for a, b in zip(other, truth)):.1e} at most")
 
 
-def ten_steps(name, golden):
-    """Ten steps on one batch. The decay is strong, so that the losses show where it acts."""
+def several_steps(name, golden, steps, batches):
+    """Steps on parts of the images in turn. The decay is strong, so that the losses show where it acts."""
     net, start, pixels, labels = begin(golden)
-    lrs = [0.005 * min(1.0, (step + 1) / 5) for step in range(10)]
+    lrs = [0.005 * min(1.0, (step + 1) / 5) for step in range(steps)]
+    parts = [slice(i * len(labels) // batches, (i + 1) * len(labels) // batches) for i in range(batches)]
     runs = []
     for variant, dtype, layout in [*variants(net), *(nudged(net, seed) for seed in range(8))]:
         norms = {key for key, module in variant.named_modules() if isinstance(module, nn.BatchNorm2d)}
@@ -348,11 +353,12 @@ def ten_steps(name, golden):
         sgd = torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True)
         losses = []
         variant.train()
-        for lr in lrs:
+        for step, lr in enumerate(lrs):
+            part = parts[step % batches]
             for group in sgd.param_groups:
                 group["lr"] = lr
-            x = normalised(pixels, dtype).contiguous(memory_format=layout)
-            loss = F.cross_entropy(variant(x), torch.from_numpy(labels), label_smoothing=SMOOTHING)
+            x = normalised(pixels[part], dtype).contiguous(memory_format=layout)
+            loss = F.cross_entropy(variant(x), torch.from_numpy(labels[part]), label_smoothing=SMOOTHING)
             sgd.zero_grad()
             loss.backward()
             sgd.step()
@@ -360,8 +366,8 @@ def ten_steps(name, golden):
         runs.append(np.array(losses))
     losses, *rounded = runs
     drift = np.abs(np.array(rounded) / losses - 1)
-    print(f"losses {losses}\ndrift\n{drift}")
-    write(name, metadata(golden, start), checksums(start, pixels, labels) | {
+    print(f"losses {losses}\ndrift\n{drift.max(0)}")
+    write(name, metadata(golden, start) | {"batches": str(batches)}, checksums(start, pixels, labels) | {
         "loss": losses,
         "lr": np.array(lrs),
         "yardstick": np.maximum.accumulate(drift.max(0)),
@@ -374,5 +380,6 @@ if __name__ == "__main__":
         name = f"resnet{depth}-{side}-{recipe}"
         if name in sys.argv[1:] or not sys.argv[1:]:
             one_step(name, golden)
-    if "steps" in sys.argv[1:] or not sys.argv[1:]:
-        ten_steps("steps", STEPS)
+    for name, arguments in STEPS.items():
+        if name in sys.argv[1:] or not sys.argv[1:]:
+            several_steps(name, *arguments)

@@ -100,9 +100,15 @@ impl Inputs {
     }
 
     fn batch(&self) -> Batch<'_> {
+        self.part(0, 1)
+    }
+
+    /// Part `index` of `count`.
+    fn part(&self, index: usize, count: usize) -> Batch<'_> {
+        let part = |len: usize| len / count * index..len / count * (index + 1);
         Batch {
-            pixels: Pixels::U8(&self.pixels),
-            labels: &self.labels,
+            pixels: Pixels::U8(&self.pixels[part(self.pixels.len())]),
+            labels: &self.labels[part(self.labels.len())],
             mixed: None,
         }
     }
@@ -297,11 +303,12 @@ fn check_network(name: &'static str, make: Make, bound: Bound) {
     verdict.end();
 }
 
-/// The first of ten steps with warm-up, Nesterov momentum and decay on one batch, loss by loss.
+/// The first steps with warm-up, Nesterov momentum and decay on batches in turn, loss by loss.
 fn check_steps(name: &'static str, make: Make, bound: Bound, steps: usize) {
     let golden = Golden::read(name);
     let (graph, state, inputs) = begin(&golden);
-    let mut engine = make(&graph, golden.number("images"), &state);
+    let batches = golden.number("batches");
+    let mut engine = make(&graph, golden.number("images") / batches, &state);
     let yardsticks = golden.array("yardstick", f64::from_le_bytes);
     let mut verdict = Verdict::new(name, bound);
     let [lrs, losses] = ["lr", "loss"].map(|key| golden.array(key, f64::from_le_bytes));
@@ -318,7 +325,8 @@ fn check_steps(name: &'static str, make: Make, bound: Bound, steps: usize) {
             average: None,
             dropout: None,
         };
-        let loss = engine.train_step(&inputs.batch(), &hyper).unwrap().loss();
+        let batch = inputs.part(step % batches, batches);
+        let loss = engine.train_step(&batch, &hyper).unwrap().loss();
         let error = (loss / truth - 1.0).abs();
         verdict.see(&format!("loss of step {step}"), error, yardsticks[step]);
     }
@@ -450,6 +458,11 @@ fn resnet50_224_tpu2018_cpu() {
 #[test]
 fn ten_steps_cpu() {
     check_steps("steps", CPU, ROUNDING, 10);
+}
+
+#[test]
+fn hundred_steps_cpu() {
+    check_steps("hundred-steps", CPU, ROUNDING, 100);
 }
 
 #[test]

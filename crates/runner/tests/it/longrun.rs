@@ -291,10 +291,19 @@ fn eval_waits_for_checkpoints_and_scores_each_once() {
 #[test]
 fn a_checkpoint_sees_scores_leaves_and_comes_back() {
     let home = Home::new();
-    let (out, _) = home.check(&["train.length=30 steps", "eval.every=30 steps"], 0);
+    // Of the parameters' average, which is another network than theirs.
+    let args = [
+        "train.length=30 steps",
+        "eval.every=30 steps",
+        "ema.half_life=5 steps",
+        "ema.eval=average",
+    ];
+    let (out, _) = home.check(&args, 0);
     let summary = json(&out);
     let dir = home.path();
     let run = dir.to_str().unwrap();
+    let raw = check(&["eval", run, "--json", "--set", "ema.eval=raw"], 0).0;
+    assert_ne!(json(&raw)["loss"], summary["eval"]["loss"]);
     let top1 = summary["eval"]["top1"].as_f64().unwrap();
     let results = fs::read_to_string(dir.join("results.tsv")).unwrap();
     let row: Vec<&str> = results.lines().nth(1).unwrap().split('\t').collect();
