@@ -103,7 +103,8 @@ pub(crate) enum Arithmetic {
     /// Pairs of bf16.
     Bf16,
     /// f32 by f32 through matrix tiles, each as the sum of three bf16. Only with [`Level::Amx`], where channels are a multiple
-    /// of [`tiles::DEPTH`] and rows are not short; plans of other shapes are of [`Self::F32`].
+    /// of [`tiles::DEPTH`] (or three, of a strided window) and rows are not short; plans of other shapes are of
+    /// [`Self::F32`].
     Split,
 }
 
@@ -245,8 +246,7 @@ pub(crate) struct Plan {
     phases: Vec<Phase>,
 }
 
-/// Whether whole rows are packed: three channels would waste most of a chunk. Their pairs would not be neighbours, so
-/// products are f32's.
+/// Whether whole rows are packed: three channels would waste most of a chunk.
 fn has_rows(g: &Geometry) -> bool {
     g.kernel > 1 && g.stride * g.input.c == ROWS_PITCH
 }
@@ -330,7 +330,7 @@ impl Plan {
         let taps: Vec<Tap> = (0..g.kernel * g.kernel).map(tap).collect();
         let (packing, arithmetic) = match g.kernel {
             1 => (Packing::Points, arithmetic),
-            _ if has_rows(g) => (Packing::Rows, Arithmetic::F32),
+            _ if has_rows(g) => (Packing::Rows, arithmetic),
             _ => (Packing::Planes, arithmetic),
         };
         let to = (g.output.h, g.output.w, g.output.c);
@@ -457,11 +457,18 @@ impl Plan {
             phases.iter().map(|p| p.1.0).max().unwrap_or(0),
             phases.iter().map(|p| p.1.1).max().unwrap_or(0),
         );
-        let fits_tiles = level == Level::Amx && from.2.is_multiple_of(tiles::DEPTH);
+        let fits_tiles = level == Level::Amx
+            && match packing {
+                // A row of the window is one step, whose rows overlap.
+                Packing::Rows => kernel * from.2 <= tiles::DEPTH,
+                _ => from.2.is_multiple_of(tiles::DEPTH),
+            };
         // Of a tile's sixteen rows most would be empty.
         let is_narrow = packing == Packing::Planes && grid.1 < 8;
         let arithmetic = match arithmetic {
             Arithmetic::Split if !fits_tiles || is_narrow => Arithmetic::F32,
+            // Pairs of three channels are no neighbours.
+            Arithmetic::Bf16 if !fits_tiles && packing == Packing::Rows => Arithmetic::F32,
             arithmetic => arithmetic,
         };
         let mut plan = Self {
@@ -553,7 +560,7 @@ impl Plan {
                 self.images = (most / image).clamp(1, self.batch);
             }
             Packing::Rows => {
-                let row = self.columns * self.from.2 * size_of::<f32>();
+                let row = self.columns * self.from.2 * self.value_len();
                 let mut rows = self.grid.0;
                 while rows > 1 && self.packed_rows(rows) * row > ROWS_BYTES {
                     rows -= 1;
@@ -606,8 +613,22 @@ impl Plan {
                 self.images * self.packed_rows(self.rows) * self.step * self.columns * CHUNK
             }
             Packing::Images => self.images * self.from.0 * self.from.1 * CHUNK,
-            Packing::Rows => self.packed_rows(self.rows) * self.columns * self.from.2,
+            // And what the last step reads on.
+            Packing::Rows => {
+                self.packed_rows(self.rows) * self.columns * self.from.2 + tiles::DEPTH
+            }
             Packing::Points => self.rows * CHUNK,
+        }
+    }
+
+    /// Rows of a panel of weights for a row of the window, where whole rows are packed. Matrix tiles multiply what lies
+    /// behind it by zero.
+    fn window_row(&self) -> usize {
+        let depth = self.kernel * self.from.2;
+        if self.tiled {
+            depth.next_multiple_of(tiles::DEPTH)
+        } else {
+            depth
         }
     }
 
@@ -625,7 +646,7 @@ impl Plan {
             let stretch = |row: usize| Stretch {
                 at: row * self.columns * channels,
                 depth,
-                row: row * depth,
+                row: row * self.window_row(),
             };
             return (0..self.kernel).map(stretch).collect();
         }
@@ -770,8 +791,11 @@ impl Plan {
     /// Values of a panel of weights.
     fn panel_len(&self) -> usize {
         let chunks = 0..self.from.2.div_ceil(CHUNK);
-        let rows: usize = chunks.map(|chunk| self.chunk_rows(chunk)).sum();
-        rows * self.taps * 2 * self.level.lanes() * self.arithmetic.pieces()
+        let rows = match self.packing {
+            Packing::Rows => self.kernel * self.window_row(),
+            _ => self.taps * chunks.map(|chunk| self.chunk_rows(chunk)).sum::<usize>(),
+        };
+        rows * 2 * self.level.lanes() * self.arithmetic.pieces()
     }
 
     /// Whether a panel has rows that are no depth.
@@ -903,19 +927,25 @@ pub(crate) fn pack_forward(
             )
         };
         let channels = plan.from.2;
-        let mut row = 0;
-        for chunk in 0..channels.div_ceil(CHUNK) {
-            let depth = (channels - chunk * CHUNK).min(CHUNK);
-            for _ in 0..plan.taps {
-                let (rows, rest) = from.split_at(depth * nr);
-                from = rest;
-                for rows in rows.chunks(2 * nr) {
-                    let to = plan.panel_row(to, row);
-                    // SAFETY: the engine has the level's instructions.
-                    unsafe { plan.level.call(Pair { rows, to }) };
-                    row += 2;
-                }
+        // Rows of masters that belong together, and the rows of the panel that they take.
+        let groups: Vec<(usize, usize)> = if plan.packing == Packing::Rows {
+            to.fill(bf16::ZERO);
+            vec![(plan.kernel * channels, plan.window_row()); plan.kernel]
+        } else {
+            let depth = |chunk: usize| (channels - chunk * CHUNK).min(CHUNK);
+            let taps = |chunk| vec![(depth(chunk), plan.chunk_rows(chunk)); plan.taps];
+            (0..channels.div_ceil(CHUNK)).flat_map(taps).collect()
+        };
+        let mut first = 0;
+        for (depth, rows) in groups {
+            let (masters, rest) = from.split_at(depth * nr);
+            from = rest;
+            for (pair, rows) in masters.chunks(2 * nr).enumerate() {
+                let to = plan.panel_row(to, first + 2 * pair);
+                // SAFETY: the engine has the level's instructions.
+                unsafe { plan.level.call(Pair { rows, to }) };
             }
+            first += rows;
         }
     });
 }
@@ -1283,22 +1313,39 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
         let p = self.plan;
         let (h, w, c) = p.from;
         let row_len = p.columns * c;
+        let rows = p.packed_rows(self.rows.len());
+        if p.tiled {
+            for piece in 0..p.arithmetic.pieces() {
+                // SAFETY: as in `run`. The last step of a piece reads on behind it, what it multiplies by zero.
+                unsafe {
+                    let end = self.to.add(piece * p.chunk_len() + rows * row_len);
+                    std::ptr::write_bytes(end, 0, tiles::DEPTH);
+                }
+            }
+        }
         // Of the packed columns: on the border left of the plane, inside, and on the border right of it.
         let left = p.first.1.unsigned_abs().min(p.columns);
         let inside = w.min(p.columns - left);
-        for row in 0..p.packed_rows(self.rows.len()) {
+        for row in 0..rows {
             let y = (self.rows.start * p.step + row) as isize + p.first.0;
             // SAFETY: as in `run`.
             unsafe {
                 let to = self.to.add(row * row_len);
-                if y < 0 || y >= h as isize {
+                let is_outside = y < 0 || y >= h as isize;
+                for piece in 0..p.arithmetic.pieces() {
+                    let to = to.add(piece * p.chunk_len());
                     // All bits zero are 0.
-                    std::ptr::write_bytes(to, 0, row_len);
+                    if is_outside {
+                        std::ptr::write_bytes(to, 0, row_len);
+                        continue;
+                    }
+                    std::ptr::write_bytes(to, 0, left * c);
+                    let right = (left + inside) * c;
+                    std::ptr::write_bytes(to.add(right), 0, row_len - right);
+                }
+                if is_outside {
                     continue;
                 }
-                std::ptr::write_bytes(to, 0, left * c);
-                let right = (left + inside) * c;
-                std::ptr::write_bytes(to.add(right), 0, row_len - right);
                 let at = (self.images.start * h + y as usize) * w * c;
                 let to = to.add(left * c);
                 let each = if S::FLAT { I::LANES } else { c };
@@ -1309,7 +1356,19 @@ impl<P: Operand, S: Read> Pack<'_, P, S> {
                     } else {
                         self.source.part::<I>(at + i, 0, n)
                     };
-                    P::store_part::<I>(to.add(i), v, n);
+                    let mut rest = [v];
+                    for piece in 0..p.arithmetic.pieces() {
+                        let mut v = v;
+                        if p.arithmetic == Arithmetic::Split {
+                            [v] = tiles::pieces::<I, 1>(&mut rest, piece);
+                        }
+                        let to = to.add(piece * p.chunk_len() + i);
+                        if n == I::LANES {
+                            P::store::<I>(to, v);
+                        } else {
+                            P::store_part::<I>(to, v, n);
+                        }
+                    }
                 }
             }
         }
@@ -1530,7 +1589,10 @@ impl<'a, P: Operand> TileOf<'a, P> {
         let (weights, tile) = (self.weights.cast(), self.tile);
         // SAFETY: the caller's word.
         unsafe {
-            let pitch = CHUNK * size_of::<bf16>();
+            let pitch = match plan.packing {
+                Packing::Rows => ROWS_PITCH,
+                _ => CHUNK,
+            } * size_of::<bf16>();
             if plan.arithmetic == Arithmetic::Split {
                 let piece = plan.chunk_len();
                 tiles::multiply_pieces(tiles, rows, pitch, piece, weights, steps, tile, self.adds);
