@@ -19,7 +19,10 @@ use crate::failure::Failure;
 use crate::output;
 use crate::sweep::escaped;
 use canvas::{Image, Svg};
-use plot::{Chart, Curve, WIDTH};
+use plot::{Chart, Curve, POINTS, WIDTH};
+
+/// Points of a curve of which a single step's value is noise.
+const MEANS: usize = 60;
 
 /// By the name of a metric: step, epoch, value.
 type Metrics = BTreeMap<String, Vec<(u64, f64, f64)>>;
@@ -224,7 +227,7 @@ pub(crate) fn runs(args: &RunsArgs) -> Result<ExitCode, Failure> {
             format!("{:.1}", run.epoch()),
             best.map_or_else(dash, |(value, _)| format!("{value:.4}")),
             best.map_or_else(dash, |(_, step)| step.to_string()),
-            run.rate().map_or_else(dash, |rate| format!("{rate:.0}")),
+            run.rate().map_or_else(dash, rate_text),
         ]);
     }
     output::print(&output::columns(&rows));
@@ -298,8 +301,35 @@ pub(crate) fn report(args: &ReportArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Gives runs the shortest names that tell them apart: the directory's, or its whole path.
+/// Gives runs the shortest names that tell them apart: the directory's, or its whole path. A sweep's runs are called
+/// after what differs between them, for their directories are called after hashes.
 fn name(told: &mut [Told]) {
+    let keys: Vec<BTreeMap<String, String>> = told
+        .iter()
+        .map(|run| run.spec.as_ref().map_or_else(BTreeMap::new, flat))
+        .collect();
+    let names: Vec<Option<String>> = (0..told.len())
+        .map(|i| {
+            let is_of_sweep = |run: &Told| run.dir.join("cell.toml").exists();
+            let own = &told[i].dir;
+            let beside = |run: &Told| run.dir.parent() == own.parent() && is_of_sweep(run);
+            let beside: Vec<usize> = (0..told.len()).filter(|j| beside(&told[*j])).collect();
+            let is_swept = |(key, value): &(&String, &String)| {
+                !COSMETIC.contains(&key.as_str())
+                    && beside.iter().any(|j| keys[*j].get(*key) != Some(*value))
+            };
+            let swept: Vec<_> = keys[i].iter().filter(is_swept).collect();
+            let is_short = is_of_sweep(&told[i]) && (1..=3).contains(&swept.len());
+            let short = |key: &str| key.rsplit('.').next().unwrap_or(key).to_string();
+            let texts = swept
+                .iter()
+                .map(|(key, value)| format!("{}={value}", short(key)));
+            is_short.then(|| texts.collect::<Vec<_>>().join(" "))
+        })
+        .collect();
+    for (run, name) in told.iter_mut().zip(names) {
+        run.name = name.unwrap_or_else(|| std::mem::take(&mut run.name));
+    }
     let mut counts: BTreeMap<String, usize> = BTreeMap::new();
     for run in told.iter() {
         *counts.entry(run.name.clone()).or_default() += 1;
@@ -318,24 +348,24 @@ fn charts(told: &[Told]) -> Vec<(&'static str, Chart)> {
             "Top-1 accuracy",
             "evaluation",
             "eval/top1",
-            true,
+            POINTS,
         ),
-        ("train-loss", "Loss", "training", "train/loss", false),
-        ("eval-loss", "Loss", "evaluation", "eval/loss", true),
-        ("lr", "Learning rate", "", "train/lr", false),
+        ("train-loss", "Loss", "training", "train/loss", 2 * MEANS),
+        ("eval-loss", "Loss", "evaluation", "eval/loss", POINTS),
+        ("lr", "Learning rate", "", "train/lr", POINTS),
         (
             "images-per-s",
             "Throughput",
             "images/s",
             "train/images_per_s",
-            false,
+            MEANS,
         ),
         (
             "input-wait",
             "Waiting for input",
             "share of a step",
             "train/input_wait_fraction",
-            false,
+            MEANS,
         ),
     ];
     let curve = |run: &Told, metric: &str| Curve {
@@ -349,11 +379,13 @@ fn charts(told: &[Told]) -> Vec<(&'static str, Chart)> {
         },
     };
     all.into_iter()
-        .map(|(file, title, unit, metric, has_marks)| {
+        .map(|(file, title, unit, metric, points)| {
             let chart = Chart {
                 title,
                 unit,
-                has_marks,
+                has_marks: metric.starts_with("eval/"),
+                is_logarithmic: metric.ends_with("/loss"),
+                points,
                 curves: told.iter().map(|run| curve(run, metric)).collect(),
             };
             (file, chart)
@@ -453,7 +485,7 @@ fn page(told: &[Told], charts: &[(&'static str, Chart)]) -> String {
             number(run.last("eval/top1"), 4),
             number(run.last("eval/top5"), 4),
             number(run.last("eval/loss"), 4),
-            number(run.rate(), 0),
+            run.rate().map_or_else(|| "–".into(), rate_text),
         );
     }
     body += "</tbody></table></div>";
@@ -485,6 +517,9 @@ fn page(told: &[Told], charts: &[(&'static str, Chart)]) -> String {
     )
 }
 
+/// Keys that say nothing about what is computed, and differ between all runs.
+const COSMETIC: [&str; 2] = ["name", "run_dir"];
+
 /// The keys whose values differ between the specs; of a single run, all of them.
 fn differences(told: &[Told]) -> String {
     let specs: Vec<(&Told, BTreeMap<String, String>)> = told
@@ -496,8 +531,7 @@ fn differences(told: &[Told]) -> String {
     let is_shown = |key: &&String| {
         let mut values = specs.iter().map(|(_, keys)| keys.get(*key));
         let first = values.next().flatten();
-        let is_cosmetic = ["name", "run_dir"].contains(&key.as_str());
-        is_single || !is_cosmetic && values.any(|value| value != first)
+        is_single || !COSMETIC.contains(&key.as_str()) && values.any(|value| value != first)
     };
     let keys: Vec<&String> = keys.into_iter().filter(is_shown).collect();
     let heading = match is_single {
@@ -545,6 +579,11 @@ fn flat(run: &Run) -> BTreeMap<String, String> {
     keys
 }
 
+fn rate_text(rate: f64) -> String {
+    let decimals = if rate < 10.0 { 1 } else { 0 };
+    format!("{rate:.decimals$}")
+}
+
 fn time(seconds: f64) -> String {
     match seconds {
         s if s < 120.0 => format!("{s:.1} s"),
@@ -554,18 +593,18 @@ fn time(seconds: f64) -> String {
 }
 
 fn series_style() -> String {
-    let mut text = String::new();
-    for (i, [r, g, b]) in canvas::SERIES.iter().enumerate() {
-        let _ = write!(
-            text,
-            "path.s{i}{{stroke:rgb({r},{g},{b})}}rect.s{i}{{fill:rgb({r},{g},{b})}}.p{i}{{background:rgb({r},{g},{b})}}"
-        );
-    }
-    // On dark the darker ones are brightened.
-    text += "@media(prefers-color-scheme:dark){path.s0{stroke:#4da3e0}rect.s0{fill:#4da3e0}path.s1{stroke:#ff8a3d}\
-             rect.s1{fill:#ff8a3d}path.s2{stroke:#2fc79c}rect.s2{fill:#2fc79c}.p0{background:#4da3e0}\
-             .p1{background:#ff8a3d}.p2{background:#2fc79c}}";
-    text
+    let rules = |colours: [[u8; 3]; 6]| {
+        let mut text = String::new();
+        for (i, [r, g, b]) in colours.iter().enumerate() {
+            let _ = write!(
+                text,
+                "path.s{i}{{stroke:rgb({r},{g},{b})}}rect.s{i}{{fill:rgb({r},{g},{b})}}.p{i}{{background:rgb({r},{g},{b})}}"
+            );
+        }
+        text
+    };
+    let (light, dark) = (rules(canvas::SERIES), rules(canvas::DARK));
+    format!("{light}@media(prefers-color-scheme:dark){{{dark}}}")
 }
 
 const STYLE: &str = "\
@@ -575,7 +614,8 @@ body{font:15px/1.5 system-ui,sans-serif;background:var(--back);color:var(--text)
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}\
 table{border-collapse:collapse;font-variant-numeric:tabular-nums}th{font-weight:600;color:var(--faint)}\
 td,th{padding:.3rem .7rem;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}\
-td.name,th:first-child{text-align:left}.words{text-align:left}td.words{white-space:normal;min-width:14rem}td.words span{white-space:nowrap;margin-right:.6rem}td.best{color:var(--good);font-weight:700}\
+td.name,th:first-child{text-align:left}th{white-space:normal;vertical-align:bottom}\
+.words{text-align:left}td.words{white-space:normal;min-width:14rem}td.words span{white-space:nowrap;margin-right:.6rem}td.best{color:var(--good);font-weight:700}\
 .scroll{overflow-x:auto}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:1rem}\
 figure{margin:0;background:var(--card);border:1px solid var(--line);border-radius:6px;padding:.5rem}svg{width:100%;height:auto;font-family:'DejaVu Sans',Verdana,sans-serif}\
 text.text{fill:var(--text)}text.faint{fill:var(--faint)}path.grid{stroke:var(--line)}path.faint{stroke:var(--faint)}\

@@ -484,13 +484,14 @@ fn progress(entry: &Entry<'_>, total: usize) -> String {
     match (&entry.status, &entry.summary) {
         (Status::Failed(why), _) => format!("{name}: failed: {why}"),
         (status, Some(summary)) => {
-            let top1 = summary.eval.as_ref().map_or(f64::NAN, |eval| eval.top1);
+            // The ranking is by this one.
+            let best = summary.best.as_ref().map_or(f64::NAN, |best| best.value);
             let status = match status {
                 Status::Waiting => "at",
                 other => other.name(),
             };
             format!(
-                "{name}: {status} step {}, top1 {top1:.4}, {seconds:.1} s (of {total} runs)",
+                "{name}: {status} step {}, best top1 {best:.4}, {seconds:.1} s (of {total} runs)",
                 summary.step
             )
         }

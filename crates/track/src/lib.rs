@@ -49,7 +49,7 @@ pub struct Config {
     pub mlflow: Option<Mlflow>,
     /// Whether the run directory gets `events.out.tfevents.*`.
     pub tensorboard: bool,
-    /// Whether MLflow and TensorBoard are told every 10 s how busy the machine is, under `system/`.
+    /// Whether MLflow, TensorBoard and the dashboard are told every 10 s how busy the machine is, under `system/`.
     pub system: bool,
 }
 
@@ -176,7 +176,8 @@ impl Trackers {
             };
             trackers.mlflow = trackers.count(started, "mlflow-run");
         }
-        if config.system && (trackers.mlflow.is_some() || trackers.events.is_some()) {
+        let is_told = trackers.mlflow.is_some() || trackers.events.is_some();
+        if config.system && (is_told || trackers.screen.shows_machine()) {
             let started = Sampler::start();
             trackers.sampler = trackers.count(started, "");
         }

@@ -93,10 +93,19 @@ impl Screen {
     }
 
     pub(crate) fn eval(&mut self, m: &EvalMetrics) {
-        if let Kind::Tui(tui) = &mut self.kind {
-            tui.view.eval(m);
+        let text = eval_line(m);
+        match &mut self.kind {
+            Kind::Tui(tui) => {
+                tui.view.eval(m, &text);
+                tui.draw(true);
+            }
+            _ => self.line(&text),
         }
-        self.line(&eval_line(m));
+    }
+
+    /// Whether it shows the machine.
+    pub(crate) fn shows_machine(&self) -> bool {
+        matches!(self.kind, Kind::Tui(_))
     }
 
     /// A sample of the machine.

@@ -12,18 +12,22 @@ use indicatif::HumanDuration;
 use ratatui::backend::CrosstermBackend;
 use ratatui::crossterm::cursor::{Hide, Show};
 use ratatui::crossterm::execute;
-use ratatui::crossterm::terminal::{EnterAlternateScreen, LeaveAlternateScreen};
+use ratatui::crossterm::terminal::{
+    BeginSynchronizedUpdate, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen,
+};
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::symbols::Marker;
 use ratatui::text::{Line, Span};
-use ratatui::widgets::{Axis, Block, Chart, Dataset, Gauge, GraphType, Paragraph, Sparkline, Wrap};
+use ratatui::widgets::{Axis, Block, Chart, Dataset, GraphType, LineGauge, Paragraph, Sparkline};
 use ratatui::{Frame, Terminal};
 
 use crate::metrics::{EvalMetrics, Scalar, StepMetrics};
 
 /// Between two pictures.
 const PACE: Duration = Duration::from_millis(250);
+/// Between two pictures that are drawn wholly: what is typed is echoed into them.
+const WHOLE: Duration = Duration::from_secs(5);
 /// Points of a curve: more than a terminal has dots.
 const POINTS: usize = 512;
 /// Events that are kept to be shown.
@@ -31,6 +35,8 @@ const EVENTS: usize = 100;
 /// Of training and of evaluation: told apart by the colour-blind, legible on dark and on light.
 const TRAIN: Color = Color::Indexed(32);
 const EVAL: Color = Color::Indexed(166);
+/// Of what is still to come.
+const FAINT: Color = Color::Indexed(244);
 
 /// What the dashboard shows.
 pub(crate) struct View {
@@ -47,7 +53,23 @@ pub(crate) struct View {
     rate: f64,
     wait: f64,
     machine: Vec<(String, f64)>,
-    events: VecDeque<String>,
+    events: VecDeque<Event>,
+}
+
+/// What was said.
+struct Event {
+    text: String,
+    kind: Said,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Said {
+    /// Before the first step.
+    Start,
+    /// An evaluation, which comes again and again and is in the curves too.
+    Eval,
+    /// Anything else while it trains: somebody should read it.
+    Note,
 }
 
 /// A curve that halves its resolution when it is full.
@@ -117,12 +139,14 @@ impl View {
         self.last = Some(m.clone());
     }
 
-    pub(crate) fn eval(&mut self, m: &EvalMetrics) {
+    /// An evaluation, and its line.
+    pub(crate) fn eval(&mut self, m: &EvalMetrics, text: &str) {
         self.eval_loss.push((m.epoch, m.loss));
         self.eval_top1.push((m.epoch, m.top1));
         if self.best.is_none_or(|(best, _)| m.top1 > best) {
             self.best = Some((m.top1, m.step));
         }
+        self.push(text, Said::Eval);
     }
 
     /// A sample of the machine.
@@ -135,10 +159,19 @@ impl View {
     }
 
     pub(crate) fn event(&mut self, text: &str) {
+        let kind = match self.last {
+            Some(_) => Said::Note,
+            None => Said::Start,
+        };
+        self.push(text, kind);
+    }
+
+    fn push(&mut self, text: &str, kind: Said) {
         if self.events.len() == EVENTS {
             self.events.pop_front();
         }
-        self.events.push_back(text.into());
+        let text = text.into();
+        self.events.push_back(Event { text, kind });
     }
 
     fn eta(&self) -> String {
@@ -181,45 +214,66 @@ impl View {
     fn head(&self, frame: &mut Frame<'_>, area: Rect) {
         let [first, second] = Layout::vertical([Constraint::Length(1); 2]).areas(area);
         let bold = Style::new().add_modifier(Modifier::BOLD);
-        let mut words = vec![Span::styled(self.name.clone(), bold)];
-        if let Some(m) = &self.last {
-            words.push(
-                format!(
-                    "  epoch {:.1}  loss {:.4}  lr {:.2e}",
-                    m.epoch, m.loss, m.lr
-                )
-                .into(),
-            );
-        }
-        if let Some((best, step)) = self.best {
-            words.push(format!("  best top-1 {best:.4} at {step}").into());
-        }
-        frame.render_widget(Paragraph::new(Line::from(words)), first);
-        let (step, total) = self.last.as_ref().map_or((0, 0), |m| (m.step, m.total));
-        let ratio = if total > 0 {
-            step as f64 / total as f64
-        } else {
-            0.0
+        let Some(m) = &self.last else {
+            let name = shortened(&self.name, area.width.into());
+            frame.render_widget(Paragraph::new(name).style(bold), first);
+            return frame.render_widget(Paragraph::new("no step yet"), second);
         };
-        let label = format!("{step}/{total}  ETA {}", self.eta());
-        let gauge = Gauge::default()
+        // What matters least is last, and is left out where the room ends.
+        let mut words = vec![
+            format!("epoch {:.1}", m.epoch),
+            format!("loss {:.4}", m.loss),
+        ];
+        words.extend(
+            self.best
+                .map(|(best, step)| format!("best top-1 {best:.4} at {step}")),
+        );
+        words.push(format!("lr {:.2e}", m.lr));
+        let width = usize::from(area.width);
+        let name = shortened(&self.name, (width / 3).max(10));
+        let mut room = width.saturating_sub(name.chars().count());
+        let mut line = vec![Span::styled(name, bold)];
+        for word in words {
+            let word = format!("  {word}");
+            if word.len() > room {
+                break;
+            }
+            room -= word.len();
+            line.push(word.into());
+        }
+        frame.render_widget(Paragraph::new(Line::from(line)), first);
+        let ratio = m.step as f64 / m.total.max(1) as f64;
+        let gauge = LineGauge::default()
             .ratio(ratio.clamp(0.0, 1.0))
-            .label(label)
-            .gauge_style(Style::new().fg(TRAIN).bg(Color::Reset));
+            .label(format!("{}/{}  ETA {}", m.step, m.total, self.eta()))
+            .filled_symbol("█")
+            .unfilled_symbol("─")
+            .filled_style(Style::new().fg(TRAIN))
+            .unfilled_style(Style::new().fg(FAINT));
         frame.render_widget(gauge, second);
     }
 
     fn speed(&self, frame: &mut Frame<'_>, area: Rect) {
-        let title = format!(
-            " {:.0} images/s, waiting for input {:.0} % ",
-            self.rate,
+        let width = area.width.saturating_sub(2) as usize;
+        let decimals = if self.rate < 10.0 { 1 } else { 0 };
+        let rate = format!(" {:.decimals$} images/s ", self.rate);
+        let wait = format!(
+            "{}, input wait {:.0} % ",
+            rate.trim_end(),
             100.0 * self.wait
         );
+        let title = match self.last {
+            None => " images/s ".into(),
+            Some(_) if wait.len() <= width => wait,
+            Some(_) => rate,
+        };
         let block = Block::bordered().title(title);
-        let width = area.width.saturating_sub(2) as usize;
         let points = &self.rates.points;
         let from = points.len().saturating_sub(width);
-        let values: Vec<u64> = points[from..].iter().map(|p| p.1.max(0.0) as u64).collect();
+        let values: Vec<u64> = points[from..]
+            .iter()
+            .map(|p| (100.0 * p.1.max(0.0)) as u64)
+            .collect();
         let line = Sparkline::default()
             .block(block)
             .data(&values)
@@ -228,6 +282,23 @@ impl View {
     }
 
     fn computer(&self, frame: &mut Frame<'_>, area: Rect) {
+        let block = Block::bordered().title(" machine ");
+        let room = area.height.saturating_sub(2) as usize;
+        let width = area.width.saturating_sub(2);
+        let mut lines = self.machine_lines(width.into(), room.saturating_sub(1));
+        lines.push(match self.last {
+            Some(_) => self.shares(width),
+            None => String::new(),
+        });
+        let lines: Vec<Line<'_>> = lines.into_iter().map(Line::from).collect();
+        frame.render_widget(Paragraph::new(lines).block(block), area);
+    }
+
+    /// At most so many lines about the machine.
+    fn machine_lines(&self, width: usize, room: usize) -> Vec<String> {
+        if self.machine.is_empty() {
+            return vec!["not measured".into()];
+        }
         let value = |name: &str| {
             let found = self.machine.iter().find(|(key, _)| key == name);
             found.map(|(_, value)| *value)
@@ -235,33 +306,29 @@ impl View {
         let percent = |name: &str| value(name).map_or("-".into(), |v| format!("{v:.0} %"));
         let gigabytes = value("system_memory_usage_megabytes")
             .map_or("-".into(), |v| format!("{:.1} GB", v / 1e3));
-        let mut lines = vec![Line::from(format!(
-            "cpu {}   memory {gigabytes} ({})",
-            percent("cpu_utilization_percentage"),
-            percent("system_memory_usage_percentage"),
-        ))];
+        let first = format!(
+            "cpu {}  memory {gigabytes}",
+            percent("cpu_utilization_percentage")
+        );
+        let more = format!(" ({})", percent("system_memory_usage_percentage"));
+        let mut lines = vec![match first.len() + more.len() <= width {
+            true => first + &more,
+            false => first,
+        }];
         // Two cards more make no room for the disk; more of them are in the trackers.
         for gpu in 0..2 {
             let name = |what: &str| format!("gpu_{gpu}_{what}");
             if value(&name("utilization_percentage")).is_some() {
-                lines.push(Line::from(format!(
-                    "gpu {gpu} {}   memory {}",
+                lines.push(format!(
+                    "gpu {gpu} {}  memory {}",
                     percent(&name("utilization_percentage")),
                     percent(&name("memory_usage_percentage")),
-                )));
+                ));
             }
         }
-        let room = area.height.saturating_sub(2) as usize;
-        if lines.len() + 1 < room {
-            lines.push(Line::from(format!(
-                "disk {} used",
-                percent("disk_usage_percentage")
-            )));
-        }
-        lines.truncate(room.saturating_sub(1));
-        lines.push(Line::from(self.shares(area.width.saturating_sub(2))));
-        let block = Block::bordered().title(" machine ");
-        frame.render_widget(Paragraph::new(lines).block(block), area);
+        lines.push(format!("disk {} used", percent("disk_usage_percentage")));
+        lines.truncate(room);
+        lines
     }
 
     /// Where the time went, as much of it as is worth a word and fits.
@@ -280,17 +347,75 @@ impl View {
 
     fn tail(&self, frame: &mut Frame<'_>, area: Rect) {
         let room = area.height.saturating_sub(1) as usize;
-        let lines: Vec<&str> = self.events.iter().flat_map(|text| text.lines()).collect();
-        let from = lines.len().saturating_sub(room);
-        let lines: Vec<Line<'_>> = lines[from..].iter().map(|line| Line::from(*line)).collect();
+        let lines = self.last_events(area.width.into(), room);
+        let style = |kind| match kind {
+            Said::Note => Style::new().add_modifier(Modifier::BOLD),
+            Said::Start | Said::Eval => Style::new(),
+        };
+        let lines = lines.into_iter();
+        let lines: Vec<Line<'_>> = lines
+            .map(|(text, kind)| Line::styled(text, style(kind)))
+            .collect();
         let rule = Block::new()
             .borders(ratatui::widgets::Borders::TOP)
             .title(" events ");
-        frame.render_widget(
-            Paragraph::new(lines).wrap(Wrap { trim: false }).block(rule),
-            area,
-        );
+        frame.render_widget(Paragraph::new(lines).block(rule), area);
     }
+
+    /// What there is room for: the last evaluation, then what is no evaluation, then more evaluations, and of each the
+    /// newest; in the order in which it was said.
+    fn last_events(&self, width: usize, room: usize) -> Vec<(String, Said)> {
+        let is_eval = |event: &Event| event.kind == Said::Eval;
+        let newest = self.events.iter().enumerate().rev();
+        let (evals, others): (Vec<_>, Vec<_>) = newest.partition(|(_, event)| is_eval(event));
+        let (first, rest) = evals.split_at(evals.len().min(1));
+        let mut left = room;
+        let mut kept: Vec<(usize, Vec<String>, Said)> = vec![];
+        for group in [first, &others, rest] {
+            for (i, event) in group {
+                let mut lines = wrapped(&event.text, width);
+                if lines.len() > left {
+                    // Of a long text that is alone the beginning is worth most.
+                    let is_alone = kept.iter().all(|(_, _, kind)| *kind == Said::Eval);
+                    lines.truncate(if is_alone { left } else { 0 });
+                    left = lines.len();
+                }
+                left -= lines.len();
+                kept.push((*i, lines, event.kind));
+            }
+        }
+        kept.sort_by_key(|(i, ..)| *i);
+        let lines = kept.into_iter();
+        lines
+            .flat_map(|(_, lines, kind)| lines.into_iter().map(move |line| (line, kind)))
+            .collect()
+    }
+}
+
+/// A text that fits, its end cut off where it does not.
+fn shortened(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.into();
+    }
+    let kept: String = text.chars().take(width.saturating_sub(1)).collect();
+    kept + "…"
+}
+
+/// The lines of a text, broken between words where it can be.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![];
+    for line in text.lines() {
+        let mut rest: Vec<char> = line.chars().collect();
+        while width > 0 && rest.len() > width {
+            let gap = rest[..=width].iter().rposition(|c| *c == ' ');
+            let at = gap.filter(|at| 2 * at > width).unwrap_or(width);
+            let tail = rest.split_off(at);
+            lines.push(rest.into_iter().collect());
+            rest = tail.into_iter().skip_while(|c| *c == ' ').collect();
+        }
+        lines.push(rest.into_iter().collect());
+    }
+    lines
 }
 
 fn curve(
@@ -328,19 +453,24 @@ fn curve(
         .data(eval);
     let title = Line::from(vec![
         Span::from(format!(" {title}: ")),
-        Span::styled("train", style(TRAIN)),
-        Span::from(" "),
+        Span::styled("─ train", style(TRAIN)),
+        Span::from("  "),
         Span::styled("• eval ", style(EVAL)),
     ]);
+    if train.is_empty() && eval.is_empty() {
+        return frame.render_widget(Block::bordered().title(title), area);
+    }
     let digits = if high - low < 0.05 { 4 } else { 2 };
     let label = |value: f64| format!("{value:.digits$}");
+    let digits = if last - first < 0.5 { 3 } else { 1 };
+    let epoch = |value: f64| format!("{value:.digits$}");
     let chart = Chart::new(vec![line, dots])
         .block(Block::bordered().title(title))
         .legend_position(None)
         .x_axis(
             Axis::default()
                 .bounds([first, last.max(first + 1e-9)])
-                .labels([format!("{first:.1}"), format!("epoch {last:.1}")])
+                .labels([epoch(first), format!("epoch {}", epoch(last))])
                 .labels_alignment(Alignment::Right),
         )
         .y_axis(Axis::default().bounds([low, high]).labels([
@@ -356,6 +486,8 @@ pub(crate) struct Tui {
     pub(crate) view: View,
     terminal: Terminal<CrosstermBackend<Stderr>>,
     drawn: Option<Instant>,
+    /// When all of it was drawn last, not what changed alone.
+    whole: Instant,
 }
 
 impl Tui {
@@ -373,6 +505,7 @@ impl Tui {
             view: View::new(name),
             terminal,
             drawn: None,
+            whole: Instant::now(),
         })
     }
 
@@ -381,9 +514,24 @@ impl Tui {
         let is_due = self.drawn.is_none_or(|drawn| drawn.elapsed() >= PACE);
         if is_due || is_urgent {
             // A terminal that went away is nobody's failure.
-            let _ = self.terminal.draw(|frame| self.view.draw(frame));
+            let _ = self.picture();
             self.drawn = Some(Instant::now());
         }
+    }
+
+    fn picture(&mut self) -> io::Result<()> {
+        let is_whole = self.whole.elapsed() >= WHOLE;
+        if is_whole {
+            // Shown at once, so that nothing flickers.
+            execute!(io::stderr(), BeginSynchronizedUpdate)?;
+            self.terminal.clear()?;
+            self.whole = Instant::now();
+        }
+        self.terminal.draw(|frame| self.view.draw(frame))?;
+        if is_whole {
+            execute!(io::stderr(), EndSynchronizedUpdate)?;
+        }
+        Ok(())
     }
 }
 
@@ -393,7 +541,7 @@ impl Drop for Tui {
         leave();
         let mut out = io::stderr();
         for event in &self.view.events {
-            let _ = writeln!(out, "{event}");
+            let _ = writeln!(out, "{}", event.text);
         }
     }
 }
@@ -431,18 +579,21 @@ mod tests {
             };
             view.step(&m, 812.4, 0.012);
             if step % 23 == 0 {
-                view.eval(&EvalMetrics {
-                    step,
-                    epoch,
-                    loss: m.loss * 1.1,
-                    top1: m.top1 * 0.98,
-                    top5: 1.0,
-                    ema_loss: None,
-                    ema_top1: None,
-                    ema_top5: None,
-                    images: 359,
-                    seconds: 0.4,
-                });
+                view.eval(
+                    &EvalMetrics {
+                        step,
+                        epoch,
+                        loss: m.loss * 1.1,
+                        top1: m.top1 * 0.98,
+                        top5: 1.0,
+                        ema_loss: None,
+                        ema_top1: None,
+                        ema_top5: None,
+                        images: 359,
+                        seconds: 0.4,
+                    },
+                    &format!("eval at step {step}  top1 {:.4}", m.top1),
+                );
             }
         }
         // The time is no part of the picture.
@@ -454,7 +605,6 @@ mod tests {
             ("system/disk_usage_percentage".into(), 40.0),
         ]);
         view.event("quickstart: resnet18 (tpu2018), 32 px, 10 classes, 11181642 parameters");
-        view.event("eval at step 184  top1 0.9213  top5 1.0000  loss 0.2103  359 images in 0.4 s");
         view
     }
 
@@ -475,17 +625,17 @@ mod tests {
         let text = rows.join("\n");
         eprintln!("{text}");
         for words in [
-            "quickstart  epoch 8.9  loss 0.1183  lr 1.00e-1  best top-1 0.9",
+            "quickstart  epoch 8.9  loss 0.1183  best top-1 0.9225 at 184  lr 1.00e-1",
             "200/338  ETA ?",
-            "loss: train • eval",
-            "top-1: train • eval",
+            "loss: ─ train  • eval",
+            "top-1: ─ train  • eval",
             "epoch 8.9",
-            "812 images/s, waiting for input 1 %",
-            "cpu 97 %   memory 4.3 GB (18 %)",
+            "812 images/s, input wait 1 %",
+            "cpu 97 %  memory 4.3 GB (18 %)",
             "disk 40 % used",
             "time  engine 91 %  evaluation 8 %",
             "quickstart: resnet18 (tpu2018), 32 px, 10 classes, 11181642 parameters",
-            "eval at step 184  top1 0.9213",
+            "eval at step 184  top1 0.9413",
         ] {
             assert!(text.contains(words), "{words} is missing in\n{text}");
         }
@@ -497,6 +647,70 @@ mod tests {
             text.matches('•').count() >= 8 + 2,
             "a dot for every evaluation"
         );
+    }
+
+    #[test]
+    fn a_narrow_one_leaves_out_whole_words() {
+        let mut view = view();
+        view.name = "a-very-long-name-that-somebody-gave-to-a-run".into();
+        let text = picture(&view, 60, 20).join("\n");
+        for words in [
+            "a-very-long-name-th…  epoch 8.9  loss 0.1183\n",
+            "┌ 812 images/s ─",
+            "cpu 97 %  memory 4.3 GB",
+            "time  engine 91 %",
+        ] {
+            assert!(text.contains(words), "{words} is missing in\n{text}");
+        }
+        view.rate = 12_345.0;
+        view.wait = 1.0;
+        let text = picture(&view, 80, 24).join("\n");
+        let words = "12345 images/s, input wait 100 % ";
+        assert!(text.contains(words), "{words} is missing in\n{text}");
+    }
+
+    #[test]
+    fn evaluations_do_not_push_out_what_went_wrong() {
+        let mut view = view();
+        let away = "http://127.0.0.1:5000: no connection; the run goes on, and what it is to be told is kept in a file";
+        view.event(away);
+        for step in 0..50 {
+            view.push(&format!("eval at step {step}"), Said::Eval);
+        }
+        let rows = picture(&view, 80, 24);
+        let tail = &rows[rows.len() - 5..];
+        assert_eq!(
+            tail[1..],
+            [
+                "http://127.0.0.1:5000: no connection; the run goes on, and what it is to be told",
+                "is kept in a file",
+                "eval at step 48",
+                "eval at step 49",
+            ],
+            "{tail:#?}"
+        );
+        // What is longer than its room shows its beginning, and the last evaluation.
+        view.event(&"word ".repeat(200));
+        let lines = view.last_events(80, 4);
+        assert_eq!(lines.len(), 4);
+        assert_eq!(lines[0], ("eval at step 49".into(), Said::Eval));
+        assert!(lines[1].0.starts_with("word word"), "{lines:?}");
+    }
+
+    #[test]
+    fn before_the_first_step_nothing_is_made_up() {
+        let text = picture(&View::new("quickstart"), 80, 24).join("\n");
+        assert!(text.contains("no step yet") && text.contains("not measured"));
+        assert!(!text.contains("0/0") && !text.contains("0.50"), "{text}");
+    }
+
+    #[test]
+    fn texts_are_broken_between_words() {
+        let check = |text, expected: &[&str]| assert_eq!(wrapped(text, 10), expected);
+        check("one two three four", &["one two", "three four"]);
+        check("0123456789abcdef", &["0123456789", "abcdef"]);
+        check("a\n\nb", &["a", "", "b"]);
+        check("a 0123456789", &["a 01234567", "89"]);
     }
 
     #[test]

@@ -16,6 +16,10 @@ pub(crate) struct Chart {
     pub(crate) unit: &'static str,
     /// Whether a single value is a mark too, as of evaluations.
     pub(crate) has_marks: bool,
+    /// Whether the values are shown by their logarithms, if they differ so much that the small ones would not be seen.
+    pub(crate) is_logarithmic: bool,
+    /// More points than these become means: they are no longer seen, or are noise.
+    pub(crate) points: usize,
     pub(crate) curves: Vec<Curve>,
 }
 
@@ -25,8 +29,10 @@ const PLOT: f32 = 240.0;
 const TOP: f32 = 38.0;
 const BOTTOM: f32 = 40.0;
 const SIZE: f32 = 12.0;
-/// More points than this are no longer seen.
-const POINTS: usize = 400;
+/// More points than these are no longer seen.
+pub(crate) const POINTS: usize = 400;
+/// Values that differ by more than this factor are shown by their logarithms.
+const FACTOR: f64 = 100.0;
 
 impl Chart {
     /// Whether there is anything to see.
@@ -58,11 +64,25 @@ impl Chart {
         rows
     }
 
+    /// The curves' points, as many as are drawn.
+    fn drawn(&self) -> Vec<Vec<(f64, f64)>> {
+        let curves = self.curves.iter();
+        curves
+            .map(|curve| thinned(&curve.points, self.points))
+            .collect()
+    }
+
     pub(crate) fn draw(&self, canvas: &mut dyn Canvas) {
         let height = self.height();
+        let curves: Vec<Vec<(f64, f64)>> = self.drawn();
+        let is_logarithmic = self.is_logarithmic && is_wide(&curves);
         canvas.text(10.0, 20.0, 15.0, Anchor::Start, Ink::Text, self.title);
         let after = 10.0 + text_width(self.title, 15.0) + 10.0;
-        canvas.text(after, 20.0, SIZE, Anchor::Start, Ink::Faint, self.unit);
+        let unit = match is_logarithmic {
+            true => format!("{}, logarithmic", self.unit),
+            false => self.unit.into(),
+        };
+        canvas.text(after, 20.0, SIZE, Anchor::Start, Ink::Faint, &unit);
         let mut y = TOP;
         for row in self.legend() {
             let mut x = 10.0;
@@ -74,11 +94,16 @@ impl Chart {
             y += LEGEND;
         }
 
-        let all = || self.curves.iter().flat_map(|curve| &curve.points);
+        let scale = |value: f64| match is_logarithmic {
+            // What has no logarithm is below all others.
+            true => value.log10(),
+            false => value,
+        };
+        let all = || curves.iter().flatten().map(|&(x, y)| (x, scale(y)));
         let finite = || all().filter(|(_, y)| y.is_finite());
-        let last = all().map(|(x, _)| *x).fold(0.0, f64::max);
+        let last = all().map(|(x, _)| x).fold(0.0, f64::max);
         let (low, high) = finite().fold((f64::MAX, f64::MIN), |(low, high), (_, y)| {
-            (low.min(*y), high.max(*y))
+            (low.min(y), high.max(y))
         });
         let (low, high) = match low < high {
             true => (low, high),
@@ -88,7 +113,11 @@ impl Chart {
                 low + low.abs().max(1e-9) * 0.5,
             ),
         };
-        let ticks = ticks(low, high, 5);
+        let mut ticks = ticks(low, high, 5);
+        if is_logarithmic {
+            // Whole powers of ten.
+            ticks.retain(|tick| tick.fract() == 0.0);
+        }
         let (low, high) = match (ticks.first(), ticks.last()) {
             (Some(&first), Some(&last)) => (low.min(first), high.max(last)),
             _ => (low, high),
@@ -97,7 +126,11 @@ impl Chart {
             .windows(2)
             .next()
             .map_or(1.0, |pair| pair[1] - pair[0]);
-        let labels: Vec<String> = ticks.iter().map(|tick| label(*tick, step)).collect();
+        let name = |tick: &f64| match is_logarithmic {
+            true => power(*tick),
+            false => label(*tick, step),
+        };
+        let labels: Vec<String> = ticks.iter().map(name).collect();
         let left = labels
             .iter()
             .map(|text| text_width(text, SIZE))
@@ -106,7 +139,10 @@ impl Chart {
         let (right, bottom) = (WIDTH - 20.0, height - BOTTOM);
         let top = bottom - PLOT + 8.0;
         let x = |epoch: f64| left + (right - left) * (epoch / last.max(1e-9)) as f32;
-        let y = |value: f64| bottom - (bottom - top) * ((value - low) / (high - low)) as f32;
+        let y = |value: f64| {
+            let share = (value - low) / (high - low);
+            bottom - (bottom - top) * share.clamp(0.0, 1.0) as f32
+        };
         for (tick, label) in ticks.iter().zip(&labels) {
             let at = y(*tick);
             canvas.line(&[(left, at), (right, at)], Ink::Grid, 1.0);
@@ -134,10 +170,10 @@ impl Chart {
             "epoch",
         );
 
-        for (i, curve) in self.curves.iter().enumerate() {
-            let points = thinned(&curve.points);
+        for (i, points) in curves.iter().enumerate() {
             for part in points.split(|(_, value)| !value.is_finite()) {
-                let part: Vec<(f32, f32)> = part.iter().map(|&(e, v)| (x(e), y(v))).collect();
+                let part: Vec<(f32, f32)> =
+                    part.iter().map(|&(e, v)| (x(e), y(scale(v)))).collect();
                 if part.len() > 1 {
                     canvas.line(&part, Ink::Series(i), 1.8);
                 }
@@ -166,9 +202,29 @@ fn shortened(text: &str, width: f32) -> String {
     kept + "…"
 }
 
-/// At most [`POINTS`] points, each the mean of as many: what is smoothed is what the eye would smooth.
-fn thinned(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
-    let size = points.len().div_ceil(POINTS).max(1);
+/// Whether a linear axis would hide the small values.
+fn is_wide(curves: &[Vec<(f64, f64)>]) -> bool {
+    let values = curves.iter().flatten().map(|(_, y)| *y);
+    let (low, high) = values
+        .filter(|y| y.is_finite() && *y > 0.0)
+        .fold((f64::MAX, 0.0f64), |(low, high), y| {
+            (low.min(y), high.max(y))
+        });
+    high > FACTOR * low
+}
+
+/// A power of ten in digits, or as 1e-5.
+fn power(exponent: f64) -> String {
+    match exponent {
+        0.0..=5.0 => format!("{:.0}", 10f64.powf(exponent)),
+        -4.0..0.0 => format!("{:.*}", -exponent as usize, 10f64.powf(exponent)),
+        _ => format!("1e{exponent:.0}"),
+    }
+}
+
+/// At most `count` points, each the mean of as many: what is smoothed is what the eye would smooth.
+fn thinned(points: &[(f64, f64)], count: usize) -> Vec<(f64, f64)> {
+    let size = points.len().div_ceil(count).max(1);
     let mean = |part: &[(f64, f64)]| {
         let count = part.len() as f64;
         let (x, y) = part.iter().fold((0.0, 0.0), |(x, y), p| (x + p.0, y + p.1));
@@ -229,10 +285,70 @@ mod tests {
     #[test]
     fn many_points_become_few() {
         let points: Vec<(f64, f64)> = (0..1000).map(|i| (f64::from(i), 2.0)).collect();
-        let thin = thinned(&points);
+        let thin = thinned(&points, POINTS);
         assert!(thin.len() <= POINTS);
         assert_eq!(thin[0], (1.0, 2.0));
-        assert_eq!(thinned(&points[..5]), points[..5]);
+        assert_eq!(thinned(&points[..5], POINTS), points[..5]);
+    }
+
+    /// What is written and where, and the lines.
+    #[derive(Default)]
+    struct Told(Vec<(f32, String)>, Vec<Vec<(f32, f32)>>);
+
+    impl Canvas for Told {
+        fn line(&mut self, points: &[(f32, f32)], ink: Ink, _: f32) {
+            if matches!(ink, Ink::Series(_)) {
+                self.1.push(points.to_vec());
+            }
+        }
+        fn rect(&mut self, _: f32, _: f32, _: f32, _: f32, _: Ink) {}
+        fn text(&mut self, _: f32, y: f32, _: f32, _: Anchor, _: Ink, text: &str) {
+            self.0.push((y, text.into()));
+        }
+    }
+
+    #[test]
+    fn a_loss_that_was_huge_does_not_flatten_the_rest() {
+        let points = [600.0, 3.0, 0.02, 0.0, f64::NAN, 0.01];
+        let points = points.iter().enumerate().map(|(i, y)| (i as f64, *y));
+        let mut chart = Chart {
+            title: "Loss",
+            unit: "evaluation",
+            has_marks: false,
+            is_logarithmic: true,
+            points: POINTS,
+            curves: vec![Curve {
+                name: "a".into(),
+                points: points.collect(),
+            }],
+        };
+        let mut told = Told::default();
+        chart.draw(&mut told);
+        let texts: Vec<&str> = told.0.iter().map(|(_, text)| text.as_str()).collect();
+        for text in [
+            "evaluation, logarithmic",
+            "0.01",
+            "0.1",
+            "1",
+            "10",
+            "100",
+            "1000",
+        ] {
+            assert!(texts.contains(&text), "{text}: {texts:?}");
+        }
+        // The legend's, and up to the gap; what has no logarithm lies on the axis.
+        let line = &told.1[1];
+        assert_eq!(line.len(), 4);
+        let height = |i: usize| line[3].1 - line[i].1;
+        assert!(
+            height(0) > 200.0 && (100.0..150.0).contains(&height(1)),
+            "{line:?}"
+        );
+        assert!(line.iter().all(|(_, y)| y.is_finite()));
+        chart.curves[0].points.truncate(1);
+        let mut told = Told::default();
+        chart.draw(&mut told);
+        assert!(told.0.iter().any(|(_, text)| text == "evaluation"));
     }
 
     #[test]
@@ -248,6 +364,8 @@ mod tests {
             title: "t",
             unit: "",
             has_marks: false,
+            is_logarithmic: false,
+            points: POINTS,
             curves,
         };
         let rows = chart.legend();
