@@ -146,6 +146,24 @@ fn draw(
     Ok(())
 }
 
+/// What becomes of an image file in training, as record `number`, and in evaluation.
+#[cfg(fuzzing)]
+pub fn fuzz(config: &Config, number: u64, file: &[u8]) {
+    let record = Record {
+        offset: 0,
+        index: number,
+        bytes: vec![],
+        crc: 0,
+    };
+    let len = 3 * config.resolution.pow(2);
+    for mode in [Mode::Train, Mode::Eval] {
+        let mut pixels = Pixels::new(config, len);
+        for slot in pixels.slots(len, 0) {
+            let _ = draw(config, mode, 0, (0, &record), file, slot);
+        }
+    }
+}
+
 /// Writes an image file into its slot as an evaluation does.
 pub(crate) fn image(config: &Config, file: &[u8], mut slot: Slot<'_>) -> Result<(), Reason> {
     // An evaluation draws nothing.

@@ -24,6 +24,8 @@ mod stages;
 mod webdataset;
 
 pub use augment::{Augment, Policy};
+#[cfg(fuzzing)]
+pub use decode::fuzz;
 pub use error::{BadRecord, Error, Reason};
 pub use folder::Folder;
 pub use loader::{Loader, READ_AHEAD, eval, prepare, train};
@@ -108,6 +110,8 @@ pub enum Source {
 pub enum Format {
     /// TFRecord files of `tf.Example` with `image/encoded` (a JPEG, PNG or WebP file) and `image/class/label`.
     TfRecord,
+    /// Rows of a table, each a `tf.Example` ([`store::bigtable`]).
+    Bigtable,
     /// Tar archives in which `NAME.jpg` (or jpeg, png, webp) and `NAME.cls` (a whole number), next to each other, are a
     /// sample.
     WebDataset,
@@ -240,6 +244,7 @@ pub fn inspect(file: &[u8]) -> Result<(usize, usize), Reason> {
 pub fn count(format: Format, shards: &[PathBuf], cache: Option<&Cache>) -> Result<u64, Error> {
     let count = |shard: &PathBuf| match format {
         Format::TfRecord => store::tfrecord::count(shard, cache).map_err(Error::from),
+        Format::Bigtable => store::length(shard).map_err(Error::from),
         Format::WebDataset => webdataset::count(shard, cache),
     };
     // Requests take their time, so they are made side by side.

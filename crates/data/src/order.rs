@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::vec;
 
 use serde::{Deserialize, Serialize};
-use store::Cache;
 use store::tfrecord::{self, Record};
+use store::{Cache, bigtable};
 
 use crate::folder::FileOrder;
 use crate::random::{Purpose, Random};
@@ -230,6 +230,7 @@ struct Shards {
 /// Reads the records of one shard.
 enum Reader {
     TfRecord(tfrecord::Reader),
+    Bigtable(bigtable::Reader),
     WebDataset(Samples),
 }
 
@@ -241,6 +242,7 @@ impl Shards {
             Format::TfRecord => {
                 Reader::TfRecord(tfrecord::Reader::open_at(path, offset, record, cache)?)
             }
+            Format::Bigtable => Reader::Bigtable(bigtable::Reader::open_at(path, record)?),
             Format::WebDataset => {
                 Reader::WebDataset(Samples::open_at(path, offset, record, cache)?)
             }
@@ -252,6 +254,7 @@ impl Reader {
     fn next(&mut self) -> Result<Option<(Record, Label)>, Error> {
         Ok(match self {
             Self::TfRecord(reader) => reader.next()?.map(|record| (record, Label::Inside)),
+            Self::Bigtable(rows) => rows.next()?.map(|record| (record, Label::Inside)),
             Self::WebDataset(samples) => samples
                 .next()?
                 .map(|(record, label)| (record, Label::Beside(label))),
@@ -262,6 +265,7 @@ impl Reader {
     fn place(&self) -> (u64, u64) {
         match self {
             Self::TfRecord(reader) => (reader.offset(), reader.record()),
+            Self::Bigtable(rows) => (rows.record(), rows.record()),
             Self::WebDataset(samples) => (samples.offset(), samples.index()),
         }
     }
@@ -269,6 +273,7 @@ impl Reader {
     fn is_ending(&self) -> bool {
         match self {
             Self::TfRecord(reader) => reader.is_ending(),
+            Self::Bigtable(rows) => rows.is_ending(),
             Self::WebDataset(samples) => samples.is_ending(),
         }
     }

@@ -3,7 +3,7 @@
 //! It shares no kernel, no layout and no planning with the other engines. Parameters are rounded to f32 only when
 //! they leave as a [`State`].
 
-use graph::{Graph, NORM_EPSILON, NORM_UPDATE, NormId, Op, ParamId, Plane, ValueId};
+use graph::{DropPath, Graph, NORM_EPSILON, NORM_UPDATE, NormId, Op, ParamId, Plane, ValueId};
 
 use crate::labels::{Target, hits, targets};
 use crate::state::{
@@ -37,6 +37,15 @@ pub struct Oracle {
     average: Option<(Vec<Vec<f64>>, Vec<Running>)>,
     /// What the step under way drops, and the number of its micro-batch's first image.
     dropout: Option<(Dropout, usize)>,
+}
+
+/// Squeeze and excitation, images x channels.
+struct Gates {
+    mean: Vec<f64>,
+    /// After the ReLU.
+    inner: Vec<f64>,
+    /// After the sigmoid.
+    gates: Vec<f64>,
 }
 
 /// What a forward pass leaves for the backward pass.
@@ -93,11 +102,14 @@ impl Oracle {
         self.dropout = dropout.map(|dropout| (dropout, 0));
     }
 
-    /// The factors of dropout on the means over planes, where they are not all 1.
-    fn masked(&self, pooled: &mut [f64], channels: usize) {
+    /// The factors of dropout on what the classifier reads, where they are not all 1.
+    fn masked(&self, node: usize, pooled: &mut [f64], channels: usize) {
         let Some((dropout, first)) = self.dropout else {
             return;
         };
+        if self.graph.node(self.graph.logits()).inputs != [ValueId(node)] {
+            return;
+        }
         let mask = dropout.mask(channels);
         for (i, v) in pooled.iter_mut().enumerate() {
             *v *= mask.factor(first + i / channels, i % channels);
@@ -115,7 +127,7 @@ impl Oracle {
             values: vec![],
             moments: vec![Moments::default(); self.graph.norms().len()],
         };
-        for node in self.graph.nodes() {
+        for (index, node) in self.graph.nodes().iter().enumerate() {
             let x = node
                 .inputs
                 .first()
@@ -178,10 +190,29 @@ impl Oracle {
                             v / plane.pixels() as f64;
                     }
                     if train {
-                        self.masked(&mut y, plane.c);
+                        self.masked(index, &mut y, plane.c);
                     }
                     y
                 }
+                (Op::HalfPool, Some((x, from))) => {
+                    let mut y = vec![0.0; n * node.plane.elements()];
+                    each_of_window(n, from, node.plane, |xi, yi, share| y[yi] += share * x[xi]);
+                    y
+                }
+                (Op::SqueezeExcite { reduce, expand }, Some((x, plane))) => {
+                    let Gates { gates, .. } = self.gates(reduce, expand, x, plane);
+                    let gate = |i: usize| gates[i / plane.elements() * plane.c + i % plane.c];
+                    (0..x.len()).map(|i| x[i] * gate(i)).collect()
+                }
+                (Op::DropPath(path), Some((x, plane))) => match self.dropout {
+                    Some(dropout) if train => {
+                        let factors = path_factors(dropout, path, n);
+                        let each = x.iter().enumerate();
+                        each.map(|(i, x)| x * factors[i / plane.elements()])
+                            .collect()
+                    }
+                    _ => x.clone(),
+                },
                 (Op::Linear { weight, bias }, Some((x, plane))) => {
                     let (w, b) = (&self.params[weight.0], &self.params[bias.0]);
                     let classes = node.plane.c;
@@ -199,6 +230,27 @@ impl Oracle {
             pass.values.push(y);
         }
         pass
+    }
+
+    /// Squeeze and excitation up to the sigmoid.
+    fn gates(&self, reduce: [ParamId; 2], expand: [ParamId; 2], x: &[f64], plane: Plane) -> Gates {
+        let mut mean = vec![0.0; x.len() / plane.pixels()];
+        for (i, v) in x.iter().enumerate() {
+            mean[i / plane.elements() * plane.c + i % plane.c] += v / plane.pixels() as f64;
+        }
+        let layer = |[weight, bias]: [ParamId; 2], x: &[f64]| -> Vec<f64> {
+            let (w, b) = (&self.params[weight.0], &self.params[bias.0]);
+            let inputs = w.len() / b.len();
+            let rows = x.chunks(inputs).flat_map(|x| {
+                let dot = move |w: &[f64]| w.iter().zip(x).map(|(w, x)| w * x).sum::<f64>();
+                w.chunks(inputs).zip(b).map(move |(w, b)| b + dot(w))
+            });
+            rows.collect()
+        };
+        let inner: Vec<f64> = layer(reduce, &mean).iter().map(|v| v.max(0.0)).collect();
+        let gates = layer(expand, &inner);
+        let gates = gates.iter().map(|v| 1.0 / (1.0 + (-v).exp())).collect();
+        Gates { mean, inner, gates }
     }
 
     fn running_moments(&self, norm: NormId) -> Moments {
@@ -296,9 +348,39 @@ impl Oracle {
                 }
                 Op::AvgPool => {
                     let mut dy = dy;
-                    self.masked(&mut dy, from.c);
+                    self.masked(i, &mut dy, from.c);
                     for (j, dx) in dx.iter_mut().enumerate() {
                         *dx += dy[j / from.elements() * from.c + j % from.c] / from.pixels() as f64;
+                    }
+                }
+                Op::HalfPool => each_of_window(n, from, node.plane, |xi, yi, share| {
+                    dx[xi] += share * dy[yi]
+                }),
+                Op::SqueezeExcite { reduce, expand } => {
+                    let Gates { mean, inner, gates } = self.gates(reduce, expand, x, from);
+                    let at = |i: usize| i / from.elements() * from.c + i % from.c;
+                    let mut d_gates = vec![0.0; gates.len()];
+                    for (j, dy) in dy.iter().enumerate() {
+                        d_gates[at(j)] += dy * x[j];
+                        dx[j] += dy * gates[at(j)];
+                    }
+                    let slope = |(d, g): (&f64, &f64)| d * g * (1.0 - g);
+                    let d = d_gates.iter().zip(&gates).map(slope).collect();
+                    let mut d = self.layer_backward(expand, &inner, d, &mut grads);
+                    d.iter_mut()
+                        .zip(&inner)
+                        .filter(|(_, inner)| **inner <= 0.0)
+                        .for_each(|(d, _)| *d = 0.0);
+                    let d = self.layer_backward(reduce, &mean, d, &mut grads);
+                    for (j, dx) in dx.iter_mut().enumerate() {
+                        *dx += d[at(j)] / from.pixels() as f64;
+                    }
+                }
+                Op::DropPath(path) => {
+                    let factors = self.dropout.map(|d| path_factors(d, path, n));
+                    for (j, dy) in dy.iter().enumerate() {
+                        let factor = factors.as_ref().map_or(1.0, |f| f[j / from.elements()]);
+                        dx[j] += factor * dy;
                     }
                 }
                 Op::Linear { weight, bias } => {
@@ -316,6 +398,29 @@ impl Oracle {
             }
         }
         grads
+    }
+
+    /// Gradients of a layer of squeeze and excitation; returns that of what it reads.
+    fn layer_backward(
+        &self,
+        [weight, bias]: [ParamId; 2],
+        x: &[f64],
+        d: Vec<f64>,
+        grads: &mut [Vec<f64>],
+    ) -> Vec<f64> {
+        let outputs = self.params[bias.0].len();
+        let inputs = self.params[weight.0].len() / outputs;
+        let mut dx = vec![0.0; x.len()];
+        for (j, d) in d.iter().enumerate() {
+            let (image, output) = (j / outputs, j % outputs);
+            grads[bias.0][output] += d;
+            for i in 0..inputs {
+                let w = output * inputs + i;
+                grads[weight.0][w] += d * x[image * inputs + i];
+                dx[image * inputs + i] += d * self.params[weight.0][w];
+            }
+        }
+        dx
     }
 
     /// Ioffe and Szegedy 2015, section 3: with z the normalised x,
@@ -384,6 +489,27 @@ impl Oracle {
         for (v, w) in running.iter_mut().zip(&self.running) {
             to(&mut v.mean, &w.mean);
             to(&mut v.var, &w.var);
+        }
+    }
+}
+
+/// What is left of each image's branch.
+fn path_factors((dropout, first): (Dropout, usize), path: DropPath, images: usize) -> Vec<f64> {
+    let paths = dropout.paths(path);
+    (first..first + images).map(|i| paths.factor(i)).collect()
+}
+
+/// Calls `f(input index, output index, share)` for every pixel of the 2 x 2 windows of a mean.
+fn each_of_window(n: usize, from: Plane, to: Plane, mut f: impl FnMut(usize, usize, f64)) {
+    for image in 0..n {
+        for (h, w) in pixels(from) {
+            let rows = 2.min(from.h - h / 2 * 2);
+            let columns = 2.min(from.w - w / 2 * 2);
+            for c in 0..from.c {
+                let x = ((image * from.h + h) * from.w + w) * from.c + c;
+                let y = ((image * to.h + h / 2) * to.w + w / 2) * to.c + c;
+                f(x, y, 1.0 / (rows * columns) as f64);
+            }
         }
     }
 }

@@ -9,8 +9,8 @@ mod program;
 mod summary;
 
 pub use program::{
-    After, Buffer, BufferId, Caps, Close, Geometry, Kernel, Mode, Needs, Normed, Operand, Program,
-    STATE_ROWS, Window,
+    After, Buffer, BufferId, Caps, Close, DropPath, Geometry, Kernel, Mode, Needs, Normed, Operand,
+    Program, STATE_ROWS, Squeeze, Window,
 };
 pub use summary::{Counts, Row};
 
@@ -83,6 +83,19 @@ pub enum Op {
     },
     /// Mean over H and W.
     AvgPool,
+    /// Mean over 2 x 2 windows that do not overlap; at the end of an odd side over what there is.
+    HalfPool,
+    /// x times sigmoid(E relu(R mean + r) + e) with the mean over H and W, a factor for each channel (Hu et al. 2018,
+    /// "Squeeze-and-excitation networks", section 3). It reads a normalisation, and a sum or [`Op::DropPath`] reads it.
+    SqueezeExcite {
+        /// R, `[hidden, channels, 1, 1]`, and r.
+        reduce: [ParamId; 2],
+        /// E, `[channels, hidden, 1, 1]`, and e.
+        expand: [ParamId; 2],
+    },
+    /// In training, x of an image is 0 with some probability, and else 1 / (1 - probability) times itself (Huang et al.
+    /// 2016, "Deep networks with stochastic depth", section 3). A sum reads it.
+    DropPath(DropPath),
     /// `x W^T + b`; weight is `[classes, channels]`.
     Linear {
         /// The weight.
@@ -365,6 +378,46 @@ impl Graph {
             c: self.plane(x).c,
         };
         self.push(Op::AvgPool, &[x], plane, name)
+    }
+
+    /// Records the mean over 2 x 2 windows.
+    pub fn half_pool(&mut self, name: &str, x: ValueId) -> ValueId {
+        let p = self.plane(x);
+        let plane = Plane {
+            h: p.h.div_ceil(2),
+            w: p.w.div_ceil(2),
+            c: p.c,
+        };
+        self.push(Op::HalfPool, &[x], plane, name)
+    }
+
+    /// Records squeeze and excitation by way of `hidden` channels; `init` is that of weight and bias, by the channels
+    /// that a layer reads and makes.
+    pub fn squeeze_excite(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        hidden: usize,
+        init: impl Fn(usize, usize) -> (Init, Init),
+    ) -> ValueId {
+        let plane = self.plane(x);
+        let mut layer = |name: String, inputs: usize, outputs: usize| {
+            let (weight, bias) = init(inputs, outputs);
+            let (shape, class) = ([outputs, inputs, 1, 1], DecayClass::Weight);
+            let weight = self.param(format!("{name}.weight"), &shape, weight, class);
+            let bias = self.param(format!("{name}.bias"), &[outputs], bias, DecayClass::Bias);
+            [weight, bias]
+        };
+        let op = Op::SqueezeExcite {
+            reduce: layer(format!("{name}.fc1"), plane.c, hidden),
+            expand: layer(format!("{name}.fc2"), hidden, plane.c),
+        };
+        self.push(op, &[x], plane, name)
+    }
+
+    /// Records what drops a branch of an image in training.
+    pub fn drop_path(&mut self, name: &str, x: ValueId, path: DropPath) -> ValueId {
+        self.push(Op::DropPath(path), &[x], self.plane(x), name)
     }
 
     /// Records a classifier on a 1 x 1 plane.

@@ -168,6 +168,38 @@ pub struct Normed {
     pub state: BufferId,
 }
 
+/// Which branches of images training drops; whoever trains says how often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DropPath {
+    /// Number of the block, so that each draws on its own.
+    pub block: usize,
+    /// Its probability as a fraction of the network's, numerator and denominator.
+    pub share: [usize; 2],
+}
+
+/// Squeeze and excitation: its parameters, and what the backward pass reads, images x channels f32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Squeeze {
+    /// Weight and bias to the hidden channels.
+    pub reduce: [ParamId; 2],
+    /// Weight and bias back.
+    pub expand: [ParamId; 2],
+    /// Channels between the two.
+    pub hidden: usize,
+    /// Means over the plane.
+    pub mean: BufferId,
+    /// The hidden channels, after the ReLU.
+    pub inner: BufferId,
+    /// Behind the sigmoid.
+    pub sigmoid: BufferId,
+}
+
+impl Squeeze {
+    fn buffers(&self) -> Vec<BufferId> {
+        vec![self.mean, self.inner, self.sigmoid]
+    }
+}
+
 /// What becomes of the gradient of a value as a kernel stores it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Close {
@@ -286,11 +318,20 @@ pub enum Kernel {
         y: BufferId,
         after: After,
     },
-    /// y = relu?(z * scale + shift + side).
+    /// The factors of an image's channels, images x channels f32: what squeeze and excitation make of x, times what is
+    /// left of a path that may be dropped.
+    Gate {
+        plane: Plane,
+        x: Operand,
+        squeeze: Option<Squeeze>,
+        path: Option<DropPath>,
+        gate: BufferId,
+    },
+    /// y = relu?(x * gate + side), x as stored or a normalisation without ReLU.
     Sum {
         plane: Plane,
-        state: BufferId,
-        z: BufferId,
+        x: Operand,
+        gate: Option<BufferId>,
         side: Option<Operand>,
         relu: bool,
         y: BufferId,
@@ -304,6 +345,12 @@ pub enum Kernel {
     },
     /// y = mean over the plane, f32.
     AvgPool {
+        plane: Plane,
+        x: BufferId,
+        y: BufferId,
+    },
+    /// y = means over 2 x 2 windows of x.
+    HalfPool {
         plane: Plane,
         x: BufferId,
         y: BufferId,
@@ -340,6 +387,28 @@ pub enum Kernel {
         dx: BufferId,
         close: Close,
         partials: BufferId,
+    },
+    /// Spreads d over the windows of 2 x 2; `plane` is that of dx.
+    HalfPoolBackward {
+        plane: Plane,
+        d: BufferId,
+        dx: BufferId,
+        close: Close,
+        partials: BufferId,
+    },
+    /// From g, the gradient of gate times a normalisation: the gradients of the gate's and the normalisation's
+    /// parameters, and dz. `sums` are images x (5 channels + hidden channels) f32.
+    GateBackward {
+        plane: Plane,
+        norm: NormId,
+        g: BufferId,
+        z: BufferId,
+        state: BufferId,
+        squeeze: Option<Squeeze>,
+        path: Option<DropPath>,
+        gate: BufferId,
+        sums: BufferId,
+        dz: BufferId,
     },
     /// Sends d to the winners.
     MaxPoolBackward {
@@ -414,10 +483,34 @@ impl Kernel {
                 }
                 out
             }
-            Kernel::Sum {
-                state, z, side, y, ..
+            Kernel::Gate {
+                x, squeeze, gate, ..
             } => {
-                let mut out = vec![state, z, y];
+                let mut out = x.buffers();
+                out.push(gate);
+                out.extend(squeeze.iter().flat_map(Squeeze::buffers));
+                out
+            }
+            Kernel::GateBackward {
+                g,
+                z,
+                state,
+                squeeze,
+                gate,
+                sums,
+                dz,
+                ..
+            } => {
+                let mut out = vec![g, z, state, gate, sums, dz];
+                out.extend(squeeze.iter().flat_map(Squeeze::buffers));
+                out
+            }
+            Kernel::Sum {
+                x, gate, side, y, ..
+            } => {
+                let mut out = x.buffers();
+                out.push(y);
+                out.extend(gate);
                 out.extend(side.iter().flat_map(Operand::buffers));
                 out
             }
@@ -427,7 +520,9 @@ impl Kernel {
                 out.extend(argmax);
                 out
             }
-            Kernel::AvgPool { x, y, .. } | Kernel::Linear { x, y, .. } => vec![x, y],
+            Kernel::AvgPool { x, y, .. }
+            | Kernel::HalfPool { x, y, .. }
+            | Kernel::Linear { x, y, .. } => vec![x, y],
             Kernel::Loss { logits, d, .. } => {
                 let mut out = vec![logits];
                 out.extend(d);
@@ -435,6 +530,13 @@ impl Kernel {
             }
             Kernel::LinearBackward { x, d, dx, .. } => vec![x, d, dx],
             Kernel::AvgPoolBackward {
+                d,
+                dx,
+                close,
+                partials,
+                ..
+            }
+            | Kernel::HalfPoolBackward {
                 d,
                 dx,
                 close,
@@ -495,6 +597,16 @@ impl Kernel {
             Kernel::LinearBackward {
                 inputs, outputs, ..
             } => 2 * inputs * outputs,
+            Kernel::Gate {
+                plane,
+                squeeze: Some(squeeze),
+                ..
+            } => 2 * plane.c * squeeze.hidden,
+            Kernel::GateBackward {
+                plane,
+                squeeze: Some(squeeze),
+                ..
+            } => 4 * plane.c * squeeze.hidden,
             _ => 0,
         };
         one * batch
@@ -649,13 +761,32 @@ struct Chain {
     norm: NormId,
     /// The convolution that it reads.
     z: ValueId,
+    /// What it makes.
+    out: ValueId,
     /// The value that others read: after the sum and the ReLU, if there are.
     end: ValueId,
     relu: bool,
     /// What it is the first summand of.
     sum: Option<usize>,
+    /// What it is multiplied by before the sum.
+    gate: Gate,
     /// No buffer: its readers apply it.
     lazy: bool,
+}
+
+/// The operations between a normalisation and its sum.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+struct Gate {
+    /// The node of squeeze and excitation.
+    squeeze: Option<usize>,
+    path: Option<DropPath>,
+}
+
+impl Gate {
+    /// Whether there is none.
+    fn is_open(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What the backward pass has to undo, in forward order.
@@ -679,6 +810,16 @@ enum Step {
     AvgPool {
         x: ValueId,
         y: ValueId,
+    },
+    HalfPool {
+        x: ValueId,
+        y: ValueId,
+    },
+    /// Factors that were applied to the normalisation of `z`.
+    Gate {
+        z: ValueId,
+        squeeze: Option<Squeeze>,
+        gate: BufferId,
     },
     Linear {
         weight: ParamId,
@@ -767,8 +908,21 @@ impl<'a> Planner<'a> {
                 matches!(self.op(z.0), Op::Conv { .. }) && self.only_reader(z) == Some(i),
                 "{name}: a normalisation follows a convolution that nothing else reads"
             );
-            let sum = self.only_reader(out).filter(|&r| self.op(r) == Op::Add);
-            let is_main = sum.is_some_and(|r| self.graph.nodes()[r].inputs[0] == out);
+            let (mut branch, mut gate) = (out, Gate::default());
+            while let Some(reader) = self.only_reader(branch) {
+                match self.op(reader) {
+                    Op::SqueezeExcite { .. } if gate.is_open() => gate.squeeze = Some(reader),
+                    Op::DropPath(path) if gate.path.is_none() => gate.path = Some(path),
+                    _ => break,
+                }
+                branch = ValueId(reader);
+            }
+            let sum = self.only_reader(branch).filter(|&r| self.op(r) == Op::Add);
+            let is_main = sum.is_some_and(|r| self.graph.nodes()[r].inputs[0] == branch);
+            assert!(
+                is_main || gate.is_open(),
+                "{name}: what scales or drops a branch is the first summand of a sum"
+            );
             let summed = sum.filter(|_| is_main).map_or(out, ValueId);
             let (end, relu) = match self.only_reader(summed) {
                 Some(r) if self.op(r) == Op::Relu => (ValueId(r), true),
@@ -783,9 +937,11 @@ impl<'a> Planner<'a> {
             self.chains[z.0] = Some(Chain {
                 norm,
                 z,
+                out,
                 end,
                 relu,
                 sum: sum.filter(|_| is_main),
+                gate,
                 lazy: is_side || (read_lazily && !is_main),
             });
             self.ends[end.0] = Some(z.0);
@@ -803,6 +959,17 @@ impl<'a> Planner<'a> {
                 Op::Relu => assert!(
                     self.ends[i].is_some(),
                     "{name}: a ReLU follows a normalisation or a sum"
+                ),
+                Op::SqueezeExcite { .. } | Op::DropPath(_) => assert!(
+                    self.chains
+                        .iter()
+                        .flatten()
+                        .any(|chain| chain.gate.squeeze == Some(i)
+                            || chain
+                                .gate
+                                .path
+                                .is_some_and(|path| node.op == Op::DropPath(path))),
+                    "{name}: a normalisation is scaled or dropped"
                 ),
                 _ => {}
             }
@@ -900,7 +1067,8 @@ impl<'a> Planner<'a> {
                 }
                 Op::Conv { .. } => {
                     // Folded, the convolution before a sum runs when the other summand is there.
-                    let waits = self.chains[i].is_some_and(|chain| chain.sum.is_some());
+                    let waits = self.chains[i]
+                        .is_some_and(|chain| chain.sum.is_some() && chain.gate.squeeze.is_none());
                     if self.mode == Mode::Train || !waits {
                         self.conv(out, None);
                     }
@@ -912,20 +1080,27 @@ impl<'a> Planner<'a> {
                     }
                 }
                 Op::Add => {
-                    let (main, side) = (node.inputs[0], node.inputs[1]);
-                    let z = self.graph.node(main).inputs[0];
-                    let chain = self.chains[z.0].expect("found before");
+                    let side = node.inputs[1];
+                    let mut chains = self.chains.iter().flatten();
+                    let chain = *chains
+                        .find(|chain| chain.sum == Some(i))
+                        .expect("found before");
+                    let z = chain.z;
                     if self.mode == Mode::Train {
                         let operand = self.operand(side);
                         self.sum(chain, Some(operand));
                         let end = chain.end;
                         self.steps.push(Step::Sum { side, end });
+                    } else if chain.gate.squeeze.is_some() {
+                        let side = self.value(side);
+                        self.sum(chain, Some(Operand::Stored(side)));
                     } else {
                         let side = self.value(side);
                         self.conv(z, Some(side));
                     }
                 }
-                Op::Relu => {}
+                // Part of the normalisation or the sum before them.
+                Op::Relu | Op::SqueezeExcite { .. } | Op::DropPath(_) => {}
                 Op::MaxPool {
                     kernel,
                     stride,
@@ -964,6 +1139,16 @@ impl<'a> Planner<'a> {
                     self.kernels.push(Kernel::AvgPool { plane, x, y });
                     let (x, y) = (input, out);
                     self.steps.push(Step::AvgPool { x, y });
+                }
+                Op::HalfPool => {
+                    let (input, plane) = (node.inputs[0], self.graph.plane(node.inputs[0]));
+                    let Operand::Stored(x) = self.operand(input) else {
+                        unreachable!("only convolutions, max-pools and sums read lazily")
+                    };
+                    let y = self.value(out);
+                    self.kernels.push(Kernel::HalfPool { plane, x, y });
+                    let (x, y) = (input, out);
+                    self.steps.push(Step::HalfPool { x, y });
                 }
                 Op::Linear { weight, bias } => {
                     let input = node.inputs[0];
@@ -1044,13 +1229,17 @@ impl<'a> Planner<'a> {
                     weights,
                     shift,
                 });
-                let relu = chain.relu;
+                // What is still to be scaled is stored as it is.
+                let (relu, y) = match chain.gate.squeeze {
+                    Some(_) => (false, chain.out),
+                    None => (chain.relu, chain.end),
+                };
                 let after = After::Folded {
                     shift,
                     residual,
                     relu,
                 };
-                (self.value(chain.end), Some(weights), after)
+                (self.value(y), Some(weights), after)
             }
             (_, None) => (self.value(out), None, After::Nothing),
         };
@@ -1081,19 +1270,57 @@ impl<'a> Planner<'a> {
     }
 
     fn sum(&mut self, chain: Chain, side: Option<Operand>) {
-        let (z, state, y) = (
-            self.value(chain.z),
-            self.state(chain.norm),
-            self.value(chain.end),
-        );
+        let x = match self.mode {
+            Mode::Train => Operand::Normed {
+                z: self.value(chain.z),
+                state: self.state(chain.norm),
+                relu: false,
+            },
+            Mode::Infer => Operand::Stored(self.value(chain.out)),
+        };
+        let gate = (!chain.gate.is_open()).then(|| self.gate(&chain, x));
+        let y = self.value(chain.end);
         self.kernels.push(Kernel::Sum {
             plane: self.graph.plane(chain.end),
-            state,
-            z,
+            x,
+            gate,
             side,
             relu: chain.relu,
             y,
         });
+    }
+
+    /// The factors of a branch.
+    fn gate(&mut self, chain: &Chain, x: Operand) -> BufferId {
+        let plane = self.graph.plane(chain.out);
+        let floats = |channels: usize| self.batch * channels * F32;
+        let (all, hidden_bytes) = (floats(plane.c), &floats);
+        let squeeze = chain.gate.squeeze.map(|node| {
+            let Op::SqueezeExcite { reduce, expand } = self.op(node) else {
+                unreachable!("found before")
+            };
+            let hidden = self.graph.params()[reduce[1].0].elements();
+            (reduce, expand, hidden, hidden_bytes(hidden))
+        });
+        let squeeze = squeeze.map(|(reduce, expand, hidden, bytes)| Squeeze {
+            reduce,
+            expand,
+            hidden,
+            mean: self.buffer(all),
+            inner: self.buffer(bytes),
+            sigmoid: self.buffer(all),
+        });
+        let gate = self.buffer(all);
+        self.kernels.push(Kernel::Gate {
+            plane,
+            x,
+            squeeze,
+            path: chain.gate.path.filter(|_| self.mode == Mode::Train),
+            gate,
+        });
+        let z = chain.z;
+        self.steps.push(Step::Gate { z, squeeze, gate });
+        gate
     }
 
     /// What a reader of `x` does with the gradient that it hands in, and where it stores it.
@@ -1119,13 +1346,14 @@ impl<'a> Planner<'a> {
                 let y = self.value(x);
                 let side = chain.sum.map(|s| self.graph.nodes()[s].inputs[1]);
                 let side = side.and_then(|side| self.chain_of(side).filter(|c| c.lazy));
+                // A normalisation behind factors of images needs sums of each image: `Kernel::GateBackward`.
+                let main = Some(chain).filter(|chain| chain.gate.is_open());
+                let mut normed = main.into_iter().chain(side);
+                let normed = [normed.next(), normed.next()];
                 Close::Stored {
                     add,
                     y: chain.relu.then_some(y),
-                    normed: [
-                        Some(self.normed(chain)),
-                        side.map(|chain| self.normed(chain)),
-                    ],
+                    normed: normed.map(|chain| chain.map(|chain| self.normed(chain))),
                 }
             }
             None => Close::Stored {
@@ -1170,7 +1398,9 @@ impl<'a> Planner<'a> {
                 Step::Conv { x, .. }
                 | Step::MaxPool { x, .. }
                 | Step::AvgPool { x, .. }
+                | Step::HalfPool { x, .. }
                 | Step::Linear { x, .. } => self.open[x.0] += 1,
+                Step::Gate { .. } => {}
                 Step::Sum { side, .. } => {
                     if !self.chain_of(*side).is_some_and(|c| c.lazy) {
                         self.open[side.0] += 1;
@@ -1207,6 +1437,41 @@ impl<'a> Planner<'a> {
                         close,
                         partials,
                     });
+                }
+                Step::HalfPool { x, y } => {
+                    let (d, plane) = (self.grad(y), self.graph.plane(x));
+                    let (dx, close) = self.close(x);
+                    let needs = self.needs(self.caps.visit(plane, self.batch));
+                    let partials = self.buffer(needs.partials);
+                    self.kernels.push(Kernel::HalfPoolBackward {
+                        plane,
+                        d,
+                        dx,
+                        close,
+                        partials,
+                    });
+                }
+                Step::Gate { z, squeeze, gate } => {
+                    let chain = self.chains[z.0].expect("found before");
+                    let plane = self.graph.plane(z);
+                    let (g, zb) = (self.grad(chain.end), self.value(z));
+                    let state = self.state(chain.norm);
+                    let hidden = squeeze.map_or(0, |s| s.hidden);
+                    let sums = self.buffer(self.batch * (5 * plane.c + hidden) * F32);
+                    let dz = self.buffer(self.bytes(z));
+                    self.kernels.push(Kernel::GateBackward {
+                        plane,
+                        norm: chain.norm,
+                        g,
+                        z: zb,
+                        state,
+                        squeeze,
+                        path: chain.gate.path,
+                        gate,
+                        sums,
+                        dz,
+                    });
+                    self.grads[z.0] = Some(dz);
                 }
                 Step::MaxPool {
                     window,
@@ -1255,6 +1520,7 @@ impl<'a> Planner<'a> {
 
     fn conv_backward(&mut self, geometry: Geometry, weight: ParamId, x: ValueId, z: ValueId) {
         let d = match self.chains[z.0] {
+            Some(chain) if !chain.gate.is_open() => Operand::Stored(self.grad(z)),
             Some(chain) => {
                 let (g, zb) = (self.grad(chain.end), self.value(z));
                 let state = self.state(chain.norm);

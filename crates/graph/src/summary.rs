@@ -1,6 +1,6 @@
 //! What a graph costs: counts and the table that `runner plan` prints.
 
-use crate::{DecayClass, Graph, Op};
+use crate::{Graph, Op, ParamId};
 
 /// Totals over a graph, per image where it says so.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,6 +13,8 @@ pub struct Counts {
     pub norm_params: usize,
     /// Trainable elements of the classifier.
     pub linear_params: usize,
+    /// Trainable elements of squeeze and excitation.
+    pub squeeze_params: usize,
     /// Elements under weight decay in the reference's rule (everything but the normalisations).
     pub decayed_params: usize,
     /// Elements of running means and variances.
@@ -21,7 +23,7 @@ pub struct Counts {
     pub tensors: usize,
     /// Convolutions.
     pub convs: usize,
-    /// Multiply-adds of convolutions and classifier, for one image forward.
+    /// Multiply-adds of convolutions, squeeze and excitation, and classifier, for one image forward.
     pub macs: usize,
     /// Multiply-adds of them for one image forward and backward: a product for the output, one for the gradient of the
     /// weight, and one for the gradient of the input, but for the image's, which nobody needs.
@@ -44,6 +46,26 @@ pub struct Row {
 }
 
 impl Graph {
+    /// The trainable tensors of an operation.
+    fn params_of(&self, op: Op) -> Vec<ParamId> {
+        match op {
+            Op::Conv { weight, .. } => vec![weight],
+            Op::Linear { weight, bias } => vec![weight, bias],
+            Op::SqueezeExcite { reduce, expand } => [reduce, expand].concat(),
+            Op::BatchNorm { norm } => {
+                let norm = &self.norms()[norm.0];
+                vec![norm.weight, norm.bias]
+            }
+            Op::Input
+            | Op::Relu
+            | Op::Add
+            | Op::MaxPool { .. }
+            | Op::AvgPool
+            | Op::HalfPool
+            | Op::DropPath(_) => vec![],
+        }
+    }
+
     /// Multiply-adds of one node for one image.
     fn macs(&self, index: usize) -> usize {
         let node = &self.nodes()[index];
@@ -51,31 +73,33 @@ impl Graph {
             Op::Conv { weight, .. } | Op::Linear { weight, .. } => {
                 node.plane.pixels() * self.params()[weight.0].elements()
             }
+            Op::SqueezeExcite { reduce, expand } => [reduce[0], expand[0]]
+                .map(|weight| self.params()[weight.0].elements())
+                .iter()
+                .sum(),
             _ => 0,
         }
     }
 
     /// Totals.
     pub fn counts(&self) -> Counts {
-        let of = |keep: &dyn Fn(&crate::Param) -> bool| {
-            self.params()
-                .iter()
-                .filter(|p| keep(p))
-                .map(crate::Param::elements)
-                .sum()
+        let of = |keep: &dyn Fn(&Op) -> bool| -> usize {
+            let ops = self.nodes().iter().map(|node| node.op).filter(keep);
+            let params = ops.flat_map(|op| self.params_of(op));
+            params.map(|id| self.params()[id.0].elements()).sum()
         };
         let products = |node: &crate::Node| match node.inputs.contains(&self.input()) {
             true => 2,
             false => 3,
         };
-        let norm_params = of(&|p| p.decay == DecayClass::Norm);
-        let conv_params = of(&|p| p.shape.len() == 4);
-        let params: usize = of(&|_| true);
+        let norm_params = of(&|op| matches!(op, Op::BatchNorm { .. }));
+        let params = of(&|_| true);
         Counts {
             params,
-            conv_params,
+            conv_params: of(&|op| matches!(op, Op::Conv { .. })),
             norm_params,
-            linear_params: params - conv_params - norm_params,
+            linear_params: of(&|op| matches!(op, Op::Linear { .. })),
+            squeeze_params: of(&|op| matches!(op, Op::SqueezeExcite { .. })),
             decayed_params: params - norm_params,
             running_statistics: self.norms().iter().map(|n| 2 * n.channels).sum(),
             tensors: self.params().len(),
@@ -111,14 +135,10 @@ impl Graph {
             let row = rows.last_mut().expect("a row was just pushed");
             row.output = [node.plane.h, node.plane.w, node.plane.c];
             row.macs += self.macs(i);
-            row.params += match node.op {
-                Op::Conv { weight, .. } => self.params()[weight.0].elements(),
-                Op::Linear { weight, bias } => {
-                    self.params()[weight.0].elements() + self.params()[bias.0].elements()
-                }
-                Op::BatchNorm { norm } => 2 * self.norms()[norm.0].channels,
-                _ => 0,
-            };
+            let params = self.params_of(node.op).into_iter();
+            row.params += params
+                .map(|id| self.params()[id.0].elements())
+                .sum::<usize>();
         }
         rows
     }

@@ -31,7 +31,10 @@ impl<X> Shortcut<X, X> for Identity {
     }
 }
 
-/// A 1x1 convolution of stride `S` from `I` to `O` channels, and a normalisation.
+/// A 1x1 convolution of stride `S` from `I` to `O` channels, or a mean and one of stride 1 ([`Blocks`]), and a
+/// normalisation.
+///
+/// [`Blocks`]: crate::Blocks
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Projection<const I: usize, const O: usize, const S: usize>;
 
@@ -41,9 +44,7 @@ impl<H: Strided<S>, W: Strided<S>, C: Channels<I>, const I: usize, const O: usiz
 {
     fn shortcut(&self, x: Act<(usize, H, W, C)>) -> Act<(usize, H::Out, W::Out, Const<O>)> {
         let (n, h, w, _) = x.shape;
-        let id = x
-            .recorder()
-            .conv_bn(("downsample.0", "downsample.1"), x.id, O, (1, S), false);
+        let id = x.recorder().projection(x.id, O, S);
         x.then((n, h.strided(), w.strided(), Const), id)
     }
 }
@@ -84,6 +85,7 @@ where
 {
     x.recorder().open_block();
     let main = branch(&mut x.recorder(), x.id);
+    let main = x.recorder().end_branch(main);
     let side = shortcut.shortcut(x);
     let id = side.recorder().join(main, side.id);
     side.recorder().close();

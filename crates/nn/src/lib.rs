@@ -14,8 +14,8 @@ mod resnet;
 mod shape;
 
 pub use layers::{Basic, Bottleneck, Head, Identity, Projection, Shortcut, Stage, Stem};
-pub use recorder::{Act, Recipe, record};
-pub use resnet::{DEPTHS, RESOLUTIONS, Unsupported, resnet, resnet_with};
+pub use recorder::{Act, Blocks, Recipe, record};
+pub use resnet::{DEPTHS, RESOLUTIONS, Unsupported, Variant, resnet, resnet_with};
 pub use shape::{Channels, Strided};
 
 /// Fixed side lengths, channel counts and shapes, from dfdx.

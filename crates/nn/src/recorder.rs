@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dfdx::nn::Module;
 use dfdx::shapes::{Const, Shape};
-use graph::{Graph, Init, Plane, ValueId};
+use graph::{DropPath, Graph, Init, Plane, ValueId};
 
 /// Which of the two well-known ResNets is meant; it decides initial values, the max-pool's padding and whether
 /// the first group of the basic networks projects its shortcut.
@@ -55,6 +55,17 @@ impl Recipe {
         }
     }
 
+    /// Initial weight and bias of a layer of squeeze and excitation; torch's biases start as those of its convolutions.
+    fn squeeze(self, inputs: usize, outputs: usize) -> (Init, Init) {
+        let bias = match self {
+            Recipe::Tpu2018 => Init::Constant(0.0),
+            Recipe::Torchvision => Init::Uniform {
+                bound: (1.0 / inputs as f64).sqrt(),
+            },
+        };
+        (self.conv(inputs, outputs, 1), bias)
+    }
+
     /// Rows above the image that the first max-pool window covers.
     fn pool_pad(self) -> usize {
         match self {
@@ -64,14 +75,33 @@ impl Recipe {
     }
 }
 
+/// What residual blocks have besides convolutions. Shapes do not depend on it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Blocks {
+    /// A shortcut that halves the sides takes the mean over 2x2 windows before a 1x1 convolution of stride 1, so that
+    /// it reads every pixel (ResNet-D: He et al. 2019, "Bag of tricks for image classification", section 4.2).
+    pub has_mean_shortcut: bool,
+    /// Squeeze and excitation at the end of the branch (Hu et al. 2018) by way of this share of its channels, at
+    /// least one. As in the TPU reference; timm rounds to multiples of 8.
+    pub squeeze: Option<f64>,
+    /// Branches may be dropped in training (stochastic depth, Huang et al. 2016); those of group g of 4 with (g + 1) / 5
+    /// of the rate that the engine is given, as in the TPU reference. timm's rate grows by the block.
+    pub are_dropped: bool,
+}
+
 /// The graph under construction and the name scope.
 #[derive(Debug)]
 pub(crate) struct Recorder {
     graph: Graph,
     recipe: Recipe,
+    blocks: Blocks,
     scope: Vec<String>,
+    /// The open stage.
+    stage: usize,
     /// Number of the next block in the open stage.
     block: usize,
+    /// Blocks that have been closed.
+    closed: usize,
 }
 
 impl Recorder {
@@ -82,6 +112,7 @@ impl Recorder {
 
     pub(crate) fn open_stage(&mut self, index: usize) {
         self.scope.push(format!("layer{index}"));
+        self.stage = index;
         self.block = 0;
     }
 
@@ -113,6 +144,43 @@ impl Recorder {
     pub(crate) fn relu(&mut self, x: ValueId) -> ValueId {
         let name = self.name("relu");
         self.graph.relu(&name, x)
+    }
+
+    /// A 1x1 convolution with its normalisation, which leads a shortcut to another shape. Names are torchvision's, and
+    /// timm's where torchvision has no such shortcut.
+    pub(crate) fn projection(&mut self, x: ValueId, out: usize, stride: usize) -> ValueId {
+        if !self.blocks.has_mean_shortcut {
+            return self.conv_bn(("downsample.0", "downsample.1"), x, out, (1, stride), false);
+        }
+        let x = match stride {
+            1 => x,
+            _ => {
+                let name = self.name("downsample.0");
+                self.graph.half_pool(&name, x)
+            }
+        };
+        self.conv_bn(("downsample.1", "downsample.2"), x, out, (1, 1), false)
+    }
+
+    /// What comes between the last normalisation of a block's branch and the sum.
+    pub(crate) fn end_branch(&mut self, mut x: ValueId) -> ValueId {
+        if let Some(share) = self.blocks.squeeze {
+            let channels = self.graph.plane(x).c;
+            let hidden = ((channels as f64 * share) as usize).max(1);
+            let (name, recipe) = (self.name("se"), self.recipe);
+            let init = |inputs, outputs| recipe.squeeze(inputs, outputs);
+            x = self.graph.squeeze_excite(&name, x, hidden, init);
+        }
+        if self.blocks.are_dropped {
+            let path = DropPath {
+                block: self.closed,
+                share: [self.stage + 1, 5],
+            };
+            let name = self.name("drop_path");
+            x = self.graph.drop_path(&name, x, path);
+        }
+        self.closed += 1;
+        x
     }
 
     /// relu(main + shortcut).
@@ -160,7 +228,7 @@ impl<S: Shape> Act<S> {
 }
 
 /// Runs the typed forward of `net` on one image of `R` x `R` pixels and returns what it recorded.
-pub fn record<N, const R: usize>(net: &N, recipe: Recipe) -> Graph
+pub fn record<N, const R: usize>(net: &N, recipe: Recipe, blocks: Blocks) -> Graph
 where
     N: Module<Act<(usize, Const<R>, Const<R>, Const<3>)>, Output = Act<(usize, usize)>>,
 {
@@ -169,8 +237,11 @@ where
     let recorder = Rc::new(RefCell::new(Recorder {
         graph,
         recipe,
+        blocks,
         scope: vec![],
+        stage: 0,
         block: 0,
+        closed: 0,
     }));
     let image = Act {
         shape: (1, Const, Const, Const),

@@ -5,7 +5,7 @@ use std::fmt;
 use graph::Graph;
 
 use crate::layers::{Basic, Bottleneck, Head, Identity, Projection, Stage, Stem};
-use crate::recorder::{Recipe, record};
+use crate::recorder::{Blocks, Recipe, record};
 
 /// A bottleneck that keeps its shape: `O` to `M` to `O` channels.
 type Keep<const M: usize, const O: usize> = Bottleneck<O, M, O, 1, Identity>;
@@ -95,37 +95,79 @@ impl fmt::Display for Unsupported {
 
 impl std::error::Error for Unsupported {}
 
+/// What a ResNet may have besides what its depth says. Shapes do not depend on it, so it is a value.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Variant {
+    /// The stem.
+    pub stem: Stem,
+    /// The blocks.
+    pub blocks: Blocks,
+}
+
 /// Records one depth at one resolution; a macro, because `R` is a type of its own to every layer.
 macro_rules! at {
-    ($r:literal, $depth:expr, $classes:expr, $recipe:expr, $stem:expr) => {
+    ($r:literal, $depth:expr, $classes:expr, $recipe:expr, $variant:expr) => {{
+        let Variant { stem, blocks } = $variant;
         match ($depth, $recipe) {
             (18, Recipe::Tpu2018) => record::<_, $r>(
-                &basic_net::<ProjectFirst, 1, 1, 1, 1>($classes, $stem),
+                &basic_net::<ProjectFirst, 1, 1, 1, 1>($classes, stem),
                 $recipe,
+                blocks,
             ),
             (18, Recipe::Torchvision) => record::<_, $r>(
-                &basic_net::<KeepFirst, 1, 1, 1, 1>($classes, $stem),
+                &basic_net::<KeepFirst, 1, 1, 1, 1>($classes, stem),
                 $recipe,
+                blocks,
             ),
             (34, Recipe::Tpu2018) => record::<_, $r>(
-                &basic_net::<ProjectFirst, 2, 3, 5, 2>($classes, $stem),
+                &basic_net::<ProjectFirst, 2, 3, 5, 2>($classes, stem),
                 $recipe,
+                blocks,
             ),
             (34, Recipe::Torchvision) => record::<_, $r>(
-                &basic_net::<KeepFirst, 2, 3, 5, 2>($classes, $stem),
+                &basic_net::<KeepFirst, 2, 3, 5, 2>($classes, stem),
                 $recipe,
+                blocks,
             ),
-            (50, _) => record::<_, $r>(&bottleneck_net::<2, 3, 5, 2>($classes, $stem), $recipe),
-            (101, _) => record::<_, $r>(&bottleneck_net::<2, 3, 22, 2>($classes, $stem), $recipe),
-            (152, _) => record::<_, $r>(&bottleneck_net::<2, 7, 35, 2>($classes, $stem), $recipe),
-            (200, _) => record::<_, $r>(&bottleneck_net::<2, 23, 35, 2>($classes, $stem), $recipe),
+            (50, _) => record::<_, $r>(
+                &bottleneck_net::<2, 3, 5, 2>($classes, stem),
+                $recipe,
+                blocks,
+            ),
+            (101, _) => record::<_, $r>(
+                &bottleneck_net::<2, 3, 22, 2>($classes, stem),
+                $recipe,
+                blocks,
+            ),
+            (152, _) => record::<_, $r>(
+                &bottleneck_net::<2, 7, 35, 2>($classes, stem),
+                $recipe,
+                blocks,
+            ),
+            (200, _) => record::<_, $r>(
+                &bottleneck_net::<2, 23, 35, 2>($classes, stem),
+                $recipe,
+                blocks,
+            ),
             // The depths of ResNet-RS (Bello et al. 2021, appendix C).
-            (270, _) => record::<_, $r>(&bottleneck_net::<3, 28, 52, 3>($classes, $stem), $recipe),
-            (350, _) => record::<_, $r>(&bottleneck_net::<3, 35, 71, 3>($classes, $stem), $recipe),
-            (420, _) => record::<_, $r>(&bottleneck_net::<3, 43, 86, 3>($classes, $stem), $recipe),
+            (270, _) => record::<_, $r>(
+                &bottleneck_net::<3, 28, 52, 3>($classes, stem),
+                $recipe,
+                blocks,
+            ),
+            (350, _) => record::<_, $r>(
+                &bottleneck_net::<3, 35, 71, 3>($classes, stem),
+                $recipe,
+                blocks,
+            ),
+            (420, _) => record::<_, $r>(
+                &bottleneck_net::<3, 43, 86, 3>($classes, stem),
+                $recipe,
+                blocks,
+            ),
             _ => return Err(Unsupported::Depth($depth)),
         }
-    };
+    }};
 }
 
 macro_rules! resolutions {
@@ -138,22 +180,22 @@ macro_rules! resolutions {
         /// # Errors
         /// If the depth or the resolution is not compiled in.
         pub fn resnet(depth: usize, resolution: usize, classes: usize, recipe: Recipe) -> Result<Graph, Unsupported> {
-            resnet_with(Stem::default(), depth, resolution, classes, recipe)
+            resnet_with(Variant::default(), depth, resolution, classes, recipe)
         }
 
-        /// The same with another stem.
+        /// The same with another stem or other blocks.
         ///
         /// # Errors
         /// If the depth or the resolution is not compiled in.
         pub fn resnet_with(
-            stem: Stem,
+            variant: Variant,
             depth: usize,
             resolution: usize,
             classes: usize,
             recipe: Recipe,
         ) -> Result<Graph, Unsupported> {
             Ok(match resolution {
-                $($r => at!($r, depth, classes, recipe, stem),)*
+                $($r => at!($r, depth, classes, recipe, variant),)*
                 _ => return Err(Unsupported::Resolution(resolution)),
             })
         }

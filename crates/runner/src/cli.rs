@@ -265,8 +265,31 @@ pub(crate) enum DataArgs {
     ///
     /// Records are shuffled by the seed. A conversion that was cut off goes on where it was, and ends with the same bytes.
     Convert(DataConvertArgs),
+    /// Write the records of shards as rows of a table of Bigtable
+    ///
+    /// Keys are the prefix and the record's number in ten digits. A load that was cut off is started again; it writes the same
+    /// rows. The table and its column family have to be there: cbt -project P -instance I createtable T families=tfexample
+    LoadBigtable(DataLoadArgs),
     /// Read and decode everything: checksums, labels, sizes, duplicates; exit code 3 if anything is wrong
     Check(DataCheckArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DataLoadArgs {
+    /// Glob of the TFRecord shards, read in the order of their names: files, or objects of a bucket
+    #[arg(value_name = "GLOB")]
+    pub(crate) data: String,
+
+    /// Where to: bigtable://PROJECT/INSTANCE/TABLE/PREFIX, with ?column=FAMILY:QUALIFIER unless it is tfexample:example
+    #[arg(value_name = "URL", value_parser = table)]
+    pub(crate) to: String,
+}
+
+fn table(text: &str) -> Result<String, String> {
+    match text.starts_with("bigtable://") {
+        true => Ok(text.into()),
+        false => Err("expected bigtable://PROJECT/INSTANCE/TABLE/PREFIX".into()),
+    }
 }
 
 #[derive(Debug, Args)]

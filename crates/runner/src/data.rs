@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use crate::cli::{DataCheckArgs, DataConvertArgs, DataFakeArgs};
+use crate::cli::{DataCheckArgs, DataConvertArgs, DataFakeArgs, DataLoadArgs};
 use crate::failure::Failure;
 use crate::output;
 
@@ -102,6 +102,42 @@ pub(crate) fn fake(args: &DataFakeArgs) -> Result<ExitCode, Failure> {
         bytes as f64 / 1e6,
         args.out.join(format!("{}-*", args.split)).display(),
         args.classes
+    ));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// `runner data load-bigtable`.
+pub(crate) fn load_bigtable(args: &DataLoadArgs) -> Result<ExitCode, Failure> {
+    let shards = store::glob(&args.data)?;
+    let mut writer = store::bigtable::Writer::new(&args.to)?;
+    let mut bytes = 0;
+    for shard in &shards {
+        let mut reader = store::tfrecord::Reader::open(shard)?;
+        let first = writer.next();
+        while let Some(record) = reader.next()? {
+            if !record.verify() {
+                return Err(Failure::Input(format!(
+                    "{}: record {} at byte {}: the checksum of the payload is wrong\n\
+                     hint: copy or convert the shard again; what was written so far is written again the next time",
+                    shard.display(),
+                    record.index,
+                    record.offset
+                )));
+            }
+            bytes += record.bytes.len();
+            writer.write(record.bytes)?;
+        }
+        writer.flush()?;
+        eprintln!("{}: rows {first} to {}", shard.display(), writer.next());
+    }
+    let rows = writer.next();
+    if rows == 0 {
+        return Err(Failure::Input(format!("{}: no record", args.data)));
+    }
+    output::print(&format!(
+        "{rows} rows, {:.1} MB\nuse: data.source = \"bigtable\", data.train = \"{}\"\n",
+        bytes as f64 / 1e6,
+        args.to
     ));
     Ok(ExitCode::SUCCESS)
 }

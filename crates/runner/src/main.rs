@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         (Some(Command::Doctor(args)), _) => doctor::doctor(&args),
         (Some(Command::Data(DataArgs::Fake(args))), _) => data::fake(&args),
         (Some(Command::Data(DataArgs::Convert(args))), _) => data::convert(&args),
+        (Some(Command::Data(DataArgs::LoadBigtable(args))), _) => data::load_bigtable(&args),
         (Some(Command::Data(DataArgs::Check(args))), _) => data::check(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
         (Some(Command::Bench(BenchArgs::Input(args))), _) => bench::input(&args),

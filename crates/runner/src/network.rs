@@ -22,8 +22,13 @@ pub(crate) fn network(run: &Run) -> Graph {
         is_deep: run.model.stem == spec::Stem::Deep,
         has_conv_pool: run.model.stem_pool == spec::StemPool::Conv,
     };
+    let blocks = nn::Blocks {
+        has_mean_shortcut: run.model.shortcut == spec::Shortcut::Mean,
+        squeeze: Some(run.model.se_ratio).filter(|ratio| *ratio > 0.0),
+        are_dropped: run.model.drop_connect > 0.0,
+    };
     nn::resnet_with(
-        stem,
+        nn::Variant { stem, blocks },
         run.model.depth,
         run.model.resolution,
         run.model.classes,
@@ -78,12 +83,7 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
             check_memory(run, graph, input)
         }
         (Target::Cuda(card), _) => {
-            if let Some((key, what)) = lacks(run) {
-                return Err(Failure::Spec(format!(
-                    "{key}: a card has no {what} yet, and this run computes on {card}\n\
-                     hint: train.device = \"cpu\" has it"
-                )));
-            }
+            refuse(lacks(run), &card)?;
             let options = cuda_options(run, &card);
             let memory = cuda::Memory::plan(graph, &options, &card, run.train.batch_size);
             if memory.total() <= card.memory {
@@ -101,8 +101,50 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
     }
 }
 
-/// What a spec asks for and the engine of cards does not do: the key, and its name.
-fn lacks(run: &Run) -> Option<(&'static str, &'static str)> {
+/// What a spec asks for: the key, and its name.
+type Asked = (&'static str, &'static str);
+
+/// Says what the engine of cards does not do.
+fn refuse(lacking: Option<Asked>, card: &Card) -> Result<(), Failure> {
+    let Some((key, what)) = lacking else {
+        return Ok(());
+    };
+    Err(Failure::Spec(format!(
+        "{key}: a card has no {what} yet, and this run computes on {card}\n\
+         hint: train.device = \"cpu\" has it"
+    )))
+}
+
+/// Operations of the network that a spec asks for and the engine of cards does not know.
+fn lacks_operations(run: &Run) -> Option<Asked> {
+    let model = &run.model;
+    let asked = [
+        (
+            "model.shortcut",
+            "mean of 2x2 pixels",
+            model.shortcut == spec::Shortcut::Mean,
+        ),
+        (
+            "model.se_ratio",
+            "squeeze and excitation",
+            model.se_ratio > 0.0,
+        ),
+        (
+            "model.drop_connect",
+            "drop-connect",
+            model.drop_connect > 0.0,
+        ),
+    ];
+    first(asked)
+}
+
+fn first<const N: usize>(asked: [(&'static str, &'static str, bool); N]) -> Option<Asked> {
+    let found = asked.into_iter().find(|(_, _, is_asked)| *is_asked);
+    found.map(|(key, what, _)| (key, what))
+}
+
+/// What a spec asks for and the engine of cards does not do.
+fn lacks(run: &Run) -> Option<Asked> {
     let asked = [
         (
             "optimizer.kind",
@@ -127,8 +169,7 @@ fn lacks(run: &Run) -> Option<(&'static str, &'static str)> {
             run.mixup.cutmix_alpha > 0.0,
         ),
     ];
-    let found = asked.into_iter().find(|(_, _, is_asked)| *is_asked);
-    found.map(|(key, what, _)| (key, what))
+    lacks_operations(run).or_else(|| first(asked))
 }
 
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
@@ -145,6 +186,7 @@ pub(crate) fn engine(
     match target {
         Target::Cpu => Ok(Box::new(cpu(run, graph, &state)?)),
         Target::Cuda(card) => {
+            refuse(lacks_operations(run), &card)?;
             let options = cuda_options(run, &card);
             Ok(Box::new(Cuda::new(graph, &options, &state, cache())?))
         }
@@ -355,7 +397,9 @@ pub(crate) fn nodes(graph: &Graph) -> Vec<track::GraphNode> {
             Op::Relu => "Relu",
             Op::Add => "Add",
             Op::MaxPool { .. } => "MaxPool",
-            Op::AvgPool => "AvgPool",
+            Op::AvgPool | Op::HalfPool => "AvgPool",
+            Op::SqueezeExcite { .. } => "SqueezeExcite",
+            Op::DropPath(_) => "Dropout",
             Op::Linear { .. } => "MatMul",
         };
         track::GraphNode {
@@ -389,7 +433,10 @@ mod tests {
         for key in ["optimizer.clip_norm", "mixup.alpha", "mixup.cutmix_alpha"] {
             assert_eq!(lacks(&[&format!("{key}=1")]), Some(key));
         }
-        assert_eq!(lacks(&["model.dropout=0.5"]), Some("model.dropout"));
+        for key in ["model.dropout", "model.drop_connect", "model.se_ratio"] {
+            assert_eq!(lacks(&[&format!("{key}=0.5")]), Some(key));
+        }
+        assert_eq!(lacks(&["model.shortcut=mean"]), Some("model.shortcut"));
         assert_eq!(lacks(&["ema.half_life=1 epoch"]), Some("ema.half_life"));
     }
 

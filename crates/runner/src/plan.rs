@@ -404,7 +404,7 @@ impl MemoryReport {
         let held = run.data.lanes.saturating_mul(run.data.shuffle_window);
         let held = held.min(train_examples.unwrap_or(0) as usize);
         let held = match run.data.source {
-            Source::Tfrecord | Source::Webdataset => held,
+            Source::Tfrecord | Source::Webdataset | Source::Bigtable => held,
             Source::Folder | Source::Fake | Source::Zeros => 0,
         };
         let held = held + batch_size.min(data::READ_AHEAD);
@@ -412,11 +412,12 @@ impl MemoryReport {
         let batches = batches_in_flight(run, batch_size);
         let records = if from_shards {
             let is_remote = run.data.train.as_deref().is_some_and(store::is_url);
-            let blocks = match is_remote {
-                true => store::held_bytes(run.data.lanes),
-                false => 0,
+            let (blocks, rows) = match run.data.source {
+                Source::Bigtable => (0, store::bigtable::held_rows(run.data.lanes)),
+                _ if is_remote => (store::held_bytes(run.data.lanes), 0),
+                _ => (0, 0),
             };
-            held * record_bytes(run, train_examples) + blocks
+            (held + rows) * record_bytes(run, train_examples) + blocks
         } else {
             0
         };

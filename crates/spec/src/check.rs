@@ -58,6 +58,9 @@ pub(crate) fn remote(place: &str) -> Option<(String, Option<String>)> {
     Some((what, Some("give a path on this machine".into())))
 }
 
+/// What names of rows of Bigtable begin with.
+const TABLE: &str = "bigtable://";
+
 /// Whether a place is in a bucket, from which shards can be read.
 fn is_bucket(place: &str) -> bool {
     ["gs://", "s3://", "az://"]
@@ -166,6 +169,11 @@ fn names(run: &Run, found: &mut Findings) {
         if is_read && place.as_deref().is_some_and(is_bucket) {
             continue;
         }
+        let is_table = place.as_deref().is_some_and(|p| p.starts_with(TABLE));
+        if is_read && (run.data.source == Source::Bigtable || is_table) {
+            table(run.data.source, key, place.as_deref(), found);
+            continue;
+        }
         if let Some((what, hint)) = place.as_deref().and_then(remote) {
             let hint = match is_read {
                 true => hint.map(|hint| hint + ", or gs://, s3:// or az://"),
@@ -173,6 +181,30 @@ fn names(run: &Run, found: &mut Findings) {
             };
             found.key(key, what, hint);
         }
+    }
+}
+
+/// Rows of a table are named as such, and nothing else is.
+fn table(source: Source, key: &'static str, place: Option<&str>, found: &mut Findings) {
+    let Some(place) = place else {
+        return; // which is said where shards are asked for
+    };
+    let with = &["data.source"];
+    let Some(rest) = place.strip_prefix(TABLE) else {
+        let what = format!("{place} names no rows of Bigtable");
+        let hint = format!("write {TABLE}PROJECT/INSTANCE/TABLE/PREFIX, or another data.source");
+        found.keys(key, with, what, Some(hint));
+        return;
+    };
+    if source != Source::Bigtable {
+        let what = "rows of Bigtable are no files".into();
+        let hint = "data.source = \"bigtable\" reads them".into();
+        found.keys(key, with, what, Some(hint));
+    } else if rest.splitn(4, '/').count() < 4 || rest.split('/').take(3).any(str::is_empty) {
+        let hint = format!(
+            "write {TABLE}PROJECT/INSTANCE/TABLE/PREFIX, with ?column=FAMILY:QUALIFIER unless it is tfexample:example"
+        );
+        found.keys(key, with, format!("{place} names no rows"), Some(hint));
     }
 }
 
@@ -370,6 +402,16 @@ fn numbers(run: &Run, found: &mut Findings) {
         fraction(dropout),
         "at least 0 and below 1",
     );
+    let connect = run.model.drop_connect;
+    found.range(
+        "model.drop_connect",
+        connect,
+        fraction(connect),
+        "at least 0 and below 1",
+    );
+    let ratio = run.model.se_ratio;
+    let is_ratio = (0.0..=1.0).contains(&ratio);
+    found.range("model.se_ratio", ratio, is_ratio, "from 0 to 1");
     let (power, end_lr) = (schedule.power, schedule.end_lr);
     found.range("schedule.power", power, positive(power), "above 0");
     let is_rate = end_lr >= 0.0 && end_lr.is_finite();

@@ -8,9 +8,6 @@ use crate::check::whole;
 use crate::load::Rank;
 use crate::run::Run;
 
-/// Values with a name but no meaning yet.
-const LATER: [(&str, &str); 1] = [("data.source", "bigtable")];
-
 /// What is wrong with a value in itself, and how to fix it; none if it is right.
 pub(crate) fn fault(
     section: &str,
@@ -32,7 +29,7 @@ pub(crate) fn fault(
     // A key that knows some names and not the empty one is a choice, whatever was wrong with its value.
     let probe = alone(section, key, &"".into());
     if let Err(Kind::UnknownVariant(_, names)) = probe.map_err(|error| error.kind) {
-        return Some(not_a_name(path, value, names));
+        return Some(not_a_name(value, names));
     }
     match &error.kind {
         Kind::InvalidType(actual, expected) | Kind::InvalidValue(actual, expected) => {
@@ -69,7 +66,7 @@ fn alone(section: &str, key: &str, value: &Value) -> Result<Run, Box<figment::Er
     Run::deserialize(&Value::from(keys)).map_err(Box::new)
 }
 
-fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<String>) {
+fn not_a_name(value: &Value, names: &[&str]) -> (String, Option<String>) {
     let quoted: Vec<String> = names.iter().map(|name| format!("{name:?}")).collect();
     let quoted = quoted.join(", ");
     let one_of = if names.len() == 1 { "" } else { "one of " };
@@ -80,13 +77,6 @@ fn not_a_name(path: &str, value: &Value, names: &[&str]) -> (String, Option<Stri
         );
         return (what, None);
     };
-    let later = LATER
-        .iter()
-        .find(|(key, name)| *key == path && text == *name);
-    if later.is_some() {
-        let what = format!("{text:?} is not supported yet");
-        return (what, Some(format!("supported: {quoted}")));
-    }
     let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
     let near = nearest(text, names.iter()).map(|near| format!("did you mean {near:?}?"));
     (format!("expected {one_of}{quoted}, not {text:?}"), near)

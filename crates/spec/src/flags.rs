@@ -16,7 +16,9 @@ use Here::{Keys, NotNeeded, NotYet};
 /// Name, what it is here, and what there is to know, in half a sentence or not at all.
 type Flag = (&'static str, Here, &'static str);
 
-const BIGTABLE: &str = "training reads TFRecord shards";
+const BIGTABLE: &str =
+    "with `data.source = \"bigtable\"`: `bigtable://PROJECT/INSTANCE/TABLE/PREFIX`";
+const COLUMN: &str = "`..?column=FAMILY:QUALIFIER`; tfexample:example by default";
 const SUBMIT: &str = "runs are started on the machine that computes";
 const DROP_BLOCK: &str = "there is no DropBlock";
 const EXPORT: &str = "checkpoints are safetensors with torchvision's names";
@@ -47,13 +49,13 @@ const FLAGS: &[Flag] = &[
     ("iterations_per_loop", NotNeeded, "`checkpoint.every` and `eval.every` say when something happens between steps"),
     ("num_parallel_calls", Keys(&["data.lanes"]), "shards read side by side"),
     ("num_cores", Keys(&["train.bn_batch"]), "images normalised together, `train_batch_size` / `num_cores`: 128 of 1024 on 8 cores"),
-    ("bigtable_project", NotYet, BIGTABLE),
-    ("bigtable_instance", NotYet, BIGTABLE),
-    ("bigtable_table", NotYet, BIGTABLE),
-    ("bigtable_train_prefix", NotYet, BIGTABLE),
-    ("bigtable_eval_prefix", NotYet, BIGTABLE),
-    ("bigtable_column_family", NotYet, BIGTABLE),
-    ("bigtable_column_qualifier", NotYet, BIGTABLE),
+    ("bigtable_project", Keys(&["data.train", "data.eval"]), BIGTABLE),
+    ("bigtable_instance", Keys(&["data.train", "data.eval"]), BIGTABLE),
+    ("bigtable_table", Keys(&["data.train", "data.eval"]), BIGTABLE),
+    ("bigtable_train_prefix", Keys(&["data.train"]), BIGTABLE),
+    ("bigtable_eval_prefix", Keys(&["data.eval"]), BIGTABLE),
+    ("bigtable_column_family", Keys(&["data.train", "data.eval"]), COLUMN),
+    ("bigtable_column_qualifier", Keys(&["data.train", "data.eval"]), COLUMN),
     ("data_format", NotNeeded, LAYOUT),
     ("transpose_input", NotNeeded, LAYOUT),
     ("export_dir", NotYet, EXPORT),
@@ -99,10 +101,10 @@ const FLAGS: &[Flag] = &[
     ),
     // Keys of its parameter files that are no flags.
     ("use_resnetd_stem", Keys(&["model.stem"]), "`\"deep\"`"),
-    ("resnetd_shortcut", NotYet, "shortcuts are strided 1x1 convolutions"),
+    ("resnetd_shortcut", Keys(&["model.shortcut"]), "`\"mean\"`"),
     ("replace_stem_max_pool", Keys(&["model.stem_pool"]), "`\"conv\"`"),
-    ("se_ratio", NotYet, "there is no squeeze-and-excitation"),
-    ("drop_connect_rate", NotYet, "every block runs in every step"),
+    ("se_ratio", Keys(&["model.se_ratio"]), ""),
+    ("drop_connect_rate", Keys(&["model.drop_connect"]), ""),
     ("dropout_rate", Keys(&["model.dropout"]), ""),
     ("moving_average_decay", Keys(&["ema.half_life"]), "ln 2 / -ln d steps: 0.9999 is `\"6931 steps\"`; with `ema.eval = \"average\"`"),
     ("bn_momentum", NotYet, "0.9"),

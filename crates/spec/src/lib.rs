@@ -26,7 +26,7 @@ pub use problem::{Errors, Problem};
 pub use run::{
     Augment, BestMetric, Checkpoint, Crop, Data, Decay, Decode, Ema, EmaEval, Eval, Instructions,
     Loss, Mixup, Mlflow, Mode, Model, Optimizer, OptimizerKind, Precision, Progressive, Recipe,
-    Resize, Run, Schedule, ScheduleKind, Source, Stem, StemPool, Track, Train,
+    Resize, Run, Schedule, ScheduleKind, Shortcut, Source, Stem, StemPool, Track, Train,
 };
 pub use schema::schema;
 pub use sweep::{Cell, Halving, Sweep, sweep};

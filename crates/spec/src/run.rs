@@ -104,6 +104,15 @@ pub struct Model {
     pub stem: Stem,
     /// What brings the stem's result to half its sides.
     pub stem_pool: StemPool,
+    /// What a shortcut that halves the sides does.
+    pub shortcut: Shortcut,
+    /// Channels between the two layers of squeeze and excitation, as a share of a block's, up to 1; 0 for none.
+    #[schemars(range(min = 0, max = 1))]
+    pub se_ratio: f64,
+    /// Chance of an image to go by a block of the last group in a training step, from 0 to below 1; 4/5, 3/5 and 2/5 of it
+    /// in the groups before (stochastic depth).
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
+    pub drop_connect: f64,
     /// Chance of each channel before the classifier to be dropped in a training step, from 0 to below 1.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
@@ -141,6 +150,16 @@ pub enum StemPool {
     Max,
     /// A 3x3 convolution with normalisation and ReLU (ResNet-RS).
     Conv,
+}
+
+/// How a shortcut halves the sides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Shortcut {
+    /// A 1x1 convolution of stride 2.
+    Conv,
+    /// The mean of 2x2 pixels, then a 1x1 convolution (ResNet-D).
+    Mean,
 }
 
 /// `[data]`: the images and what is done to them.
@@ -254,6 +273,8 @@ pub enum Source {
     /// WebDataset shards: tar archives in which `NAME.jpg` and `NAME.cls` are a sample. Mind `label_offset`, which is
     /// usually 0 for them.
     Webdataset,
+    /// Rows of Cloud Bigtable; `train` and `eval` name them: `bigtable://PROJECT/INSTANCE/TABLE/PREFIX`.
+    Bigtable,
     /// Directories with one folder of image files for each class; `train` and `eval` name them. Classes are the folders
     /// sorted by name, and `label_offset`, `lanes` and `shuffle_window` mean nothing: an epoch is a shuffle of all.
     Folder,
@@ -660,6 +681,9 @@ impl Default for Model {
             recipe: Recipe::Tpu2018,
             stem: Stem::Plain,
             stem_pool: StemPool::Max,
+            shortcut: Shortcut::Conv,
+            se_ratio: 0.0,
+            drop_connect: 0.0,
             dropout: 0.0,
             labels: None,
             weights: None,

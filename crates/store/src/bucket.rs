@@ -43,9 +43,9 @@ const REQUESTS: usize = 64;
 
 const SCHEMES: [&str; 3] = ["gs", "s3", "az"];
 
-/// Whether this names an object in a bucket (gs://, s3://, az://) and no file.
-pub fn is_url(path: impl AsRef<Path>) -> bool {
-    split(&path.as_ref().to_string_lossy()).is_some()
+/// Whether this names an object in a bucket.
+pub(crate) fn is_object(path: &str) -> bool {
+    split(path).is_some()
 }
 
 /// Scheme, bucket and key.
@@ -82,7 +82,7 @@ impl Failure {
         }
     }
 
-    fn own(what: impl Into<String>, hint: &'static str) -> Self {
+    pub(crate) fn own(what: impl Into<String>, hint: &'static str) -> Self {
         Self {
             what: what.into(),
             hint,
@@ -118,7 +118,7 @@ impl From<object_store::Error> for Failure {
 }
 
 /// Runs the work on the thread of all requests and waits for it.
-fn wait<T: Send + 'static>(
+pub(crate) fn wait<T: Send + 'static>(
     work: impl Future<Output = Result<T, Failure>> + Send + 'static,
 ) -> Result<T, Failure> {
     let (sender, receiver) = mpsc::sync_channel(1);
@@ -133,7 +133,7 @@ fn stopped() -> Failure {
     Failure::own("the thread of the requests has stopped", "this is a bug")
 }
 
-fn runtime() -> Result<&'static Handle, Failure> {
+pub(crate) fn runtime() -> Result<&'static Handle, Failure> {
     static RUNTIME: OnceLock<Result<Handle, String>> = OnceLock::new();
     let made = RUNTIME.get_or_init(|| {
         // TLS without a choice of provider would panic; another one that is installed already serves as well.
@@ -158,7 +158,7 @@ fn runtime() -> Result<&'static Handle, Failure> {
 type Client = Arc<dyn ObjectStore>;
 
 /// A poisoned lock guards plain maps, which no panic leaves half changed.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -287,7 +287,10 @@ pub(crate) fn object(url: &Path) -> Result<Arc<Object>, Error> {
 /// The bucket's connections, and the key in it.
 fn locate(url: &Path) -> Result<(Client, Key), Failure> {
     let text = url.to_string_lossy();
-    let (scheme, bucket, key) = split(&text).unwrap_or_default();
+    let Some((scheme, bucket, key)) = split(&text) else {
+        let hint = "name an object: gs://, s3:// or az://";
+        return Err(Failure::own("rows of a table are no file", hint));
+    };
     Ok((client(scheme, bucket)?, parse(key)?))
 }
 

@@ -92,6 +92,13 @@ impl fmt::Display for Error {
                 path.display()
             ),
             Self::NoMatch { pattern } => {
+                if crate::bigtable::is_url(pattern) {
+                    return write!(
+                        f,
+                        "{pattern}: no row's key begins so, or none has the column\n\
+                         hint: runner data load-bigtable writes tfexample:example; ?column=FAMILY:QUALIFIER names another"
+                    );
+                }
                 if crate::is_url(pattern) {
                     return write!(
                         f,

@@ -6,6 +6,7 @@
 //!
 //! This crate does not know what the bytes mean: no serde, no protocol buffers, no images.
 
+pub mod bigtable;
 mod bucket;
 mod cache;
 mod error;
@@ -16,7 +17,7 @@ pub mod tar;
 pub mod tfrecord;
 mod write;
 
-pub use bucket::{held_bytes, is_url};
+pub use bucket::held_bytes;
 pub use cache::Cache;
 pub use error::Error;
 pub use lease::Lease;
@@ -24,12 +25,22 @@ pub use write::{rename, write_atomic};
 
 use std::path::{Path, PathBuf};
 
+/// Whether this names something far away and no file: an object in a bucket (gs://, s3://, az://), or rows of a table
+/// (bigtable://).
+pub fn is_url(path: impl AsRef<Path>) -> bool {
+    let text = path.as_ref().to_string_lossy();
+    bucket::is_object(&text) || bigtable::is_url(&text)
+}
+
 /// Finds the files that match a shell pattern such as `imagenet/train-*`, or the objects that match one such as
-/// `gs://bucket/imagenet/train-*`, sorted by path.
+/// `gs://bucket/imagenet/train-*`, sorted by path; or the shards of the rows of a table ([`bigtable`]).
 ///
 /// # Errors
 /// A malformed pattern, a directory or bucket that cannot be read, or no match at all.
 pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
+    if bigtable::is_url(pattern) {
+        return bigtable::shards(pattern);
+    }
     if is_url(pattern) {
         return bucket::glob(pattern);
     }
@@ -58,11 +69,14 @@ pub fn glob(pattern: &str) -> Result<Vec<PathBuf>, Error> {
     Ok(files)
 }
 
-/// The length of a file or object in bytes.
+/// The length of a file or object in bytes; of a shard of a table, in rows.
 ///
 /// # Errors
 /// It cannot be asked for.
 pub fn length(path: &Path) -> Result<u64, Error> {
+    if bigtable::is_url(&path.to_string_lossy()) {
+        return bigtable::count(path);
+    }
     if is_url(path) {
         return bucket::object(path).map(|object| object.size());
     }
@@ -144,7 +158,7 @@ mod tests {
 
     #[test]
     fn only_urls_of_buckets_are_urls() {
-        for url in ["gs://b/train-*", "s3://b/k", "az://b"] {
+        for url in ["gs://b/train-*", "s3://b/k", "az://b", "bigtable://p/i/t/k"] {
             assert!(is_url(url) && check_local(url).is_err(), "{url}");
         }
         for path in [

@@ -38,6 +38,16 @@ pub struct Record {
 }
 
 impl Record {
+    /// A record that came without framing, from where what comes is right; its offset is its number.
+    pub(crate) fn unframed(index: u64, bytes: Vec<u8>) -> Self {
+        Self {
+            offset: index,
+            index,
+            crc: masked_crc(&bytes),
+            bytes,
+        }
+    }
+
     /// Whether the payload is the one that was written. It is apart from reading so that many threads can do it.
     pub fn verify(&self) -> bool {
         masked_crc(&self.bytes) == self.crc

@@ -158,9 +158,10 @@ fn config(
     let d = &run.data;
     let examples = made_up.unwrap_or_default();
     let source = match d.source {
-        Source::Tfrecord | Source::Webdataset => data::Source::Shards {
+        Source::Tfrecord | Source::Webdataset | Source::Bigtable => data::Source::Shards {
             format: match d.source {
                 Source::Webdataset => data::Format::WebDataset,
+                Source::Bigtable => data::Format::Bigtable,
                 _ => data::Format::TfRecord,
             },
             shards: glob.shards()?,
@@ -231,6 +232,7 @@ fn cache(run: &Run) -> Result<Option<store::Cache>, Error> {
     let d = &run.data;
     let is_url = |glob: &Option<String>| glob.as_deref().is_some_and(store::is_url);
     match &d.cache {
+        _ if d.source == Source::Bigtable => Ok(None),
         Some(dir) if is_url(&d.train) || is_url(&d.eval) => {
             let limit = d.cache_gb * 1_000_000_000;
             Ok(Some(store::Cache::open(dir.as_ref(), limit)?))
@@ -252,8 +254,16 @@ fn examples(
         data::Source::Folder(_) => &[],
         data::Source::Fake { examples } | data::Source::Zeros { examples } => return Ok(*examples),
     };
+    // Rows of a table are counted as they are listed.
     if let Some(expected) = expected
         && shards.iter().any(store::is_url)
+        && !matches!(
+            config.source,
+            data::Source::Shards {
+                format: data::Format::Bigtable,
+                ..
+            }
+        )
     {
         return Ok(expected);
     }

@@ -699,6 +699,8 @@ pub fn check_network(path: &Path, meta: &Meta, run: &spec::Run) -> Result<(), Er
         "model.recipe",
         "model.stem",
         "model.stem_pool",
+        "model.shortcut",
+        "model.se_ratio",
     ];
     check_equal(path, &computation(meta), &run.computation(), |key| {
         keys.contains(&key)

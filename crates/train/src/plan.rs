@@ -32,7 +32,8 @@ pub struct Plan {
     shape: Shape,
     average: Option<Average>,
     /// Rate and seed.
-    dropout: (f64, u64),
+    /// Rates of channels and of branches, and the seed.
+    dropout: (f64, f64, u64),
     hyper: Hyper,
 }
 
@@ -159,7 +160,7 @@ impl Plan {
             phases,
             shape,
             average,
-            dropout: (run.model.dropout, run.seed),
+            dropout: (run.model.dropout, run.model.drop_connect, run.seed),
             hyper: Hyper {
                 rule,
                 lr: 0.0,
@@ -209,8 +210,13 @@ impl Plan {
             lr: self.lr(step),
             average: self.average.map(|average| average.decay(step)),
             dropout: match self.dropout {
-                (rate, seed) if rate > 0.0 => Some(Dropout { rate, seed, step }),
-                _ => None,
+                (0.0, 0.0, _) => None,
+                (rate, path_rate, seed) => Some(Dropout {
+                    rate,
+                    path_rate,
+                    seed,
+                    step,
+                }),
             },
             ..self.hyper
         }

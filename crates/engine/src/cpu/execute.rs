@@ -4,6 +4,7 @@ use std::time::Instant;
 
 use graph::{
     After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, ParamId, Program,
+    Squeeze,
 };
 use half::bf16;
 
@@ -12,12 +13,15 @@ use super::direct::Convolution;
 use super::fuse::{
     Affine, Centred, Epilogue, Grad, Join, Mask, Norm, Out, Partials, Raw, Source, Stats, Store,
 };
+use super::gate::Excited;
 use super::memory::{ALIGNMENT, Block, Scratch, Span};
 use super::norm::{self, Row, State};
 use super::pool::Pool;
 use super::simd::Element;
 use super::weights::Panels;
-use super::{Cpu, Layout, Precision, Running, direct, pixels, simple, wgrad, wgrad_tiles, wino};
+use super::{
+    Cpu, Layout, Precision, Running, direct, gate, pixels, simple, wgrad, wgrad_tiles, wino,
+};
 use crate::{Batch, Dropout, Metrics};
 
 /// Results of at least this size are stored past the caches: they will have left them before they are read again.
@@ -141,6 +145,15 @@ impl<'a> Buffers<'a> {
                     })
                 }
             }
+        }
+    }
+
+    fn excited(&self, squeeze: &Squeeze) -> Excited<'a> {
+        Excited {
+            mean: self.get(squeeze.mean),
+            inner: self.get(squeeze.inner),
+            sigmoid: self.get(squeeze.sigmoid),
+            hidden: squeeze.hidden,
         }
     }
 
@@ -504,28 +517,102 @@ impl Cpu {
                     );
                 }
             }
+            Kernel::Gate {
+                plane,
+                x,
+                squeeze,
+                path,
+                gate,
+            } => {
+                let excited = squeeze.map(|squeeze| (squeeze, buffers.excited(&squeeze)));
+                if let Some((squeeze, excited)) = excited {
+                    // SAFETY: see above.
+                    let x = unsafe { buffers.source::<T>(x) };
+                    pixels::avg_pool(pool, level, plane, n, x, excited.mean);
+                    let layer = |ids: [ParamId; 2]| ids.map(|id| slot(params, id));
+                    let (reduce, expand) = (layer(squeeze.reduce), layer(squeeze.expand));
+                    gate::excite(pool, (n, plane.c), excited, reduce, expand);
+                }
+                let factors = gate::factors(part.dropout, path, n);
+                let sigmoid = excited.map(|(_, excited)| excited.sigmoid);
+                gate::fill(buffers.get(gate), sigmoid, &factors);
+            }
+            Kernel::GateBackward {
+                plane,
+                norm,
+                g,
+                z,
+                state,
+                squeeze,
+                path,
+                gate,
+                sums,
+                dz,
+            } => {
+                let norm = &graph.norms()[norm.0];
+                let (state, gate) = (buffers.state(state), buffers.get(gate));
+                let hidden = squeeze.map_or(0, |s| s.hidden);
+                let sums = gate::Sums::new(buffers.get(sums), n * plane.c, n * hidden);
+                // SAFETY: see above.
+                let mean = unsafe { state.get(Row::Mean) };
+                let tensors = (buffers.get::<T>(g), buffers.get::<T>(z), mean);
+                pixels::gated_sums(pool, level, plane, n, tensors, sums.planes);
+                if let Some(squeeze) = squeeze {
+                    let layer = |ids: [ParamId; 2]| {
+                        (
+                            ids.map(|id| slot(params, id)),
+                            ids.map(|id| slot(grads, id)),
+                        )
+                    };
+                    gate::excite_backward(
+                        pool,
+                        (n, plane.c),
+                        buffers.excited(&squeeze),
+                        sums,
+                        (state, slot(params, norm.bias)),
+                        &gate::factors(part.dropout, path, n),
+                        [layer(squeeze.reduce), layer(squeeze.expand)],
+                        part.accumulate,
+                    );
+                }
+                let dgamma = Channels(slot(grads, norm.weight));
+                let dbeta = Channels(slot(grads, norm.bias));
+                gate::close(
+                    plane,
+                    n,
+                    sums,
+                    gate,
+                    squeeze.is_some(),
+                    state,
+                    |c, dg, db| {
+                        // SAFETY: no region runs.
+                        unsafe {
+                            dgamma.add(c, dg, part.accumulate);
+                            dbeta.add(c, db, part.accumulate);
+                        }
+                    },
+                );
+                let [a, c] = sums.constants();
+                // SAFETY: nobody writes them from here on.
+                let (a, b, c) = unsafe { (a.get(), state.get(Row::B), c.get()) };
+                let dz = buffers.get(dz);
+                pixels::gated_gradient(pool, level, plane, n, tensors, (a, b, c), dz);
+            }
             Kernel::Sum {
                 plane,
-                state,
-                z,
+                x,
+                gate,
                 side,
                 relu,
                 y,
             } => {
                 let out = buffers.out::<T>(y, plane.c, None);
-                let state = buffers.state(state);
                 // SAFETY: see above.
-                let (main, side) = unsafe {
-                    let main = Norm {
-                        z: buffers.get(z),
-                        scale: state.get(Row::Scale),
-                        shift: state.get(Row::Shift),
-                        floor: f32::NEG_INFINITY,
-                    };
-                    (main, side.map(|side| buffers.source(side)))
-                };
+                let (x, side) =
+                    unsafe { (buffers.source(x), side.map(|side| buffers.source(side))) };
                 let size = (n * plane.pixels(), plane.c);
-                norm::sum(pool, level, size, main, side, relu, out.y, out.stream);
+                let gate = gate.map(|gate| (buffers.get(gate), plane.pixels()));
+                norm::sum(pool, level, size, x, gate, side, relu, out.y, out.stream);
             }
             Kernel::MaxPool {
                 window,
@@ -539,7 +626,11 @@ impl Cpu {
                 pixels::max_pool(pool, level, window, n, x, buffers.get(y), argmax);
             }
             Kernel::AvgPool { plane, x, y } => {
-                pixels::avg_pool::<T>(pool, plane, n, buffers.get(x), buffers.get(y));
+                let x = Source::Raw(Raw(buffers.get::<T>(x)));
+                pixels::avg_pool(pool, level, plane, n, x, buffers.get(y));
+            }
+            Kernel::HalfPool { plane, x, y } => {
+                pixels::half_pool::<T>(pool, level, plane, n, buffers.get(x), buffers.get(y));
             }
             Kernel::Linear {
                 inputs,
@@ -593,6 +684,26 @@ impl Cpu {
                 let epilogue = unsafe { buffers.epilogue::<T>(close) };
                 let d = buffers.get(d);
                 pixels::avg_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
+                let rows = n * plane.pixels();
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
+            }
+            Kernel::HalfPoolBackward {
+                plane,
+                d,
+                dx,
+                close,
+                partials: id,
+            } => {
+                let (out, sums) = (
+                    buffers.out(dx, plane.c, added(&close)),
+                    partials(id, plane.c),
+                );
+                // SAFETY: see above.
+                let epilogue = unsafe { buffers.epilogue::<T>(close) };
+                let d = buffers.get(d);
+                pixels::half_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
                 let rows = n * plane.pixels();
                 set_gradients(
                     pool, layout, grads, graph, close, &buffers, sums, rows, part,
@@ -908,6 +1019,17 @@ fn name(kernel: &Kernel) -> String {
         Kernel::Conv { geometry, .. } => conv(geometry, "forward"),
         Kernel::ConvBackwardInput { geometry, .. } => conv(geometry, "gradient of input"),
         Kernel::ConvBackwardWeight { geometry, .. } => conv(geometry, "gradient of weight"),
+        Kernel::Gate { plane, .. } => {
+            format!("factors of branch at {}x{}x{}", plane.h, plane.w, plane.c)
+        }
+        Kernel::GateBackward { plane, .. } => {
+            format!(
+                "factors of branch at {}x{}x{}, gradient",
+                plane.h, plane.w, plane.c
+            )
+        }
+        Kernel::HalfPool { .. } => "mean over 2x2".into(),
+        Kernel::HalfPoolBackward { .. } => "mean over 2x2, gradient".into(),
         Kernel::Sum { plane, .. } => format!("sum of block at {}x{}x{}", plane.h, plane.w, plane.c),
         Kernel::MaxPool { .. } => "max pool".into(),
         Kernel::AvgPool { .. } => "mean over plane".into(),

@@ -14,6 +14,7 @@ mod choose;
 mod direct;
 mod execute;
 mod fuse;
+mod gate;
 mod memory;
 mod norm;
 mod peak;
@@ -35,7 +36,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use graph::{Graph, Mode, NORM_UPDATE, ParamId};
+use graph::{Graph, Mode, NORM_UPDATE, Op, ParamId};
 
 use crate::profile::{self, KernelTime, Profile};
 use crate::state::{
@@ -182,9 +183,13 @@ struct Slot {
 impl Layout {
     fn new(graph: &Graph, level: Level) -> Self {
         let mut end = 0;
-        let slot = |p: &graph::Param| {
+        let is_conv = |id: ParamId| {
+            let is = |op: Op| matches!(op, Op::Conv { weight, .. } if weight == id);
+            graph.nodes().iter().any(|node| is(node.op))
+        };
+        let slot = |(i, p): (usize, &graph::Param)| {
             let panels = match p.shape[..] {
-                [outputs, inputs, h, w] => Some(Panels {
+                [outputs, inputs, h, w] if is_conv(ParamId(i)) => Some(Panels {
                     inputs,
                     outputs,
                     taps: h * w,
@@ -202,7 +207,7 @@ impl Layout {
             }
         };
         Self {
-            slots: graph.params().iter().map(slot).collect(),
+            slots: graph.params().iter().enumerate().map(slot).collect(),
             bytes: end,
         }
     }

@@ -3,7 +3,7 @@
 
 use graph::{NORM_EPSILON, STATE_ROWS};
 
-use super::fuse::{Norm, Partials, Read, Source, read_as};
+use super::fuse::{Partials, Raw, Read, Source, read_as};
 use super::memory::Span;
 use super::pool::Pool;
 use super::simd::{Element, Isa, Job, Level};
@@ -75,6 +75,33 @@ impl<'a> State<'a> {
             self.set(Row::Shift, c, f64::from(beta) - mean * scale);
         }
     }
+
+    /// Sets the constants of channel `c`'s gradient from the sums of g and of g (z - mean) over `count` results. Returns
+    /// the gradient of gamma; that of beta is the sum of g.
+    ///
+    /// # Safety
+    /// Nobody else uses channel `c` meanwhile.
+    pub(crate) unsafe fn set_gradient(self, c: usize, g: f64, gz: f64, count: usize) -> f64 {
+        let m = count as f64;
+        // SAFETY: the caller's word.
+        unsafe {
+            let [inv_std, scale] = [Row::InvStd, Row::Scale].map(|row| f64::from(self.at(row, c)));
+            self.set(Row::A, c, scale);
+            self.set(Row::B, c, -scale * inv_std * inv_std * gz / m);
+            self.set(Row::C, c, -scale * g / m);
+            gz * inv_std
+        }
+    }
+
+    /// A value of a row.
+    ///
+    /// # Safety
+    /// Nobody writes channel `c` meanwhile.
+    pub(crate) unsafe fn at(self, row: Row, c: usize) -> f32 {
+        let at = row as usize * self.channels + c;
+        // SAFETY: the caller's word.
+        unsafe { self.rows.part(at..at + 1).get()[0] }
+    }
 }
 
 /// Channels of one task of the reductions over records.
@@ -142,14 +169,9 @@ pub(crate) fn gradient(
                     sum_gz[i] += f64::from(*gz);
                 }
             }
-            let (inv_std, scale) = (state.get(Row::InvStd), state.get(Row::Scale));
-            let m = count as f64;
             for (i, c) in range.enumerate() {
-                let (inv_std, scale) = (f64::from(inv_std[c]), f64::from(scale[c]));
-                state.set(Row::A, c, scale);
-                state.set(Row::B, c, -scale * inv_std * inv_std * sum_gz[i] / m);
-                state.set(Row::C, c, -scale * sum_g[i] / m);
-                done(c, sum_gz[i] * inv_std, sum_g[i]);
+                let dgamma = state.set_gradient(c, sum_g[i], sum_gz[i], count);
+                done(c, dgamma, sum_g[i]);
             }
         }
     });
@@ -158,9 +180,11 @@ pub(crate) fn gradient(
 /// Values of one elementwise task.
 const TASK: usize = 65_536;
 
-/// y = max(floor, z * scale + shift + side), vector by vector.
-struct SumRows<'a, T: Element, S: Read> {
-    main: Norm<'a, T>,
+/// y = max(floor, main * gate + side), vector by vector.
+struct SumRows<'a, T: Element, M: Read, S: Read> {
+    main: M,
+    /// Factors, images x channels, and the pixels of an image.
+    gate: Option<(Span<'a, f32>, usize)>,
     side: Option<S>,
     y: Span<'a, T>,
     channels: usize,
@@ -169,7 +193,7 @@ struct SumRows<'a, T: Element, S: Read> {
     stream: bool,
 }
 
-impl<T: Element, S: Read> Job for SumRows<'_, T, S> {
+impl<T: Element, M: Read, S: Read> Job for SumRows<'_, T, M, S> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         // SAFETY: pixels are inside of the tensors; if `stream`, rows are whole aligned vectors.
@@ -177,9 +201,15 @@ impl<T: Element, S: Read> Job for SumRows<'_, T, S> {
             let floor = I::splat(self.floor);
             for pixel in self.pixels.clone() {
                 let at = pixel * self.channels;
+                let gate = self
+                    .gate
+                    .map(|(gate, pixels)| gate.ptr().add(pixel / pixels * self.channels));
                 let mut c = 0;
                 while c + I::LANES <= self.channels {
                     let mut v = self.main.full::<I>(at, c);
+                    if let Some(gate) = gate {
+                        v = I::mul(v, I::load(gate.add(c)));
+                    }
                     if let Some(side) = &self.side {
                         v = I::add(v, side.full::<I>(at, c));
                     }
@@ -194,6 +224,9 @@ impl<T: Element, S: Read> Job for SumRows<'_, T, S> {
                 if c < self.channels {
                     let n = self.channels - c;
                     let mut v = self.main.part::<I>(at, c, n);
+                    if let Some(gate) = gate {
+                        v = I::mul(v, I::load_part(gate.add(c), n));
+                    }
                     if let Some(side) = &self.side {
                         v = I::add(v, side.part::<I>(at, c, n));
                     }
@@ -204,12 +237,14 @@ impl<T: Element, S: Read> Job for SumRows<'_, T, S> {
     }
 }
 
-/// y = relu?(main + side), pixels x channels; `main` has no floor of its own.
+/// y = relu?(main * gate + side), pixels x channels; `main` is stored, or a normalisation with no floor of its own, `gate`
+/// factors for each image with the pixels of one.
 pub(crate) fn sum<T: Element>(
     pool: &mut Pool,
     level: Level,
     (pixels, channels): (usize, usize),
-    main: Norm<'_, T>,
+    main: Source<'_, T>,
+    gate: Option<(Span<'_, f32>, usize)>,
     side: Option<Source<'_, T>>,
     relu: bool,
     y: Span<'_, T>,
@@ -217,9 +252,51 @@ pub(crate) fn sum<T: Element>(
 ) {
     let len = pixels * channels;
     assert!(
-        main.z.len() >= len && y.len() >= len && side.is_none_or(|s| s.len() >= len),
+        main.len() >= len && y.len() >= len && side.is_none_or(|s| s.len() >= len),
         "the tensors hold all pixels"
     );
+    assert!(
+        gate.is_none_or(|(gate, of_image)| gate.len() * of_image >= len),
+        "every image has its factors"
+    );
+    match main {
+        Source::Raw(main) => sum_rows(
+            pool,
+            level,
+            (pixels, channels),
+            main,
+            gate,
+            side,
+            relu,
+            y,
+            stream,
+        ),
+        Source::Norm(main) => sum_rows(
+            pool,
+            level,
+            (pixels, channels),
+            main,
+            gate,
+            side,
+            relu,
+            y,
+            stream,
+        ),
+        Source::Grad(_) => unreachable!("a summand is a value"),
+    }
+}
+
+fn sum_rows<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    (pixels, channels): (usize, usize),
+    main: impl Read,
+    gate: Option<(Span<'_, f32>, usize)>,
+    side: Option<Source<'_, T>>,
+    relu: bool,
+    y: Span<'_, T>,
+    stream: bool,
+) {
     let per_task = (TASK / channels).max(1);
     let floor = if relu { 0.0 } else { f32::NEG_INFINITY };
     pool.run(pixels.div_ceil(per_task), |_, task| {
@@ -229,7 +306,8 @@ pub(crate) fn sum<T: Element>(
             match side {
                 None => level.call(SumRows {
                     main,
-                    side: None::<Norm<'_, T>>,
+                    gate,
+                    side: None::<Raw<'_, T>>,
                     y,
                     channels,
                     pixels,
@@ -238,6 +316,7 @@ pub(crate) fn sum<T: Element>(
                 }),
                 Some(side) => read_as!(side, side => level.call(SumRows {
                     main,
+                    gate,
                     side: Some(side),
                     y,
                     channels,

@@ -399,27 +399,380 @@ pub(crate) fn max_pool_backward<T: Element>(
     );
 }
 
+/// What is summed up over the pixels of an image, for each channel.
+trait Terms<const K: usize>: Copy + Send + Sync {
+    /// Those of channels `c..c + n` of the pixel whose channels start at `at`; the other lanes are zero.
+    ///
+    /// # Safety
+    /// The channels are inside, and nobody writes what is read.
+    unsafe fn at<I: Isa>(&self, at: usize, c: usize, n: usize) -> [I::V; K];
+}
+
+/// Channels of a task of [`plane_sums`].
+const CHANNELS: usize = 256;
+
+/// Sums over the pixels of an image in their order, some channels at a time.
+struct PlaneSums<'a, T: Terms<K>, const K: usize> {
+    terms: T,
+    plane: Plane,
+    image: usize,
+    channels: Range<usize>,
+    /// K sums, images x channels each.
+    sums: [Span<'a, f32>; K],
+    scale: f32,
+}
+
+impl<T: Terms<K>, const K: usize> Job for PlaneSums<'_, T, K> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let (mut c, end) = (self.channels.start, self.channels.end);
+        // SAFETY: the channels are inside of the image and belong to this task.
+        unsafe {
+            while c + 4 * I::LANES <= end {
+                self.vectors::<I, 4>(c, I::LANES);
+                c += 4 * I::LANES;
+            }
+            while c < end {
+                self.vectors::<I, 1>(c, I::LANES.min(end - c));
+                c += I::LANES;
+            }
+        }
+    }
+}
+
+impl<T: Terms<K>, const K: usize> PlaneSums<'_, T, K> {
+    /// `G` vectors from channel `c` on, of `n` channels each.
+    #[inline(always)]
+    unsafe fn vectors<I: Isa, const G: usize>(&self, c: usize, n: usize) {
+        let plane = self.plane;
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut sums = [[I::zero(); K]; G];
+            for pixel in 0..plane.pixels() {
+                let at = (self.image * plane.pixels() + pixel) * plane.c;
+                for (v, sums) in sums.iter_mut().enumerate() {
+                    let terms = self.terms.at::<I>(at, c + v * I::LANES, n);
+                    for (sum, term) in sums.iter_mut().zip(terms) {
+                        *sum = I::add(*sum, term);
+                    }
+                }
+            }
+            for (v, sums) in sums.iter().enumerate() {
+                for (k, sum) in sums.iter().enumerate() {
+                    let to = self.image * plane.c + c + v * I::LANES;
+                    let sum = I::mul(*sum, I::splat(self.scale));
+                    I::store_part(self.sums[k].ptr().add(to), sum, n);
+                }
+            }
+        }
+    }
+}
+
+/// Sums over planes, times `scale`.
+fn plane_sums<T: Terms<K>, const K: usize>(
+    pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    terms: T,
+    sums: [Span<'_, f32>; K],
+    scale: f32,
+) {
+    assert!(
+        sums.iter().all(|sums| sums.len() >= images * plane.c),
+        "a sum for each channel"
+    );
+    let blocks = plane.c.div_ceil(CHANNELS);
+    pool.run(images * blocks, |_, task| {
+        let first = task % blocks * CHANNELS;
+        // SAFETY: nobody writes what is read in this region; tasks write sums of their own.
+        unsafe {
+            level.call(PlaneSums {
+                terms,
+                plane,
+                image: task / blocks,
+                channels: first..(first + CHANNELS).min(plane.c),
+                sums,
+                scale,
+            });
+        }
+    });
+}
+
+/// A tensor's values.
+#[derive(Clone, Copy)]
+struct Value<S: Read>(S);
+
+impl<S: Read> Terms<1> for Value<S> {
+    #[inline(always)]
+    unsafe fn at<I: Isa>(&self, at: usize, c: usize, n: usize) -> [I::V; 1] {
+        // SAFETY: the caller's word.
+        unsafe {
+            match n == I::LANES {
+                true => [self.0.full::<I>(at, c)],
+                false => [self.0.part::<I>(at, c, n)],
+            }
+        }
+    }
+}
+
 /// y = mean over the plane.
 pub(crate) fn avg_pool<T: Element>(
     pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    x: Source<'_, T>,
+    y: Span<'_, f32>,
+) {
+    assert!(
+        x.len() >= images * plane.elements(),
+        "the tensor holds its planes"
+    );
+    let scale = 1.0 / plane.pixels() as f32;
+    read_as!(x, x => plane_sums(pool, level, plane, images, Value(x), [y], scale));
+}
+
+/// g, g (z - mean) and z - mean.
+#[derive(Clone, Copy)]
+struct Gated<'a, T: Element> {
+    g: Span<'a, T>,
+    z: Span<'a, T>,
+    mean: &'a [f32],
+}
+
+impl<T: Element> Terms<3> for Gated<'_, T> {
+    #[inline(always)]
+    unsafe fn at<I: Isa>(&self, at: usize, c: usize, n: usize) -> [I::V; 3] {
+        // SAFETY: the caller's word.
+        unsafe {
+            let g = T::load_part::<I>(self.g.ptr().add(at + c), n);
+            let z = T::load_part::<I>(self.z.ptr().add(at + c), n);
+            let centred = I::sub(z, I::load_part(self.mean.as_ptr().add(c), n));
+            [g, I::mul(g, centred), centred]
+        }
+    }
+}
+
+/// The sums of g, of g (z - mean) and of z - mean over each image's plane.
+pub(crate) fn gated_sums<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    (g, z, mean): (Span<'_, T>, Span<'_, T>, &[f32]),
+    sums: [Span<'_, f32>; 3],
+) {
+    let len = images * plane.elements();
+    assert!(
+        g.len() >= len && z.len() >= len && mean.len() >= plane.c,
+        "the tensors hold their planes"
+    );
+    let terms = Gated { g, z, mean };
+    plane_sums(pool, level, plane, images, terms, sums, 1.0);
+}
+
+/// dz = a g + b (z - mean) + c; a and c are of images x channels, b and mean of channels.
+struct GatedRows<'a, T: Element> {
+    g: Span<'a, T>,
+    z: Span<'a, T>,
+    mean: &'a [f32],
+    a: &'a [f32],
+    b: &'a [f32],
+    c: &'a [f32],
+    dz: Span<'a, T>,
+    plane: Plane,
+    image: usize,
+    rows: Range<usize>,
+}
+
+impl<T: Element> Job for GatedRows<'_, T> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let channels = self.plane.c;
+        let of_image = self.image * channels;
+        // SAFETY: the rows are inside of the plane and belong to this task.
+        unsafe {
+            for pixel in self.rows.start * self.plane.w..self.rows.end * self.plane.w {
+                let at = (self.image * self.plane.pixels() + pixel) * channels;
+                for c in (0..channels).step_by(I::LANES) {
+                    let n = I::LANES.min(channels - c);
+                    let by_channel = |row: &[f32]| I::load_part(row.as_ptr().add(c), n);
+                    let by_image =
+                        |table: &[f32]| I::load_part(table.as_ptr().add(of_image + c), n);
+                    let g = T::load_part::<I>(self.g.ptr().add(at + c), n);
+                    let z = T::load_part::<I>(self.z.ptr().add(at + c), n);
+                    let centred = I::sub(z, by_channel(self.mean));
+                    let rest = I::fma(by_channel(self.b), centred, by_image(self.c));
+                    let v = I::fma(by_image(self.a), g, rest);
+                    T::store_part::<I>(self.dz.ptr().add(at + c), v, n);
+                }
+            }
+        }
+    }
+}
+
+/// dz = a g + b (z - mean) + c; a and c are of images x channels, b and mean of channels.
+pub(crate) fn gated_gradient<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    (g, z, mean): (Span<'_, T>, Span<'_, T>, &[f32]),
+    (a, b, c): (&[f32], &[f32], &[f32]),
+    dz: Span<'_, T>,
+) {
+    let (len, of_images) = (images * plane.elements(), images * plane.c);
+    assert!(
+        g.len().min(z.len()).min(dz.len()) >= len
+            && a.len().min(c.len()) >= of_images
+            && b.len().min(mean.len()) >= plane.c,
+        "the tensors hold their planes"
+    );
+    pool.run(visits(plane, images), |_, task| {
+        let (image, rows) = visit(plane, task);
+        // SAFETY: nobody writes what is read in this region; tasks write disjoint rows.
+        unsafe {
+            level.call(GatedRows {
+                g,
+                z,
+                mean,
+                a,
+                b,
+                c,
+                dz,
+                plane,
+                image,
+                rows,
+            });
+        }
+    });
+}
+
+/// Pixels of the 2 x 2 window at `window`, those of a side that there are.
+fn half_window(side: usize, window: usize) -> Range<usize> {
+    2 * window..(2 * window + 2).min(side)
+}
+
+/// Share of each pixel of a 2 x 2 window in its mean.
+fn half_share(plane: Plane, h: usize, w: usize) -> f32 {
+    let pixels = half_window(plane.h, h).len() * half_window(plane.w, w).len();
+    1.0 / pixels as f32
+}
+
+/// One row of means over 2 x 2 windows.
+struct HalfRow<'a, T: Element> {
+    plane: Plane,
+    x: Span<'a, T>,
+    y: Span<'a, T>,
+    image: usize,
+    row: usize,
+}
+
+impl<T: Element> Job for HalfRow<'_, T> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let Plane { h, w, c: channels } = self.plane;
+        let (rows, columns) = (h.div_ceil(2), w.div_ceil(2));
+        // SAFETY: the row and its windows are inside of the tensors, and the row belongs to this task.
+        unsafe {
+            for ow in 0..columns {
+                let share = I::splat(half_share(self.plane, self.row, ow));
+                let to = ((self.image * rows + self.row) * columns + ow) * channels;
+                for c in (0..channels).step_by(I::LANES) {
+                    let n = I::LANES.min(channels - c);
+                    let mut sum = I::zero();
+                    for ih in half_window(h, self.row) {
+                        for iw in half_window(w, ow) {
+                            let at = ((self.image * h + ih) * w + iw) * channels;
+                            sum = I::add(sum, T::load_part::<I>(self.x.ptr().add(at + c), n));
+                        }
+                    }
+                    T::store_part::<I>(self.y.ptr().add(to + c), I::mul(sum, share), n);
+                }
+            }
+        }
+    }
+}
+
+/// y = means over 2 x 2 windows.
+pub(crate) fn half_pool<T: Element>(
+    pool: &mut Pool,
+    level: Level,
     plane: Plane,
     images: usize,
     x: Span<'_, T>,
-    y: Span<'_, f32>,
+    y: Span<'_, T>,
 ) {
-    let scale = 1.0 / plane.pixels() as f32;
-    pool.run(images, |_, image| {
-        // SAFETY: nobody writes x in this region; tasks write disjoint images of y.
-        let (x, y) = unsafe {
-            let x = x
-                .part(image * plane.elements()..(image + 1) * plane.elements())
-                .get();
-            (x, y.part(image * plane.c..(image + 1) * plane.c).get_mut())
-        };
-        y.fill(0.0);
-        for x in x.chunks_exact(plane.c) {
-            y.iter_mut().zip(x).for_each(|(y, x)| *y += x.to_f32());
+    let (rows, columns) = (plane.h.div_ceil(2), plane.w.div_ceil(2));
+    assert!(
+        x.len() >= images * plane.elements() && y.len() >= images * rows * columns * plane.c,
+        "the tensors hold their planes"
+    );
+    pool.run(images * rows, |_, task| {
+        let (image, row) = (task / rows, task % rows);
+        // SAFETY: nobody writes x in this region; tasks write disjoint rows of y.
+        unsafe {
+            level.call(HalfRow {
+                plane,
+                x,
+                y,
+                image,
+                row,
+            });
         }
-        y.iter_mut().for_each(|y| *y *= scale);
     });
+}
+
+/// Each pixel's share of the gradient of its window's mean.
+#[derive(Clone, Copy)]
+struct Halved<'a, T: Element> {
+    plane: Plane,
+    d: Span<'a, T>,
+}
+
+impl<T: Element> Gradient for Halved<'_, T> {
+    #[inline(always)]
+    unsafe fn at<I: Isa, const FULL: bool>(
+        &self,
+        image: usize,
+        h: usize,
+        w: usize,
+        c: usize,
+        n: usize,
+    ) -> I::V {
+        let (h, w) = (h / 2, w / 2);
+        let (rows, columns) = (self.plane.h.div_ceil(2), self.plane.w.div_ceil(2));
+        let at = ((image * rows + h) * columns + w) * self.plane.c + c;
+        // SAFETY: the caller's word.
+        unsafe {
+            let p = self.d.ptr().add(at);
+            let d = if FULL {
+                T::load::<I>(p)
+            } else {
+                T::load_part::<I>(p, n)
+            };
+            I::mul(d, I::splat(half_share(self.plane, h, w)))
+        }
+    }
+}
+
+/// Spreads d over the windows of 2 x 2, closed by `epilogue`; `plane` is that of the results.
+pub(crate) fn half_pool_backward<T: Element>(
+    pool: &mut Pool,
+    level: Level,
+    plane: Plane,
+    images: usize,
+    d: Span<'_, T>,
+    out: Out<'_, T>,
+    epilogue: Epilogue<'_, T>,
+    partials: Partials<'_>,
+) {
+    let windows = plane.h.div_ceil(2) * plane.w.div_ceil(2);
+    assert!(
+        d.len() >= images * windows * plane.c,
+        "a gradient for each window"
+    );
+    let halved = Halved { plane, d };
+    visit_all(pool, level, plane, images, halved, out, epilogue, partials);
 }

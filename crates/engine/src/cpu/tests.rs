@@ -1841,9 +1841,12 @@ fn check_mean<T: Element>(pool: &mut Pool, seed: u64) {
         sizes[to] += v.abs() / pixels;
     }
     let what = || format!("{plane:?} of {images} images, seed {seed}");
-    let y = Guarded::<f32>::unset(images * plane.c);
-    pixels::avg_pool(pool, plane, images, x.span(), y.span());
-    check_all(what, &y.to_f64(), &means, |i| F32_PIXELS * EPS * sizes[i]);
+    for level in levels() {
+        let y = Guarded::<f32>::unset(images * plane.c);
+        let source = Source::Raw(Raw(x.span()));
+        pixels::avg_pool(pool, level, plane, images, source, y.span());
+        check_all(what, &y.to_f64(), &means, |i| F32_PIXELS * EPS * sizes[i]);
+    }
 
     let d = Values::Real.tensor::<f32>(r, images * plane.c);
     let ds = d.to_f64();
@@ -1940,11 +1943,20 @@ fn check_sum<T: Element>(pool: &mut Pool, seed: u64) {
     let main = Input::<T>::new(r, values, Reads::Norm { relu: false }, pixels, channels);
     let reads = (r.below(5) > 0).then(|| r.pick(&READS));
     let side = reads.map(|reads| Input::<T>::new(r, values, reads, pixels, channels));
-    let Source::Norm(norm) = main.source() else {
-        unreachable!("just made")
-    };
+    // Images of some pixels each, and the last of fewer.
+    let of_image = 1 + r.below(pixels);
+    let factors = pixels.div_ceil(of_image) * channels;
+    let gate = (r.below(2) > 0).then(|| values.tensor::<f32>(r, factors));
     for relu in [false, true] {
         let (mut expected, mut tolerances) = (main.means.clone(), main.sizes.clone());
+        if let Some(gate) = &gate {
+            let gate = gate.to_f64();
+            for i in 0..expected.len() {
+                let factor = gate[i / channels / of_image * channels + i % channels];
+                expected[i] *= factor;
+                tolerances[i] *= factor.abs();
+            }
+        }
         if let Some(side) = &side {
             expected
                 .iter_mut()
@@ -1961,9 +1973,9 @@ fn check_sum<T: Element>(pool: &mut Pool, seed: u64) {
         for (v, t) in expected.iter_mut().zip(&mut tolerances) {
             match values {
                 Values::Whole => (*v, *t) = (rounded::<T>(*v), 0.0),
-                // A product and up to four sums.
+                // Up to two products and four sums.
                 Values::Real => {
-                    *t = 2.5 * EPS * *t + if is_bf16::<T>() { BF16 * v.abs() } else { 0.0 }
+                    *t = 3.0 * EPS * *t + if is_bf16::<T>() { BF16 * v.abs() } else { 0.0 }
                 }
             }
         }
@@ -1978,7 +1990,8 @@ fn check_sum<T: Element>(pool: &mut Pool, seed: u64) {
                     pool,
                     level,
                     (pixels, channels),
-                    norm,
+                    main.source(),
+                    gate.as_ref().map(|gate| (gate.span(), of_image)),
                     source,
                     relu,
                     y.span(),

@@ -534,14 +534,24 @@ impl Writer<'_> {
                 self.conv(Product::Forward, geometry, tensors);
                 self.after(geometry.output, y, after);
             }
+            Kernel::Gate { .. }
+            | Kernel::GateBackward { .. }
+            | Kernel::HalfPool { .. }
+            | Kernel::HalfPoolBackward { .. }
+            | Kernel::Sum { gate: Some(_), .. } => {
+                unreachable!("whoever makes the engine refuses such networks")
+            }
             Kernel::Sum {
                 plane,
-                state,
-                z,
+                x,
+                gate: None,
                 side,
                 relu,
                 y,
             } => {
+                let Operand::Normed { z, state, .. } = x else {
+                    unreachable!("inference adds in its convolutions")
+                };
                 let c = plane.c;
                 let mut args = vec![
                     self.buffer(z),

@@ -1,12 +1,15 @@
 """Writes the goldens in this directory: what PyTorch computes in float64 for our networks.
 
-    pip install torch==2.15.0 torchvision==0.29.2 numpy==2.4.6      (Python 3.11)
+    pip install torch==2.15.0 torchvision==0.29.2 timm==1.0.31 numpy==2.4.6      (Python 3.11)
     python torch_goldens.py [NAME..]
 
 Parameters, running statistics, images and labels come from the counter-based generator of crates/engine/src/init.rs,
 which is repeated here. So a file holds outputs only, and a checksum of every tensor that both sides start from.
 Convolutions and classifier start as the recipe says; scales and shifts of normalisations are drawn too, also the
 last scale of a block, which is 0 in the 2018 recipe: a branch whose scale is 0 would not be tested.
+
+"rs" is timm's ResNet-RS: torchvision's recipe with a deep stem, a convolution instead of the max-pool, means in the
+shortcuts, and squeeze and excitation of a quarter.
 
 Where a value before a ReLU is so near to 0 that rounding decides its sign, the gradients of everything before it
 jump, by 1e-3 to 1e-2. ResNet-50 has some of those in any batch. For ResNet-18 the seeds were chosen, looking at PyTorch
@@ -35,12 +38,14 @@ torch.autocast, that of the gradients over all of them together, estimated from 
 """
 
 import copy
+import functools
 import json
 import struct
 import sys
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -56,6 +61,8 @@ NETWORKS = [
     (18, 64, 1000, 8, "tpu2018", 8),
     (50, 64, 1000, 8, "torchvision", 1),
     (50, 64, 1000, 8, "tpu2018", 1),
+    (18, 64, 1000, 8, "rs", 1),
+    (50, 64, 1000, 8, "rs", 1),
     (50, 224, 1000, 2, "torchvision", 1),
     (50, 224, 1000, 2, "tpu2018", 1),
 ]
@@ -148,8 +155,20 @@ def draw(seed, name, shape, kind, size):
 # Networks and their inputs.
 
 
+def resnet_rs(depth, classes):
+    block, layers = {
+        18: (timm.models.resnet.BasicBlock, [2, 2, 2, 2]),
+        50: (timm.models.resnet.Bottleneck, [3, 4, 6, 3]),
+    }[depth]
+    attention = functools.partial(timm.layers.get_attn("se"), rd_ratio=0.25)
+    return timm.models.resnet.ResNet(
+        block, layers, num_classes=classes, stem_width=32, stem_type="deep", replace_stem_pool=True, avg_down=True,
+        block_args={"attn_layer": attention},
+    )
+
+
 def network(depth, classes, recipe):
-    net = getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
+    net = resnet_rs(depth, classes) if recipe == "rs" else getattr(torchvision.models, f"resnet{depth}")(num_classes=classes)
     if recipe == "tpu2018":
         if depth < 50:
             # Every group begins with a projection.
@@ -170,16 +189,19 @@ def initial(net, recipe, seed):
         shape = tuple(p.shape)
         if len(shape) == 4:
             out, inputs, window = shape[0], shape[1], float(shape[2] * shape[3])
-            if recipe == "torchvision":
+            if recipe != "tpu2018":
                 start[name] = draw(seed, name, shape, "normal", np.sqrt(2.0 / (window * out)))
             else:
                 start[name] = draw(seed, name, shape, "truncated", np.sqrt(1.0 / (window * inputs)))
         elif name.startswith("fc."):
-            if recipe == "torchvision":
+            if recipe != "tpu2018":
                 start[name] = draw(seed, name, shape, "uniform", np.sqrt(1.0 / net.fc.in_features))
             else:
                 kind, size = ("normal", 0.01) if name == "fc.weight" else ("constant", 0.0)
                 start[name] = draw(seed, name, shape, kind, size)
+        elif ".se." in name:
+            fan_in = net.get_parameter(name.replace(".bias", ".weight")).shape[1]
+            start[name] = draw(seed, name, shape, "uniform", np.sqrt(1.0 / fan_in))
         else:
             start[name] = draw(seed, name, shape, "uniform", 0.5) + np.float32(name.endswith(".weight"))
     for name, buffer in net.named_buffers():
@@ -249,7 +271,7 @@ def write(name, metadata, arrays):
 
 def metadata(golden, start):
     depth, side, classes, images, recipe, seed = golden
-    made = f"torch_goldens.py, torch {torch.__version__}, torchvision {torchvision.__version__}, numpy {np.__version__}"
+    made = f"torch_goldens.py, torch {torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}, numpy {np.__version__}"
     values = dict(depth=depth, resolution=side, classes=classes, images=images, recipe=recipe, seed=seed, made=made)
     return {key: str(value) for key, value in values.items()} | {"names": "\n".join(start)}
 

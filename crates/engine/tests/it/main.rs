@@ -12,7 +12,7 @@ use engine::{
     AVERAGE_PREFIX, Batch, Decay, Dropout, Engine, Error, Hyper, MOMENTUM_PREFIX, Mixed, Pixels,
     Rule, State, initial_state,
 };
-use graph::{Graph, Init, ParamId, Plane, ValueId};
+use graph::{DropPath, Graph, Init, ParamId, Plane, ValueId};
 
 /// A small generator for test cases (xorshift).
 struct Random(u64);
@@ -48,6 +48,15 @@ fn conv_bn(
     g.batch_norm(&format!("{name}.bn"), z, 0.8)
 }
 
+/// What a block of a test may have besides convolutions.
+#[derive(Clone, Copy, Default)]
+struct Extras {
+    /// Hidden channels.
+    squeeze: Option<usize>,
+    path: Option<DropPath>,
+    has_mean_shortcut: bool,
+}
+
 /// relu(branch + shortcut), with a projection where the shape changes.
 fn block(
     g: &mut Graph,
@@ -56,13 +65,24 @@ fn block(
     out: usize,
     kernel: usize,
     stride: usize,
+    extras: Extras,
 ) -> ValueId {
     let a = conv_bn(g, &format!("{name}.a"), x, out, kernel, stride);
     let a = g.relu(&format!("{name}.a.relu"), a);
-    let main = conv_bn(g, &format!("{name}.b"), a, out, 3, 1);
+    let mut main = conv_bn(g, &format!("{name}.b"), a, out, 3, 1);
+    if let Some(hidden) = extras.squeeze {
+        let init = |_, _| (Init::Normal { std: 0.8 }, NORMAL);
+        main = g.squeeze_excite(&format!("{name}.se"), main, hidden, init);
+    }
+    if let Some(path) = extras.path {
+        main = g.drop_path(&format!("{name}.drop_path"), main, path);
+    }
     let keeps = stride == 1 && g.plane(x).c == out;
     let side = if keeps {
         x
+    } else if stride == 2 && extras.has_mean_shortcut {
+        let mean = g.half_pool(&format!("{name}.mean"), x);
+        conv_bn(g, &format!("{name}.side"), mean, out, 1, 1)
     } else {
         conv_bn(g, &format!("{name}.side"), x, out, 1, stride)
     };
@@ -72,6 +92,30 @@ fn block(
 
 /// Stem, perhaps a max-pool, two blocks, head; odd and even planes from `side` pixels on.
 fn random_graph(r: &mut Random, side: usize) -> Graph {
+    random_graph_of(r, side, |_, _| Extras::default())
+}
+
+/// The same of blocks with squeeze and excitation, branches that are dropped and means in their shortcuts, or some of
+/// them.
+fn random_variant(r: &mut Random, side: usize) -> Graph {
+    random_graph_of(r, side, |r, number| Extras {
+        squeeze: r.pick(&[None, Some(1), Some(3), Some(6)]),
+        path: r.pick(&[
+            None,
+            Some(DropPath {
+                block: number,
+                share: [number + 1, 2],
+            }),
+        ]),
+        has_mean_shortcut: r.below(4) > 0,
+    })
+}
+
+fn random_graph_of(
+    r: &mut Random,
+    side: usize,
+    mut extras: impl FnMut(&mut Random, usize) -> Extras,
+) -> Graph {
     let plane = Plane {
         h: side + r.below(9),
         w: side + r.below(9),
@@ -89,9 +133,10 @@ fn random_graph(r: &mut Random, side: usize) -> Graph {
     if r.below(2) == 0 {
         x = g.max_pool("pool", x, r.below(2));
     }
-    for name in ["one", "two"] {
+    for (number, name) in ["one", "two"].into_iter().enumerate() {
         let (out, kernel, stride) = (r.pick(&[4, 5, 8]), r.pick(&[1, 3]), r.pick(&[1, 2]));
-        x = block(&mut g, name, x, out, kernel, stride);
+        let extras = extras(r, number);
+        x = block(&mut g, name, x, out, kernel, stride, extras);
     }
     let x = g.avg_pool("pooled", x);
     let classes = 2 + r.below(7);
@@ -464,8 +509,8 @@ fn wide_graph() -> Graph {
     let x = conv_bn(&mut g, "stem", image, 64, 7, 2);
     let x = g.relu("stem.relu", x);
     let x = g.max_pool("pool", x, 0);
-    let x = block(&mut g, "one", x, 64, 3, 1);
-    let x = block(&mut g, "two", x, 160, 3, 2);
+    let x = block(&mut g, "one", x, 64, 3, 1, Extras::default());
+    let x = block(&mut g, "two", x, 160, 3, 2, Extras::default());
     let x = g.avg_pool("pooled", x);
     g.linear("fc", x, 100, NORMAL, NORMAL);
     g
@@ -783,8 +828,8 @@ fn other_stems_equal_the_oracles() {
         } else {
             x = g.max_pool("pool", x, 1);
         }
-        x = block(&mut g, "one", x, 8, 3, 1);
-        x = block(&mut g, "two", x, 5, 3, 2);
+        x = block(&mut g, "one", x, 8, 3, 1, Extras::default());
+        x = block(&mut g, "two", x, 5, 3, 2, Extras::default());
         let x = g.avg_pool("pooled", x);
         g.linear("fc", x, 4, NORMAL, Init::Uniform { bound: 0.1 });
         for seed in 800..803 {
@@ -795,6 +840,7 @@ fn other_stems_equal_the_oracles() {
 
 const DROPOUT: Dropout = Dropout {
     rate: 0.4,
+    path_rate: 0.5,
     seed: 3,
     step: 7,
 };
@@ -823,5 +869,31 @@ fn dropout_equals_the_oracles() {
     for seed in 610..613 {
         let graph = random_graph(&mut Random::new(seed), 18);
         check_graph(seed, &graph, 7, &hyper, &Options::new(3, 2));
+    }
+}
+
+#[test]
+fn gradients_of_variants_pass_finite_differences() {
+    for seed in 620..636 {
+        let r = &mut Random::new(seed);
+        let graph = random_variant(r, 4);
+        let data = Data::new(r, &graph, 3);
+        let mut oracle = Oracle::new(&graph, 8, &initial_state(&graph, seed)).unwrap();
+        oracle.drop_out(Some(DROPOUT));
+        check_slopes(seed, r, &graph, &data, &mut oracle, 4);
+    }
+}
+
+/// Squeeze and excitation, branches that are dropped, means in shortcuts: micro-batches, partial ones, every level.
+#[test]
+fn variants_equal_the_oracles() {
+    let hyper = Hyper {
+        dropout: Some(DROPOUT),
+        ..hyper()
+    };
+    for seed in 640..652 {
+        let graph = random_variant(&mut Random::new(seed), 18);
+        check_graph(seed, &graph, 7, &hyper, &Options::new(3, 2));
+        check_graph(seed, &graph, 7, &hyper, &bf16(3, 2));
     }
 }

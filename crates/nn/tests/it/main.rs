@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use graph::{Init, Op};
-use nn::{DEPTHS, RESOLUTIONS, Recipe, Stem, Unsupported, resnet, resnet_with};
+use nn::{Blocks, DEPTHS, RESOLUTIONS, Recipe, Stem, Unsupported, Variant, resnet, resnet_with};
 
 fn check_counts(recipe: Recipe, depth: usize, classes: usize, params: usize) {
     let graph = resnet(depth, 224, classes, recipe).unwrap();
@@ -190,7 +190,11 @@ fn stems_have_their_convolutions() {
             is_deep,
             has_conv_pool,
         };
-        let graph = resnet_with(stem, 50, 224, 1000, Recipe::Torchvision).unwrap();
+        let variant = Variant {
+            stem,
+            ..Variant::default()
+        };
+        let graph = resnet_with(variant, 50, 224, 1000, Recipe::Torchvision).unwrap();
         assert_eq!(
             graph.nodes().last().unwrap().plane,
             plain.nodes().last().unwrap().plane
@@ -217,6 +221,80 @@ fn stems_have_their_convolutions() {
     assert_eq!(with(false, true), (vec![seven, pool.clone()], pooled));
     let both = [&deep[..], &[pool]].concat();
     assert_eq!(with(true, true), (both, 19_232 + pooled));
+}
+
+const RESNET_RS: Variant = Variant {
+    stem: Stem {
+        is_deep: true,
+        has_conv_pool: true,
+    },
+    blocks: Blocks {
+        has_mean_shortcut: true,
+        squeeze: Some(0.25),
+        are_dropped: true,
+    },
+};
+
+/// docs/reference/vectors.json, `resnet_rs`: depth, resolution, trainable, conv, BN, SE, convs, MACs.
+#[test]
+fn counts_of_resnet_rs_equal_the_reference() {
+    let vectors = include_str!("../../../../docs/reference/vectors.json");
+    let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+    let all = vectors["resnet_rs"].as_object().unwrap();
+    assert_eq!(all.len(), 11);
+    for (name, counts) in all {
+        let (depth, resolution) = name.split_once("_i").unwrap();
+        let (depth, resolution) = (depth.parse().unwrap(), resolution.parse().unwrap());
+        let graph = resnet_with(RESNET_RS, depth, resolution, 1000, Recipe::Tpu2018).unwrap();
+        let ours = graph.counts();
+        let number = |key: &str| counts[key].as_u64().unwrap() as usize;
+        assert_eq!(
+            [
+                ours.params,
+                ours.conv_params,
+                ours.norm_params,
+                ours.squeeze_params,
+                ours.linear_params,
+                ours.convs,
+                ours.macs
+            ],
+            ["total", "conv", "bn", "se", "dense", "nconv", "macs"].map(number),
+            "{name}"
+        );
+    }
+}
+
+/// The names are timm's (`resnetrs50`), the rates by group the reference's.
+#[test]
+fn blocks_of_resnet_rs() {
+    let graph = resnet_with(RESNET_RS, 50, 160, 1000, Recipe::Torchvision).unwrap();
+    let shape = |name: &str| {
+        let param = graph.params().iter().find(|p| p.name == name);
+        param.unwrap_or_else(|| panic!("{name}")).shape.clone()
+    };
+    assert_eq!(shape("layer1.0.se.fc1.weight"), [64, 256, 1, 1]);
+    assert_eq!(shape("layer1.0.se.fc2.weight"), [256, 64, 1, 1]);
+    assert_eq!(shape("layer4.2.se.fc2.bias"), [2048]);
+    assert_eq!(shape("layer1.0.downsample.1.weight"), [256, 64, 1, 1]);
+    assert_eq!(shape("layer2.0.downsample.2.weight"), [512]);
+    let means = graph.nodes().iter().filter(|n| n.op == Op::HalfPool);
+    let means: Vec<_> = means.map(|n| (n.name.as_str(), n.plane.h)).collect();
+    let halves = [
+        ("layer2.0.downsample.0", 20),
+        ("layer3.0.downsample.0", 10),
+        ("layer4.0.downsample.0", 5),
+    ];
+    assert_eq!(means, halves);
+    let paths = graph.nodes().iter().filter_map(|n| match n.op {
+        Op::DropPath(path) => Some((path.block, path.share)),
+        _ => None,
+    });
+    let groups = [2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5, 5, 5];
+    let expected = groups
+        .iter()
+        .enumerate()
+        .map(|(block, group)| (block, [*group, 5]));
+    assert!(paths.eq(expected));
 }
 
 #[test]

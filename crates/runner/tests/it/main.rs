@@ -224,6 +224,10 @@ fn plan_counts_every_config() {
         let config = format!("configs/resnet{depth}.toml");
         assert_eq!(plan(&[&config])["model"]["params"], params);
     }
+    for (name, params) in [("resnetrs50", 35_691_912), ("resnetrs200", 93_209_992)] {
+        let config = format!("configs/{name}.toml");
+        assert_eq!(plan(&[&config])["model"]["params"], params);
+    }
     let torchvision = plan(&["configs/resnet18.toml", "--set", "model.recipe=torchvision"]);
     assert_eq!(torchvision["model"]["params"], 11_689_512);
 }

@@ -444,8 +444,8 @@ fn a_card_that_is_not_there() {
 }
 
 #[test]
-fn what_is_not_supported_yet() {
-    let sets = ["data.source=bigtable", "track.mlflow=databricks"];
+fn names_that_are_not_known() {
+    let sets = ["data.source=kafka", "track.mlflow=databricks"];
     assert_snapshot!(Here::new().say(&sets));
 }
 

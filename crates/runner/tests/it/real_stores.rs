@@ -1,4 +1,4 @@
-//! Training from stores that others have written: S3 by moto, which ci/requirements.txt brings, and Azure by Azurite,
+//! Training from stores that others have written: S3 by moto, which ci/requirements.txt brings, Bigtable by its emulator, and Azure by Azurite,
 //! whose `azurite-blob` the variable RUNNER_AZURITE names. Between them and the program sits a relay that breaks
 //! connections in the middle.
 
@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use crate::Home;
 use crate::buckets::{assert_equal, digits, train};
+use crate::{Home, runner, text};
 
 /// A relay that breaks every second connection after so many bytes of answers.
 struct Relay {
@@ -198,4 +198,108 @@ fn azure_by_azurite() {
         ),
     ];
     check("az://bkt", &relay, &environment);
+}
+
+/// Bigtable's emulator and its command line, which come with Google's packages google-cloud-cli-bigtable-emulator and
+/// google-cloud-cli-cbt; RUNNER_CBTEMULATOR names another one.
+fn emulator() -> Option<String> {
+    let named = std::env::var("RUNNER_CBTEMULATOR")
+        .ok()
+        .filter(|path| !path.is_empty());
+    let usual = "/usr/lib/google-cloud-sdk/platform/bigtable-emulator/cbtemulator";
+    let path = named.or_else(|| Path::new(usual).exists().then(|| usual.into()));
+    let has_cbt = Command::new("cbt").arg("help").output().is_ok();
+    if path.is_none() || !has_cbt {
+        println!("skipped: Bigtable's emulator (RUNNER_CBTEMULATOR) or cbt is not on this machine");
+        return None;
+    }
+    path
+}
+
+/// The digits as rows of a table, written by `data load-bigtable` over connections that break; 1438 rows are two shards,
+/// and so are the files that they are compared with.
+#[test]
+fn bigtable_by_its_emulator() {
+    let Some(emulator) = emulator() else { return };
+    let port = free_port();
+    let flags = ["-host", "127.0.0.1", "-port", &port.to_string()];
+    let (_server, address) = start(Command::new(emulator).args(flags), port);
+    let relay = Relay::to(address);
+    let environment = [
+        ("BIGTABLE_EMULATOR_HOST", relay.address.to_string()),
+        ("NO_PROXY", "127.0.0.1".into()),
+    ];
+    for arguments in [
+        ["createtable", "digits", "families=tfexample"],
+        ["createtable", "empty", "families=tfexample"],
+    ] {
+        let mut cbt = Command::new("cbt");
+        cbt.args(["-project", "p", "-instance", "i"])
+            .args(arguments)
+            .env("BIGTABLE_EMULATOR_HOST", address.to_string());
+        assert!(cbt.status().unwrap().success());
+    }
+    let envs = || environment.iter().map(|(k, v)| (*k, v.as_str()));
+    for split in ["train", "validation"] {
+        let args = [
+            "data",
+            "load-bigtable",
+            &format!("data/digits/{split}-*"),
+            &format!("bigtable://p/i/digits/{split}_"),
+        ];
+        let loaded = runner(&args).envs(envs()).output().unwrap();
+        assert!(loaded.status.success(), "{}", text(&loaded.stderr));
+        let rows = if split == "train" { 1438 } else { 359 };
+        let said = text(&loaded.stdout);
+        assert!(said.starts_with(&format!("{rows} rows, ")), "{said}");
+    }
+
+    let files = tempfile::tempdir().unwrap();
+    let mut records = digits()
+        .into_iter()
+        .filter(|(name, _)| name.starts_with("train"))
+        .flat_map(|(name, _)| {
+            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../data/digits");
+            let mut reader = store::tfrecord::Reader::open(&path.join(name)).unwrap();
+            std::iter::from_fn(move || reader.next().unwrap())
+        });
+    for name in ["train-0", "train-1"] {
+        let mut shard = vec![];
+        for record in records.by_ref().take(store::bigtable::SHARD) {
+            store::tfrecord::write(&mut shard, &record.bytes).unwrap();
+        }
+        store::write_atomic(&files.path().join(name), &[&shard]).unwrap();
+    }
+    let straight = Home::new();
+    let local = format!("data.train={}/train-*", files.path().display());
+    train(&straight, &[&local, "data.train_examples=1438"], &[]);
+    let ours = Home::new();
+    let sets = [
+        "data.source=bigtable",
+        "data.train=bigtable://p/i/digits/train_",
+        "data.eval=bigtable://p/i/digits/validation_",
+        "data.train_examples=1438",
+    ];
+    train(&ours, &sets, &environment);
+    assert_equal(&ours, &straight);
+    let broken = relay.broken.load(Ordering::SeqCst);
+    assert!(broken > 2, "{broken} connections were broken");
+
+    // What is not there.
+    for (url, what) in [
+        ("bigtable://p/i/nowhere/train_", "nowhere"),
+        ("bigtable://p/i/empty/train_", "no row's key begins so"),
+        (
+            "bigtable://p/i/digits/train_?column=ds:d",
+            "no row's key begins so",
+        ),
+    ] {
+        let home = Home::new();
+        let (train, eval) = (format!("data.train={url}"), format!("data.eval={url}"));
+        let args = home.args(&["data.source=bigtable", &train, &eval]);
+        let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+        let refused = runner(&args).envs(envs()).output().unwrap();
+        let said = text(&refused.stderr);
+        assert!(!refused.status.success() && said.contains(what), "{said}");
+    }
 }

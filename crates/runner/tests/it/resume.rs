@@ -318,7 +318,7 @@ fn verify_resume_proves_it() {
 
 /// Every part of the regime that a resume could get wrong, at once: the average, mixtures by the number of the step,
 /// LARS's momentum, a schedule that counts from the end.
-const REGIME: [&str; 10] = [
+const REGIME: [&str; 13] = [
     "optimizer.kind=lars",
     "optimizer.nesterov=false",
     "optimizer.clip_norm=1",
@@ -327,6 +327,9 @@ const REGIME: [&str; 10] = [
     "schedule.end_lr=1e-4",
     "ema.half_life=3 steps",
     "model.dropout=0.2",
+    "model.shortcut=mean",
+    "model.se_ratio=0.25",
+    "model.drop_connect=0.2",
     "mixup.alpha=0.2",
     "mixup.cutmix_alpha=1",
 ];
@@ -344,9 +347,9 @@ fn verify_resume_proves_it_for_the_whole_regime() {
         args.extend(["--set", set]);
     }
     let (out, said) = crate::check(&args, 0);
-    // Those of the network, 107 of them with an average.
+    // Those of the network, 139 of them with an average.
     assert!(
-        out.contains("of 8, then equal in every bit of 279 tensors"),
+        out.contains("of 8, then equal in every bit of 375 tensors"),
         "{out}{said}"
     );
 }

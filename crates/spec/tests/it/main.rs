@@ -908,10 +908,6 @@ fn devices() {
 #[test]
 fn what_is_not_supported_yet() {
     check_set(
-        "data.source=bigtable",
-        "\"bigtable\" is not supported yet\nhint: supported: \"tfrecord\", \"webdataset\", \"folder\", \"fake\", \"zeros\"",
-    );
-    check_set(
         "optimizer.kind=adam",
         "expected one of \"sgd\", \"lars2018\", \"lars\", not \"adam\"",
     );
@@ -923,6 +919,11 @@ fn numbers_of_the_regime() {
         "model.dropout=1",
         "expected at least 0 and below 1, not 1.0",
     );
+    check_range(
+        "model.drop_connect=1",
+        "expected at least 0 and below 1, not 1.0",
+    );
+    check_range("model.se_ratio=1.5", "expected from 0 to 1, not 1.5");
     check_range("optimizer.trust=0", "expected above 0, not 0.0");
     check_range("optimizer.clip_norm=0", "expected above 0, not 0.0");
     check_range("schedule.power=0", "expected above 0, not 0.0");
@@ -1032,7 +1033,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 78] = [
+const KEYS: [(&str, &str, bool); 81] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1043,6 +1044,9 @@ const KEYS: [(&str, &str, bool); 78] = [
     ("model.recipe", "torchvision", true),
     ("model.stem", "deep", true),
     ("model.stem_pool", "conv", true),
+    ("model.shortcut", "mean", true),
+    ("model.se_ratio", "0.25", true),
+    ("model.drop_connect", "0.1", true),
     ("model.dropout", "0.25", true),
     ("model.labels", "l", false),
     ("model.weights", "w", true),
