@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use spec::{Length, Mode};
 use store::Lease;
 use track::{Resume, Summary, Terminal, Trackers, read_summary};
-use train::{Checkpoints, Ended, Input, Job, Limits, Meta, Pace, Plan, Progress};
+use train::{Checkpoints, Ended, Input, Job, Limits, Meta, Mirror, Pace, Plan, Progress};
 
 use crate::cli::Spec;
 use crate::config;
@@ -51,13 +51,22 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
     let meta = Meta::new(&run, input.computation(&run), labels);
 
     let dir = run.run_dir();
+    let mirror = run.checkpoint.mirror.as_deref().map(Mirror::new);
     if how.fresh {
+        check_is_new(&run, mirror.as_ref())?;
         put_aside(&dir)?;
     }
     std::fs::create_dir_all(&dir)
         .map_err(|e| Failure::Run(format!("{}: cannot create: {e}", dir.display())))?;
     let _lease = Lease::take(&dir)?;
     let mut said = vec![];
+    if let Some(mirror) = &mirror {
+        let here = Checkpoints::of(&dir).latest_step()?;
+        if let Some(step) = mirror.fetch(&dir, here)? {
+            let url = run.checkpoint.mirror.as_deref().unwrap_or_default();
+            said.push(format!("the checkpoint of step {step} comes from {url}"));
+        }
+    }
     let start = train::resume(&dir, &meta, |note| said.push(note.to_owned()))?;
     if let Some(summary) = start
         .as_ref()
@@ -105,7 +114,8 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
             (Progress::default(), Some(state))
         }
     };
-    let (checkpoints, stop, mut pace) = (Checkpoints::of(&dir), stop_on_signals(), Pace::default());
+    let checkpoints = Checkpoints::of(&dir).mirrored(mirror);
+    let (stop, mut pace) = (stop_on_signals(), Pace::default());
     // Every resolution has an engine of its own, which takes over from the one before.
     let ended = 'phases: loop {
         let (end, side) = plan.phase(&at);
@@ -177,6 +187,20 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
             print(&summary);
             Ok(ExitCode::from(INTERRUPTED))
         }
+    }
+}
+
+/// A run that starts anew cannot leave its checkpoints among those of another.
+fn check_is_new(run: &spec::Run, mirror: Option<&Mirror>) -> Result<(), Failure> {
+    let (Some(url), Some(mirror)) = (&run.checkpoint.mirror, mirror) else {
+        return Ok(());
+    };
+    match mirror.latest()? {
+        None => Ok(()),
+        Some(step) => Err(Failure::Spec(format!(
+            "checkpoint.mirror: {url} holds a run that has come to step {step}\n\
+             hint: --fresh starts anew; name another place, or remove that one"
+        ))),
     }
 }
 

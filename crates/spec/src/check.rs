@@ -121,6 +121,7 @@ pub(crate) fn check(run: &Run) -> Vec<Finding> {
     let mut found = Findings(vec![]);
     names(run, &mut found);
     model(run, &mut found);
+    mirror(run, &mut found);
     whole_numbers(run, &mut found);
     data(&run.data, &mut found);
     shards(run, &mut found);
@@ -205,6 +206,15 @@ fn table(source: Source, key: &'static str, place: Option<&str>, found: &mut Fin
             "write {TABLE}PROJECT/INSTANCE/TABLE/PREFIX, with ?column=FAMILY:QUALIFIER unless it is tfexample:example"
         );
         found.keys(key, with, format!("{place} names no rows"), Some(hint));
+    }
+}
+
+/// A mirror is in a bucket.
+fn mirror(run: &Run, found: &mut Findings) {
+    if let Some(place) = run.checkpoint.mirror.as_deref().filter(|p| !is_bucket(p)) {
+        let what = format!("{place} is in no bucket");
+        let hint = "give a URL of gs://, s3:// or az://; on this machine checkpoints are in the run directory";
+        found.key("checkpoint.mirror", what, Some(hint.into()));
     }
 }
 

@@ -561,6 +561,9 @@ pub struct Checkpoint {
     pub keep: usize,
     /// By which number of an evaluation the best is the best.
     pub best: BestMetric,
+    /// Where in a bucket (gs://, s3://, az://) each checkpoint and the run's files are copied to, and from where a run goes
+    /// on that finds nothing later on this machine. One run writes there.
+    pub mirror: Option<String>,
 }
 
 /// A number of an evaluation.
@@ -794,6 +797,7 @@ impl Default for Checkpoint {
             every: epochs(1.0),
             keep: 3,
             best: BestMetric::Top1,
+            mirror: None,
         }
     }
 }
@@ -839,7 +843,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 25] = [
+const FREE: [&str; 26] = [
     "name",
     "mode",
     "run_dir",
@@ -858,6 +862,7 @@ const FREE: [&str; 25] = [
     "checkpoint.every",
     "checkpoint.keep",
     "checkpoint.best",
+    "checkpoint.mirror",
     "eval.wait",
     "train.max_rewinds",
     "track.mlflow",

@@ -337,6 +337,24 @@ pub(crate) fn put(url: &Path, parts: &[&[u8]]) -> Result<(), Error> {
     Ok(())
 }
 
+/// Removes an object, if it is there.
+pub(crate) fn remove(url: &Path) -> Result<(), Error> {
+    let remove = || {
+        let (client, key) = locate(url)?;
+        wait(async move {
+            match client.delete(&key).await {
+                Ok(()) | Err(object_store::Error::NotFound { .. }) => Ok(()),
+                Err(error) => Err(error.into()),
+            }
+        })
+    };
+    remove().map_err(|failure: Failure| failure.into_error("remove", url))?;
+    if let Some(known) = lock(&KNOWN).as_mut() {
+        known.remove(url);
+    }
+    Ok(())
+}
+
 /// All bytes of an object; none if it is not there.
 pub(crate) fn read(url: &Path) -> Result<Option<Vec<u8>>, Error> {
     let read = || {

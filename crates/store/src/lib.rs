@@ -99,6 +99,20 @@ pub fn read(path: &Path) -> Result<Option<Vec<u8>>, Error> {
     }
 }
 
+/// Removes a file or object; it may be gone already.
+///
+/// # Errors
+/// It stays.
+pub fn remove(path: &Path) -> Result<(), Error> {
+    if is_url(path) {
+        return bucket::remove(path);
+    }
+    match std::fs::remove_file(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", path, e)),
+        _ => Ok(()),
+    }
+}
+
 /// Whether there is such a file, directory or object.
 ///
 /// # Errors

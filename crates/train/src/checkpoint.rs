@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use track::{Best, EvalSummary};
 
 use crate::Error;
+use crate::mirror::Mirror;
 
 /// Version of [`Meta`] and of the tensors' names. Earlier ones are read by [`migrate`].
 /// 1: no checksums, no batches that were passed over.
@@ -125,6 +126,7 @@ impl Meta {
 #[derive(Clone, Debug)]
 pub struct Checkpoints {
     dir: PathBuf,
+    mirror: Option<Mirror>,
 }
 
 fn file_name(step: u64) -> String {
@@ -136,7 +138,13 @@ impl Checkpoints {
     pub fn of(run_dir: &Path) -> Self {
         Self {
             dir: run_dir.join("checkpoints"),
+            mirror: None,
         }
+    }
+
+    /// The same, each copied to `mirror` when it is written.
+    pub fn mirrored(self, mirror: Option<Mirror>) -> Self {
+        Self { mirror, ..self }
     }
 
     /// Names of the files, none if there is no such directory.
@@ -179,15 +187,21 @@ impl Checkpoints {
         Ok(steps.map(|step| self.dir.join(file_name(step))).collect())
     }
 
+    /// The step of the latest checkpoint.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn latest_step(&self) -> Result<Option<u64>, Error> {
+        Ok(self.steps()?.last().copied())
+    }
+
     /// The file of the latest checkpoint.
     ///
     /// # Errors
     /// If the directory cannot be read.
     pub fn latest(&self) -> Result<Option<PathBuf>, Error> {
-        Ok(self
-            .steps()?
-            .last()
-            .map(|&step| self.dir.join(file_name(step))))
+        let step = self.latest_step()?;
+        Ok(step.map(|step| self.dir.join(file_name(step))))
     }
 
     /// The checkpoint of the best evaluation of a run that has come to `at`, and its step; the latest where there was
@@ -204,16 +218,18 @@ impl Checkpoints {
         }
     }
 
-    /// Writes a checkpoint, points `latest` to it and removes the oldest beyond `keep`; the best stays.
+    /// Writes a checkpoint, points `latest` to it and removes the oldest beyond `keep`; the best stays. The same then in
+    /// the mirror.
     ///
     /// # Errors
-    /// If the disk refuses. Earlier checkpoints are then untouched.
+    /// If the disk refuses, or the mirror. Earlier checkpoints are then untouched.
     pub fn save(&self, meta: &Meta, state: &State, keep: usize) -> Result<(), Error> {
         std::fs::create_dir_all(&self.dir)
             .map_err(|source| Error::io("create", &self.dir, source))?;
         let step = meta.progress.step;
-        store::write_atomic(&self.dir.join(file_name(step)), &[&encode(meta, state)])?;
-        self.point_to(&meta.progress)?;
+        let bytes = encode(meta, state);
+        store::write_atomic(&self.dir.join(file_name(step)), &[&bytes])?;
+        self.point_here(&meta.progress)?;
         let best = meta.progress.best.as_ref().map(|b| b.step);
         let steps = self.steps()?;
         let old = steps.iter().rev().skip(keep);
@@ -223,6 +239,12 @@ impl Checkpoints {
         // What a kill in the middle of an earlier write has left.
         for name in self.names()?.iter().filter(|n| n.starts_with(".step-")) {
             self.remove(name)?;
+        }
+        if let Some(mirror) = &self.mirror {
+            let run_dir = self.dir.parent().unwrap_or(&self.dir);
+            mirror.put(run_dir, &file_name(step), &bytes)?;
+            mirror.point(&self.pointers(&meta.progress)?)?;
+            mirror.retain(&self.steps()?)?;
         }
         Ok(())
     }
@@ -241,19 +263,33 @@ impl Checkpoints {
     /// Makes `latest` and `best` name the checkpoints that `at` says, where there are any.
     ///
     /// # Errors
-    /// If the disk refuses.
+    /// If the disk refuses, or the mirror.
     pub fn point_to(&self, at: &Progress) -> Result<(), Error> {
-        let best = at.best.as_ref().map(|best| best.step);
-        let latest = self.steps()?.last().copied();
-        // A disk that refused for a while may have cost the best its file.
-        let has_file = |step: &u64| self.dir.join(file_name(*step)).is_file();
-        for (name, step) in [("latest", latest), ("best", best)] {
-            if let Some(step) = step.filter(has_file) {
-                let text = file_name(step) + "\n";
-                store::write_atomic(&self.dir.join(name), &[text.as_bytes()])?;
-            }
+        self.point_here(at)?;
+        match &self.mirror {
+            Some(mirror) => mirror.point(&self.pointers(at)?),
+            None => Ok(()),
+        }
+    }
+
+    /// The same, but for the mirror.
+    pub(crate) fn point_here(&self, at: &Progress) -> Result<(), Error> {
+        for (name, text) in self.pointers(at)? {
+            store::write_atomic(&self.dir.join(name), &[text.as_bytes()])?;
         }
         Ok(())
+    }
+
+    /// The pointers that there are, and what they say.
+    fn pointers(&self, at: &Progress) -> Result<Vec<(&'static str, String)>, Error> {
+        let best = at.best.as_ref().map(|best| best.step);
+        // A disk that refused for a while may have cost the best its file.
+        let has_file = |step: &u64| self.dir.join(file_name(*step)).is_file();
+        let named = [("latest", self.latest_step()?), ("best", best)].into_iter();
+        let there = named.filter_map(|(name, step)| Some((name, step.filter(has_file)?)));
+        Ok(there
+            .map(|(name, step)| (name, file_name(step) + "\n"))
+            .collect())
     }
 }
 

@@ -8,6 +8,7 @@ mod compare;
 mod confusion;
 mod error;
 mod input;
+mod mirror;
 mod pace;
 mod plan;
 mod writer;
@@ -27,6 +28,7 @@ pub use compare::{Comparison, compare};
 pub use confusion::Confusion;
 pub use error::Error;
 pub use input::{Input, eval_config, image_config};
+pub use mirror::Mirror;
 pub use pace::Pace;
 pub use plan::Plan;
 use plan::Scored;
@@ -146,7 +148,7 @@ fn steps(
         drawn: at.drawn,
         skip: at.skip.clone(),
     };
-    job.checkpoints.point_to(at)?;
+    job.checkpoints.point_here(at)?;
     let before_now = at.seconds - pace.seconds();
     at.is_eval_due |= job.is_eval_due(at.step);
     if job.limits.max_rewinds > 0 {

@@ -244,3 +244,105 @@ fn an_object_that_is_replaced_while_it_is_read() {
         "{said}"
     );
 }
+
+/// Six steps of 32 digits with a checkpoint after every second one.
+const MIRRORED: [&str; 8] = [
+    "train.batch_size=32",
+    "train.bn_batch=32",
+    "train.length=6 steps",
+    "schedule.warmup=2 steps",
+    "schedule.milestones=[\"5 steps\"]",
+    "eval.every=3 steps",
+    "checkpoint.every=2 steps",
+    "checkpoint.keep=1",
+];
+
+/// Runs on a machine with that home, with these arguments too.
+fn mirrored(home: &Home, fake: &Fake, more: &[&str], code: i32) -> String {
+    let args = home.args(&[&MIRRORED[..], &["checkpoint.mirror=gs://bkt/runs/a"]].concat());
+    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let args = [&args[..], more].concat();
+    run(runner(&args).envs(fake.environment()), code)
+}
+
+/// A machine that does not come back costs the steps since the last checkpoint, and no bit.
+#[test]
+fn a_run_goes_on_from_its_mirror_on_another_machine() {
+    let straight = Home::new();
+    straight.check(&MIRRORED, 0);
+
+    let fake = Fake::start();
+    fake.put("bkt/else", vec![]); // or there would be no bucket
+    let first = Home::new();
+    // Where there is an evaluation anyway.
+    mirrored(&first, &fake, &["--until", "3 steps"], 75);
+    let names = |fake: &Fake| {
+        let names = fake.names().into_iter();
+        let of = names.filter_map(|name| name.strip_prefix("bkt/runs/a/").map(str::to_owned));
+        of.filter(|name| !name.ends_with("tsv")).collect::<Vec<_>>()
+    };
+    let at = |step: u64| format!("checkpoints/step-{step:010}.safetensors");
+    let files = ["log.txt", "metrics.jsonl", "spec.toml"].map(str::to_owned);
+    let pointers = ["checkpoints/best", "checkpoints/latest"].map(str::to_owned);
+    let expected = [&pointers[..], &[at(3)], &files].concat();
+    assert_eq!(names(&fake), expected);
+    drop(first);
+
+    let second = Home::new();
+    let said = mirrored(&second, &fake, &[], 0);
+    let from = "the checkpoint of step 3 comes from gs://bkt/runs/a";
+    assert!(said.contains(from), "{said}");
+    assert_equal(&second, &straight);
+    let metrics = |home: &Home| {
+        let text = fs::read_to_string(home.path().join("metrics.jsonl")).unwrap();
+        text.lines()
+            .map(|line| json(line)["step"].clone())
+            .collect::<Vec<Value>>()
+    };
+    assert_eq!(metrics(&second), metrics(&straight));
+    let there = names(&fake);
+    assert!(
+        there.contains(&at(6)) && !there.contains(&at(4)),
+        "{there:?}"
+    );
+
+    // It is another run's place now.
+    let said = mirrored(&second, &fake, &["--fresh"], 2);
+    let holds = "gs://bkt/runs/a holds a run that has come to step 6";
+    assert!(said.contains(holds), "{said}");
+}
+
+/// A store that refuses is told, and training goes on; in the end the run says that its copy is not whole.
+#[test]
+fn a_mirror_that_refuses_stops_no_run() {
+    let fake = Fake::start();
+    fake.put("bkt/else", vec![]);
+    let home = Home::new();
+    mirrored(&home, &fake, &["--until", "2 steps"], 75);
+    let refused = {
+        let args = home.args(&[&MIRRORED[..], &["checkpoint.mirror=gs://bkt/runs/a"]].concat());
+        let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+        let mut command = runner(&args);
+        command.envs(fake.environment());
+        let child = command
+            .stdout(std::process::Stdio::piped())
+            .stderr(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        // It has asked at the start, and refuses from the first checkpoint on.
+        let log = home.path().join("log.txt");
+        while !fs::read_to_string(&log)
+            .unwrap()
+            .contains("resuming at step 2")
+        {
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        fake.state.refusal.store(403, Ordering::SeqCst);
+        child.wait_with_output().unwrap()
+    };
+    let said = text(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(4), "{said}");
+    assert!(said.contains("gs://bkt/runs/a/"), "{said}");
+    let latest = fs::read_to_string(home.path().join("checkpoints/latest")).unwrap();
+    assert_eq!(latest, "step-0000000006.safetensors\n", "{said}");
+}

@@ -232,6 +232,14 @@ fn answer(state: &State, request: &Request) -> (u16, String, Vec<u8>) {
             );
             (200, format!("x-goog-generation: {version}\r\n"), xml.into())
         }
+        "DELETE" => {
+            let removed = state.objects.lock().unwrap().remove(name);
+            (
+                if removed.is_some() { 204 } else { 404 },
+                String::new(),
+                vec![],
+            )
+        }
         "GET" | "HEAD" => get(state, name, verb == "HEAD", headers),
         other => panic!("nobody asks for {other}"),
     }

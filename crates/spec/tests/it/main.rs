@@ -256,7 +256,7 @@ fn unknown_key_like_no_other() {
     check(
         &format!("{FAKE}[checkpoint]\nzzz = 1\n"),
         &[],
-        "x.toml:5:1: checkpoint.zzz: unknown key\nhint: the keys of [checkpoint] are best, every, keep",
+        "x.toml:5:1: checkpoint.zzz: unknown key\nhint: the keys of [checkpoint] are best, every, keep, mirror",
     );
     check_set(
         "zzz=1",
@@ -1033,7 +1033,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 81] = [
+const KEYS: [(&str, &str, bool); 82] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1109,6 +1109,7 @@ const KEYS: [(&str, &str, bool); 81] = [
     ("eval.wait", "60", false),
     ("checkpoint.every", "5 steps", false),
     ("checkpoint.keep", "5", false),
+    ("checkpoint.mirror", "gs://b/k", false),
     ("checkpoint.best", "loss", false),
     ("track.mlflow", "off", false),
     ("track.experiment", "e", false),
