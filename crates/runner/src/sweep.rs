@@ -474,7 +474,7 @@ fn open(args: &SweepArgs, sweep: &Sweep, root: &Path) -> Result<Trackers, Failur
         mlflow,
         ..track::Config::default()
     };
-    Ok(Trackers::open(root, None, &config, Terminal::Auto))
+    Ok(Trackers::open(root, None, &config, Terminal::Notes))
 }
 
 /// A line about a run that has ended.

@@ -16,6 +16,8 @@ pub enum Terminal {
     Auto,
     /// A dashboard if stderr is a terminal, else lines.
     Tui,
+    /// What is noted, and no numbers.
+    Notes,
     /// Nothing.
     Quiet,
 }
@@ -34,6 +36,7 @@ pub(crate) struct Screen {
 
 enum Kind {
     Quiet,
+    Notes,
     Lines(Pace),
     /// The bar, from the first step on.
     Bar(Option<Bar>),
@@ -52,6 +55,7 @@ impl Screen {
         let is_terminal = io::stderr().is_terminal();
         let kind = match terminal {
             Terminal::Quiet => Kind::Quiet,
+            Terminal::Notes => Kind::Notes,
             _ if !is_terminal => Kind::Lines(Pace::default()),
             Terminal::Auto => Kind::Bar(None),
             // A terminal that cannot be taken can still show a bar.
@@ -70,7 +74,7 @@ impl Screen {
         let images_per_s = self.images_per_s.add(m.images_per_s);
         let input_wait_fraction = self.input_wait_fraction.add(m.input_wait_fraction);
         match &mut self.kind {
-            Kind::Quiet => {}
+            Kind::Quiet | Kind::Notes => {}
             Kind::Lines(pace) => {
                 if pace.is_due(Instant::now()) {
                     print(&step_line(m, images_per_s));
@@ -99,6 +103,7 @@ impl Screen {
                 tui.view.eval(m, &text);
                 tui.draw(true);
             }
+            Kind::Notes => {}
             _ => self.line(&text),
         }
     }
@@ -124,7 +129,7 @@ impl Screen {
                 tui.draw(true);
             }
             Kind::Bar(Some(Bar { bar, .. })) => bar.println(text),
-            Kind::Lines(_) | Kind::Bar(None) => print(text),
+            Kind::Notes | Kind::Lines(_) | Kind::Bar(None) => print(text),
         }
     }
 
