@@ -290,10 +290,12 @@ impl Patience {
     }
 }
 
+/// By project, instance, and whether they may write.
+type Connections = HashMap<(String, String, bool), BigTableConnection>;
+
 /// The connections to an instance; there is one set in a process.
 async fn client(rows: &Rows, writes: bool) -> Result<BigTable, Failure> {
-    static CONNECTIONS: Mutex<Option<HashMap<(String, String, bool), BigTableConnection>>> =
-        Mutex::new(None);
+    static CONNECTIONS: Mutex<Option<Connections>> = Mutex::new(None);
     let key = (rows.project.clone(), rows.instance.clone(), writes);
     if let Some(connection) = lock(&CONNECTIONS).as_ref().and_then(|all| all.get(&key)) {
         return Ok(connection.client());
@@ -311,6 +313,9 @@ async fn client(rows: &Rows, writes: bool) -> Result<BigTable, Failure> {
     Ok(client)
 }
 
+/// Key and value.
+type Row = (Vec<u8>, Vec<u8>);
+
 /// Puts the chunks of rows of one column together.
 #[derive(Default)]
 struct Assembler {
@@ -321,7 +326,7 @@ struct Assembler {
 
 impl Assembler {
     /// The row that ends with this chunk, if one does.
-    fn add(&mut self, chunk: CellChunk) -> Result<Option<(Vec<u8>, Vec<u8>)>, Refusal> {
+    fn add(&mut self, chunk: CellChunk) -> Result<Option<Row>, Refusal> {
         let CellChunk {
             row_key,
             mut value,
