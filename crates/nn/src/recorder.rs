@@ -228,7 +228,15 @@ impl<S: Shape> Act<S> {
 }
 
 /// Runs the typed forward of `net` on one image of `R` x `R` pixels and returns what it recorded.
-pub fn record<N, const R: usize>(net: &N, recipe: Recipe, blocks: Blocks) -> Graph
+pub fn record<N, const R: usize>(net: &N, recipe: Recipe) -> Graph
+where
+    N: Module<Act<(usize, Const<R>, Const<R>, Const<3>)>, Output = Act<(usize, usize)>>,
+{
+    record_with(net, recipe, Blocks::default())
+}
+
+/// The same with other blocks.
+pub(crate) fn record_with<N, const R: usize>(net: &N, recipe: Recipe, blocks: Blocks) -> Graph
 where
     N: Module<Act<(usize, Const<R>, Const<R>, Const<3>)>, Output = Act<(usize, usize)>>,
 {

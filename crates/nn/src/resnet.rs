@@ -5,7 +5,7 @@ use std::fmt;
 use graph::Graph;
 
 use crate::layers::{Basic, Bottleneck, Head, Identity, Projection, Stage, Stem};
-use crate::recorder::{Blocks, Recipe, record};
+use crate::recorder::{Blocks, Recipe, record_with};
 
 /// A bottleneck that keeps its shape: `O` to `M` to `O` channels.
 type Keep<const M: usize, const O: usize> = Bottleneck<O, M, O, 1, Identity>;
@@ -109,58 +109,58 @@ macro_rules! at {
     ($r:literal, $depth:expr, $classes:expr, $recipe:expr, $variant:expr) => {{
         let Variant { stem, blocks } = $variant;
         match ($depth, $recipe) {
-            (18, Recipe::Tpu2018) => record::<_, $r>(
+            (18, Recipe::Tpu2018) => record_with::<_, $r>(
                 &basic_net::<ProjectFirst, 1, 1, 1, 1>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (18, Recipe::Torchvision) => record::<_, $r>(
+            (18, Recipe::Torchvision) => record_with::<_, $r>(
                 &basic_net::<KeepFirst, 1, 1, 1, 1>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (34, Recipe::Tpu2018) => record::<_, $r>(
+            (34, Recipe::Tpu2018) => record_with::<_, $r>(
                 &basic_net::<ProjectFirst, 2, 3, 5, 2>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (34, Recipe::Torchvision) => record::<_, $r>(
+            (34, Recipe::Torchvision) => record_with::<_, $r>(
                 &basic_net::<KeepFirst, 2, 3, 5, 2>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (50, _) => record::<_, $r>(
+            (50, _) => record_with::<_, $r>(
                 &bottleneck_net::<2, 3, 5, 2>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (101, _) => record::<_, $r>(
+            (101, _) => record_with::<_, $r>(
                 &bottleneck_net::<2, 3, 22, 2>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (152, _) => record::<_, $r>(
+            (152, _) => record_with::<_, $r>(
                 &bottleneck_net::<2, 7, 35, 2>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (200, _) => record::<_, $r>(
+            (200, _) => record_with::<_, $r>(
                 &bottleneck_net::<2, 23, 35, 2>($classes, stem),
                 $recipe,
                 blocks,
             ),
             // The depths of ResNet-RS (Bello et al. 2021, appendix C).
-            (270, _) => record::<_, $r>(
+            (270, _) => record_with::<_, $r>(
                 &bottleneck_net::<3, 28, 52, 3>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (350, _) => record::<_, $r>(
+            (350, _) => record_with::<_, $r>(
                 &bottleneck_net::<3, 35, 71, 3>($classes, stem),
                 $recipe,
                 blocks,
             ),
-            (420, _) => record::<_, $r>(
+            (420, _) => record_with::<_, $r>(
                 &bottleneck_net::<3, 43, 86, 3>($classes, stem),
                 $recipe,
                 blocks,

@@ -263,9 +263,11 @@ fn text(bytes: &[u8]) -> Result<String, Fault> {
 /// Octal digits between spaces or zeros; or, where the first bit is set, GNU's big-endian bytes.
 fn number(field: &[u8]) -> Option<u64> {
     if field[0] & 0x80 != 0 {
-        let (zeros, last) = field.split_last_chunk::<8>()?;
-        let is_small = zeros[0] == 0x80 && zeros[1..].iter().all(|&b| b == 0);
-        return is_small.then(|| u64::from_be_bytes(*last));
+        // The first byte is a mark; fields have 8 or 12.
+        let (mark, number) = field.split_first()?;
+        let (zeros, last) = number.split_at(number.len().saturating_sub(8));
+        let is_small = *mark == 0x80 && zeros.iter().all(|&b| b == 0);
+        return is_small.then(|| last.iter().fold(0, |n, &byte| n << 8 | u64::from(byte)));
     }
     let digits = field.trim_ascii();
     let end = digits.iter().position(|&b| b == 0 || b == b' ');
@@ -417,6 +419,9 @@ mod tests {
         assert_eq!(number(b"\x80\0\0\0\0\0\0\x02\0\0\0\0"), Some(1 << 33));
         assert_eq!(number(b"\x80\x01\0\0\0\0\0\x02\0\0\0\0"), None);
         assert_eq!(number(b"0000000001x\0"), None);
+        // Fields of eight bytes, such as the checksum's: fuzzing found a panic.
+        assert_eq!(number(b"\x80\0\0\0\0\0\x01\x02"), Some(258));
+        assert_eq!(number(&[0xff; 8]), None);
     }
 
     #[test]

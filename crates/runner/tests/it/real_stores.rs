@@ -283,7 +283,7 @@ fn bigtable_by_its_emulator() {
     train(&ours, &sets, &environment);
     assert_equal(&ours, &straight);
     let broken = relay.broken.load(Ordering::SeqCst);
-    assert!(broken > 2, "{broken} connections were broken");
+    assert!(broken > 0, "no connection was broken");
 
     // What is not there.
     for (url, what) in [
