@@ -133,6 +133,14 @@ fn file_name(step: u64) -> String {
     format!("step-{step:010}.safetensors")
 }
 
+/// The step that a file is named by.
+pub(crate) fn step_of(name: &str) -> Option<u64> {
+    name.strip_prefix("step-")?
+        .strip_suffix(".safetensors")?
+        .parse()
+        .ok()
+}
+
 impl Checkpoints {
     /// Those in `run_dir/checkpoints`, which need not exist yet.
     pub fn of(run_dir: &Path) -> Self {
@@ -167,13 +175,8 @@ impl Checkpoints {
 
     /// The steps that have a checkpoint, oldest first.
     fn steps(&self) -> Result<Vec<u64>, Error> {
-        let step = |name: &String| {
-            name.strip_prefix("step-")?
-                .strip_suffix(".safetensors")?
-                .parse()
-                .ok()
-        };
-        let mut steps: Vec<u64> = self.names()?.iter().filter_map(step).collect();
+        let names = self.names()?;
+        let mut steps: Vec<u64> = names.iter().filter_map(|name| step_of(name)).collect();
         steps.sort_unstable();
         Ok(steps)
     }

@@ -7,6 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::Error;
+use crate::checkpoint::step_of;
 
 /// What goes with the checkpoints, where it is there.
 const FILES: [&str; 7] = [
@@ -23,13 +24,6 @@ const FILES: [&str; 7] = [
 #[derive(Clone, Debug)]
 pub struct Mirror {
     url: String,
-}
-
-fn step_of(name: &str) -> Option<u64> {
-    name.strip_prefix("step-")?
-        .strip_suffix(".safetensors")?
-        .parse()
-        .ok()
 }
 
 impl Mirror {
@@ -85,14 +79,15 @@ impl Mirror {
         let best = store::read(&self.checkpoint("best"))?;
         let best = best.map(|bytes| String::from_utf8_lossy(&bytes).trim().to_owned());
         let best = best.filter(|best| best != latest && all.iter().any(|(_, name)| name == best));
-        for name in best.iter().chain([latest]) {
-            if let Some(bytes) = store::read(&self.checkpoint(name))? {
-                store::write_atomic(&checkpoints.join(name), &[&bytes])?;
-            }
-        }
+        // The latest comes last: once it is here, nothing is fetched again.
         for name in FILES {
             if let Some(bytes) = store::read(&self.place(name))? {
                 store::write_atomic(&dir.join(name), &[&bytes])?;
+            }
+        }
+        for name in best.iter().chain([latest]) {
+            if let Some(bytes) = store::read(&self.checkpoint(name))? {
+                store::write_atomic(&checkpoints.join(name), &[&bytes])?;
             }
         }
         Ok(Some(*step))
