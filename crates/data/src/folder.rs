@@ -125,7 +125,7 @@ fn entries(dir: &Path) -> Result<Vec<(String, PathBuf)>, Error> {
     Ok(entries)
 }
 
-fn failed(action: &'static str, path: &Path, source: std::io::Error) -> Error {
+pub(crate) fn failed(action: &'static str, path: &Path, source: std::io::Error) -> Error {
     let path = path.into();
     Error::Store(store::Error::Io {
         action,

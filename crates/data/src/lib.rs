@@ -12,6 +12,7 @@ mod decode;
 mod error;
 mod example;
 mod folder;
+mod index;
 mod jpeg;
 mod loader;
 mod made;
@@ -28,6 +29,7 @@ pub use augment::{Augment, Policy};
 pub use decode::fuzz;
 pub use error::{BadRecord, Error, Reason};
 pub use folder::Folder;
+pub use index::{Filled, Index};
 pub use loader::{Loader, READ_AHEAD, eval, prepare, train};
 pub use made::{Labelled, photo};
 pub use mix::{Mix, Mixed};
@@ -70,6 +72,8 @@ pub struct Config {
     pub threads: usize,
     /// Where parts of shards in buckets are kept.
     pub cache: Option<Cache>,
+    /// Where it is kept how images of shards can be entered, for [`Decode::Fast`].
+    pub index: Option<Index>,
     /// What is done to training images after crop and flip.
     pub augment: Augment,
 }
@@ -181,6 +185,8 @@ pub struct Batch {
     pub cursor: Cursor,
     /// A line for each bad record that was met while this batch was made: shard, record, offset, reason.
     pub bad_records: Vec<String>,
+    /// What went wrong that changes nothing in any batch.
+    pub notes: Vec<String>,
     /// Where each image comes from.
     pub samples: Vec<SampleId>,
 }

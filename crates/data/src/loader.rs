@@ -11,14 +11,17 @@ use std::time::{Duration, Instant};
 use rayon::prelude::*;
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::decode::{self, Mode, decode};
-use crate::order::{Cursor, Order, Sample};
+use crate::decode::{self, Made, Mode, decode};
+use crate::index::Entry;
+use crate::order::{Content, Cursor, Order, Sample};
 use crate::{BadRecord, Batch, Config, Crop, Error, Pixels, Reason, Source};
 
 /// Finished batches that wait for their use; one more may be in the making.
 const AHEAD: usize = 2;
 /// Records that are read while others are decoded, at most.
 pub const READ_AHEAD: usize = 256;
+/// Images that a thread takes at a time, at most.
+const TOGETHER: usize = 16;
 /// Far above any network's input; a row of it is still small.
 const MAX_RESOLUTION: usize = 4096;
 /// Some hundred gigabytes: more is a slip of the pen.
@@ -296,6 +299,7 @@ impl Producer {
         let mut labels = Vec::with_capacity(size);
         let mut ids = Vec::with_capacity(size);
         let mut bad_records = Vec::new();
+        let mut noted = Vec::new();
         while labels.len() < size {
             let first = labels.len();
             let mut samples = Vec::with_capacity(size - first);
@@ -310,14 +314,21 @@ impl Producer {
                 break;
             }
             let slots = pixels.slots(len, first);
+            let threads = self.pool.current_num_threads();
             let (mut decoded, mut decoded_at) = (Vec::new(), Instant::now());
             // This thread, which is not of the pool, reads meanwhile.
             let read_at = self.pool.in_place_scope(|scope| {
                 scope.spawn(|_| {
-                    decoded = samples
-                        .par_iter()
-                        .zip(slots)
-                        .map(|(sample, slot)| decode(config, mode, sample, slot))
+                    // Enough for each thread to decode two at a time, and few enough for all to end together.
+                    let some = (samples.len() / (4 * threads)).clamp(1, TOGETHER);
+                    let mut slots = slots.into_iter();
+                    let parts: Vec<_> = samples
+                        .chunks(some)
+                        .map(|samples| (samples, slots.by_ref().take(samples.len()).collect()))
+                        .collect();
+                    decoded = parts
+                        .into_par_iter()
+                        .flat_map_iter(|(samples, slots)| decode(config, mode, samples, slots))
                         .collect();
                     decoded_at = Instant::now();
                 });
@@ -328,10 +339,13 @@ impl Producer {
                 &self.making.reading,
                 read_at.saturating_duration_since(decoded_at),
             );
-            for (i, (sample, label)) in samples.into_iter().zip(decoded).enumerate() {
+            for (i, (sample, made)) in samples.into_iter().zip(decoded).enumerate() {
                 self.cursor.advance(&sample.step);
-                match label {
-                    Ok(label) => {
+                match made {
+                    Ok(Made { label, noted: new }) => {
+                        if let (Some(points), Content::Record(found)) = (new, &sample.content) {
+                            noted.push((found.shard, Entry::new(&found.record, points)));
+                        }
                         if labels.len() < first + i {
                             pixels.shift(len, first + i, labels.len());
                         }
@@ -353,7 +367,14 @@ impl Producer {
             return Ok(None);
         }
         pixels.truncate(len, labels.len());
+        let mut notes = Vec::new();
+        if let Some(index) = &config.index
+            && let Err(error) = index.add(reader.order.shards(), noted)
+        {
+            notes.push(format!("data.index is not added to any more: {error}"));
+        }
         Ok(Some(Batch {
+            notes,
             pixels,
             labels,
             cursor: self.cursor.clone(),

@@ -162,6 +162,7 @@ mod tests {
         let levels = [0u8, 100, 201, 255];
         let pixels = levels.iter().flat_map(|&v| [v; 3 * SIDE * SIDE]).collect();
         Batch {
+            notes: vec![],
             samples: vec![],
             pixels: Pixels::U8(pixels),
             labels: vec![3, 1, 4, 1],

@@ -8,6 +8,7 @@ use store::tfrecord::{self, Record};
 use store::{Cache, bigtable};
 
 use crate::folder::FileOrder;
+use crate::index::{Index, Known};
 use crate::random::{Purpose, Random};
 use crate::webdataset::Samples;
 use crate::{Config, Error, Format, SampleId, Source};
@@ -62,7 +63,7 @@ impl Sample {
     /// Which one it is.
     pub(crate) fn id(&self) -> SampleId {
         let (shard, record) = match &self.content {
-            Content::Record { shard, record, .. } => (*shard, record.index),
+            Content::Record(found) => (found.shard, found.record.index),
             Content::File { record, .. } => (0, record.index),
             Content::Fake { index } => (0, *index),
             Content::Zeros => (0, self.step.next.saturating_sub(1)),
@@ -121,14 +122,20 @@ pub(crate) enum Label {
     Beside(Result<i64, String>),
 }
 
+/// A record of a shard.
+#[derive(Debug)]
+pub(crate) struct Found {
+    /// Index of the shard in the sorted list.
+    pub(crate) shard: usize,
+    pub(crate) record: Record,
+    pub(crate) label: Label,
+    /// Where its image can be entered, if that is known.
+    pub(crate) points: Option<Vec<u8>>,
+}
+
 #[derive(Debug)]
 pub(crate) enum Content {
-    /// A record and the index of its shard in the sorted list.
-    Record {
-        shard: usize,
-        record: Record,
-        label: Label,
-    },
+    Record(Found),
     /// A file of a folder. Only the bytes and the index of the record mean anything.
     File {
         class: u32,
@@ -161,6 +168,7 @@ impl Order {
             } => {
                 let shuffle = Some((*shuffle_window, config.seed));
                 let mut order = Lanes::new(*format, shards, *lanes, shuffle, config.cache.clone())?;
+                order.files.index = config.index.clone();
                 order.begin(cursor.epoch);
                 order.resume(&cursor)?;
                 order.ask_ahead()?;
@@ -205,11 +213,19 @@ impl Order {
         }
     }
 
+    /// The shards that samples are from, in order.
+    pub(crate) fn shards(&self) -> &[PathBuf] {
+        match self {
+            Self::Records(lanes) => &lanes.files.shards,
+            Self::Files(_) | Self::MadeUp(_) => &[],
+        }
+    }
+
     /// The file that a sample came from, and the record.
     pub(crate) fn place(&self, content: Content) -> (PathBuf, Record) {
         match (self, content) {
-            (Self::Records(lanes), Content::Record { shard, record, .. }) => {
-                (lanes.files.shards[shard].clone(), record)
+            (Self::Records(lanes), Content::Record(found)) => {
+                (lanes.files.shards[found.shard].clone(), found.record)
             }
             (Self::Files(files), Content::File { record, .. }) => {
                 (files.path(record.index), record)
@@ -225,6 +241,13 @@ struct Shards {
     /// Sorted by [`crate::sorted`].
     shards: Vec<PathBuf>,
     cache: Option<Cache>,
+    index: Option<Index>,
+}
+
+/// A shard that is being read, and what is known of its images.
+struct Open {
+    reader: Reader,
+    known: Option<Known>,
 }
 
 /// Reads the records of one shard.
@@ -235,10 +258,11 @@ enum Reader {
 }
 
 impl Shards {
-    fn open(&self, shard: usize, at: &LaneCursor) -> Result<Reader, Error> {
+    fn open(&self, shard: usize, at: &LaneCursor) -> Result<Open, Error> {
         let (path, cache) = (&self.shards[shard], self.cache.as_ref());
         let LaneCursor { offset, record, .. } = *at;
-        Ok(match self.format {
+        let known = self.index.as_ref().map(|index| index.shard(path));
+        let reader = match self.format {
             Format::TfRecord => {
                 Reader::TfRecord(tfrecord::Reader::open_at(path, offset, record, cache)?)
             }
@@ -246,7 +270,24 @@ impl Shards {
             Format::WebDataset => {
                 Reader::WebDataset(Samples::open_at(path, offset, record, cache)?)
             }
-        })
+        };
+        let known = known.transpose()?;
+        Ok(Open { reader, known })
+    }
+}
+
+impl Open {
+    fn next(&mut self, shard: usize) -> Result<Option<Found>, Error> {
+        let Some((record, label)) = self.reader.next()? else {
+            return Ok(None);
+        };
+        let points = self.known.as_mut().and_then(|known| known.get(&record));
+        Ok(Some(Found {
+            shard,
+            record,
+            label,
+            points,
+        }))
     }
 }
 
@@ -314,6 +355,7 @@ impl Lanes {
                 format,
                 shards,
                 cache,
+                index: None,
             },
             window: shuffle.map_or(1, |(window, _)| window),
             seed: shuffle.map(|(_, seed)| seed),
@@ -406,17 +448,13 @@ impl Lanes {
                 if lane.window.len() == 0 {
                     lane.load(&self.files, self.window, self.seed, self.epoch)?;
                 }
-                if let Some((shard, record, label)) = lane.window.next() {
+                if let Some(found) = lane.window.next() {
                     lane.start.taken += 1;
                     self.barren = false;
                     asked.push((index, lane.cursor()));
                     return Ok(Some(Sample {
                         epoch: self.epoch,
-                        content: Content::Record {
-                            shard,
-                            record,
-                            label,
-                        },
+                        content: Content::Record(found),
                         step: Step {
                             epoch: self.epoch,
                             next: self.next as u64,
@@ -459,13 +497,13 @@ struct Lane {
     shards: Vec<usize>,
     /// Where the reader stands; `taken` is 0.
     at: LaneCursor,
-    reader: Option<Reader>,
+    reader: Option<Open>,
     /// The shard after it, where that is far away and has been asked for.
-    upcoming: Option<Reader>,
+    upcoming: Option<Open>,
     /// Where the window started and how much of it is used.
     start: LaneCursor,
-    /// What is left of the window, shuffled, each with its shard. Bytes are freed as they are used.
-    window: vec::IntoIter<(usize, Record, Label)>,
+    /// What is left of the window, shuffled. Bytes are freed as they are used.
+    window: vec::IntoIter<Found>,
 }
 
 impl Lane {
@@ -486,10 +524,10 @@ impl Lane {
             }
         }
         // The first record names the window: it is the same whether the lane came here by reading or by resuming.
-        if let (Some(seed), Some((shard, first, _))) = (seed, records.first()) {
+        if let (Some(seed), Some(first)) = (seed, records.first()) {
             let purpose = Purpose::Window {
-                shard: *shard,
-                record: first.index,
+                shard: first.shard,
+                record: first.record.index,
             };
             Random::new(seed, epoch, purpose).shuffle(&mut records);
         }
@@ -497,21 +535,21 @@ impl Lane {
         Ok(())
     }
 
-    fn read(&mut self, files: &Shards) -> Result<Option<(usize, Record, Label)>, Error> {
+    fn read(&mut self, files: &Shards) -> Result<Option<Found>, Error> {
         while let Some(&shard) = self.shards.get(self.at.shard) {
-            let reader = match &mut self.reader {
-                Some(reader) => reader,
+            let open = match &mut self.reader {
+                Some(open) => open,
                 none => none.insert(files.open(shard, &self.at)?),
             };
             if self.upcoming.is_none()
-                && reader.is_ending()
+                && open.reader.is_ending()
                 && let Some(&next) = self.shards.get(self.at.shard + 1)
             {
                 self.upcoming = Some(files.open(next, &LaneCursor::default())?);
             }
-            if let Some((record, label)) = reader.next()? {
-                (self.at.offset, self.at.record) = reader.place();
-                return Ok(Some((shard, record, label)));
+            if let Some(found) = open.next(shard)? {
+                (self.at.offset, self.at.record) = open.reader.place();
+                return Ok(Some(found));
             }
             self.reader = self.upcoming.take();
             self.at = LaneCursor {

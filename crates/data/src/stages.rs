@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::decode::{self, Mode};
+use crate::decode::{self, Draw, Mode};
 use crate::jpeg::fast::{Decoder, Level, Times};
 use crate::order::{Content, Cursor, Order};
 use crate::{Config, Error, Pixels};
@@ -57,42 +57,35 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
         let start = Instant::now();
         let Some(sample) = order.next()? else { break };
         stages.read += start.elapsed();
-        let Content::Record {
-            shard,
-            record,
-            label,
-        } = &sample.content
-        else {
+        let Content::Record(found) = &sample.content else {
             continue;
         };
         let start = Instant::now();
-        let Ok((example, _)) = decode::parsed(config, record, label) else {
+        let Ok((example, _)) = decode::parsed(config, &found.record, &found.label) else {
             continue;
         };
         stages.parse += start.elapsed();
-        let random = decode::augmentation(config, sample.epoch, *shard, record);
-        let Some(mut slot) = pixels.slots(len, 0).pop() else {
+        let Some(slot) = pixels.slots(len, 0).pop() else {
             break;
         };
         decoder.times = Some(Times::default());
+        let which = (found.shard, &found.record);
+        let mut draw = Draw::new(config, sample.epoch, which, example.encoded, slot);
+        draw.points = found.points.as_deref();
         let start = Instant::now();
-        let is_fast = decode::render(
-            config,
-            Mode::Train,
-            example.encoded,
-            &random,
-            &mut slot,
-            &mut decoder,
-        );
+        let drawn = decode::render(config, Mode::Train, &mut [draw], &mut decoder).pop();
         let took = start.elapsed();
+        let is_fast = match drawn {
+            Some(Ok(drawn)) => drawn.is_fast,
+            _ => continue,
+        };
         match (is_fast, decoder.times) {
-            (Ok(true), Some(times)) => {
+            (true, Some(times)) => {
                 stages.entropy += took.saturating_sub(times.idct + times.resample);
                 stages.idct += times.idct;
                 stages.resample += times.resample;
             }
-            (Ok(_), _) => stages.exact += took,
-            (Err(_), _) => continue,
+            _ => stages.exact += took,
         }
         stages.images += 1;
     }

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 
 use serde::Serialize;
 
-use crate::cli::{DataCheckArgs, DataConvertArgs, DataFakeArgs, DataLoadArgs};
+use crate::cli::{DataCheckArgs, DataConvertArgs, DataFakeArgs, DataIndexArgs, DataLoadArgs};
 use crate::failure::Failure;
 use crate::output;
 
@@ -324,6 +324,51 @@ pub(crate) fn check(args: &DataCheckArgs) -> Result<ExitCode, Failure> {
             args.data
         ))),
     }
+}
+
+/// What `runner data index` did.
+#[derive(Serialize)]
+struct Indexed {
+    shards: usize,
+    /// Images that can be entered.
+    images: u64,
+    /// Those of them that were known before.
+    known: u64,
+    /// Progressive and other unusual files, which are decoded whole, and damaged records.
+    others: u64,
+}
+
+/// `runner data index`.
+pub(crate) fn index(args: &DataIndexArgs) -> Result<ExitCode, Failure> {
+    let shards = store::glob(&args.data)?;
+    let index = data::Index::new(&args.out);
+    let filled = in_parallel(shards.len(), |shard| index.fill(&shards[shard]));
+    let mut total = Indexed {
+        shards: shards.len(),
+        images: 0,
+        known: 0,
+        others: 0,
+    };
+    for filled in filled {
+        let filled = filled.map_err(train::Error::from)?;
+        total.images += filled.images;
+        total.known += filled.known;
+        total.others += filled.others;
+    }
+    output::print(&match args.json {
+        true => serde_json::to_string_pretty(&total).expect("it has string keys") + "\n",
+        false => format!(
+            "{}: {} images of {} shards can be entered ({} were known); {} others\n\
+             Use it with --set data.index={}\n",
+            args.out.display(),
+            total.images,
+            total.shards,
+            total.known,
+            total.others,
+            args.out.display()
+        ),
+    });
+    Ok(ExitCode::SUCCESS)
 }
 
 impl Audit {

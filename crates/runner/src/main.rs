@@ -40,6 +40,7 @@ fn main() -> ExitCode {
         (Some(Command::Data(DataArgs::Convert(args))), _) => data::convert(&args),
         (Some(Command::Data(DataArgs::LoadBigtable(args))), _) => data::load_bigtable(&args),
         (Some(Command::Data(DataArgs::Check(args))), _) => data::check(&args),
+        (Some(Command::Data(DataArgs::Index(args))), _) => data::index(&args),
         (Some(Command::Bench(BenchArgs::Engine(args))), _) => bench::engine(&args),
         (Some(Command::Bench(BenchArgs::Input(args))), _) => bench::input(&args),
         (Some(Command::Bench(BenchArgs::Cuda(args))), _) => bench_cuda::cuda(&args),

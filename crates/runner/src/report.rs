@@ -466,7 +466,10 @@ fn page(told: &[Told], charts: &[(&'static str, Chart)]) -> String {
         .filter_map(Told::best)
         .map(|(v, _)| v)
         .fold(f64::MIN, f64::max);
-    for run in told {
+    let value = |run: &Told| run.best().map_or(f64::NEG_INFINITY, |(value, _)| value);
+    let mut ranked: Vec<&Told> = told.iter().collect();
+    ranked.sort_by(|a, b| value(b).total_cmp(&value(a)));
+    for run in ranked {
         let mark = match run.best() {
             Some((value, _)) if value == best && told.len() > 1 => " class=\"best\"",
             _ => "",

@@ -159,6 +159,7 @@ fn names(run: &Run, found: &mut Findings) {
         ("run_dir", &run.run_dir),
         ("model.labels", &run.model.labels),
         ("data.cache", &run.data.cache),
+        ("data.index", &run.data.index),
         ("model.weights", &run.model.weights),
         ("data.train", &run.data.train),
         ("data.eval", &run.data.eval),

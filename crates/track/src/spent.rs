@@ -110,7 +110,7 @@ fn change(part: &str) -> &'static str {
     match part {
         "input read" => "put the shards on a faster or a nearer disk",
         "decode" => {
-            "give it more cores (train.threads), set data.decode = \"fast\", or store smaller images"
+            "give it more cores (train.threads), set data.decode = \"fast\" and data.index, or store smaller images"
         }
         "evaluation" => "evaluate less often (eval.every), or fewer images",
         "checkpoint" => "save less often (checkpoint.every), or to a faster disk",

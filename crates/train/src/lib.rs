@@ -351,7 +351,8 @@ fn start(
     let (mut batch, number) = stream.next(pace)?;
     let (mix, seed) = job.plan.mix;
     let mixed = mix.apply(&mut batch, seed, done);
-    batch.bad_records.iter().for_each(|bad| trackers.note(bad));
+    let told = batch.bad_records.iter().chain(&batch.notes);
+    told.for_each(|line| trackers.note(line));
     if let (0, Some(config)) = (done, &job.input.train) {
         let side = config.resolution;
         trackers.images(0, side, &first_images(&batch, side));

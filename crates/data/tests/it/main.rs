@@ -112,6 +112,7 @@ fn config(shards: &[PathBuf], lanes: usize, shuffle_window: usize) -> Config {
         max_bad_records: 0,
         threads: 2,
         cache: None,
+        index: None,
         augment: data::Augment::default(),
     }
 }

@@ -122,6 +122,7 @@ impl Report {
             max_bad_records: 0,
             threads,
             cache: None,
+            index: args.index.as_deref().map(data::Index::new),
             augment: data::Augment::default(),
         };
         let mut loader =

@@ -1033,7 +1033,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 82] = [
+const KEYS: [(&str, &str, bool); 83] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1067,6 +1067,7 @@ const KEYS: [(&str, &str, bool); 82] = [
     ("data.max_bad_records", "5", false),
     ("data.cache", "c", false),
     ("data.cache_gb", "5", false),
+    ("data.index", "i", false),
     ("data.augment", "randaugment", true),
     ("data.augment_ops", "1", true),
     ("data.augment_magnitude", "5", true),

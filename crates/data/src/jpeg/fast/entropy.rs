@@ -5,77 +5,19 @@
 
 use super::super::scan::ZIGZAG;
 
-/// Bits that one look at a table resolves; longer codes are rare.
+/// Bits that one look at a table resolves. The more, the more often two coefficients are found at once; but the
+/// tables of two components have to stay in the first-level cache, and all entries are as likely.
 const LOOK: u32 = 11;
 /// What the end of a block adds to the position.
 const END: u32 = 128;
+/// What an entry adds that has to be looked at more closely.
+const CLOSER: u32 = 255;
 /// Zeros after the data, so that a whole word can be read up to their last bit.
 pub(super) const PADDING: usize = 64;
 
-/// Up to two coefficients that the next bits hold, packed into 32 bits. Of the first: where its number begins (5 bits),
-/// the number's size (4), how far it goes (5). Of the second, where the first ends if there is none: where its number
-/// begins (5), the number's size (4). How far they go together (8). 0 for a code that is longer than [`LOOK`].
-#[derive(Clone, Copy)]
-struct Pair(u32);
-
-impl Pair {
-    fn new(first: Symbol, second: Option<Symbol>) -> Self {
-        let mut at = first.bits();
-        let mut goes = first.goes();
-        let mut size = 0;
-        if let Some(second) = second {
-            at += second.length;
-            goes += second.goes();
-            size = second.size;
-        }
-        // The end of a block is a zero somewhere further on, where nothing is yet.
-        let first_goes = first.goes().min(31);
-        Self(first.length | first.size << 5 | at << 9 | size << 14 | first_goes << 18 | goes << 24)
-    }
-
-    /// A first coefficient, which goes nowhere.
-    fn dc(symbol: Symbol) -> Self {
-        Self(symbol.length | symbol.size << 5 | symbol.bits() << 9)
-    }
-
-    /// A code that is in no table goes past the end of any block, and past where a block may end.
-    const BAD: Self = Self(1 | 1 << 9 | 65 << 24);
-
-    #[inline(always)]
-    fn first(self, held: u64) -> i32 {
-        number(held, self.0 & 31, self.0 >> 5 & 15)
-    }
-
-    #[inline(always)]
-    fn second(self, held: u64) -> i32 {
-        number(held, self.0 >> 9 & 31, self.0 >> 14 & 15)
-    }
-
-    #[inline(always)]
-    fn bits(self) -> u32 {
-        (self.0 >> 9 & 31) + (self.0 >> 14 & 15)
-    }
-
-    /// Whether there is a second one.
-    #[inline(always)]
-    fn is_pair(self) -> bool {
-        self.bits() != (self.0 & 31) + (self.0 >> 5 & 15)
-    }
-
-    #[inline(always)]
-    fn first_goes(self) -> u32 {
-        self.0 >> 18 & 31
-    }
-
-    #[inline(always)]
-    fn goes(self) -> u32 {
-        self.0 >> 24
-    }
-}
-
 /// A code as a table has it.
 #[derive(Clone, Copy)]
-struct Symbol {
+pub(super) struct Symbol {
     /// Of the code, in bits.
     length: u32,
     /// Zeros before the coefficient.
@@ -85,24 +27,37 @@ struct Symbol {
 }
 
 impl Symbol {
-    fn bits(self) -> u32 {
+    /// A code that is in no table goes past the end of any block, and past where a block may end.
+    const BAD: Self = Self {
+        length: 1,
+        run: 64,
+        size: 1,
+    };
+
+    #[inline(always)]
+    pub(super) fn bits(self) -> u32 {
         self.length + self.size
     }
 
-    /// Coefficients that it stands for.
-    fn goes(self) -> u32 {
+    /// Coefficients that it stands for, where it is not a first one.
+    #[inline(always)]
+    pub(super) fn goes(self) -> u32 {
         match (self.run, self.size) {
             (15, 0) => 16,
             (_, 0) => END,
             (run, _) => run + 1,
         }
     }
+
+    /// The number that follows it.
+    #[inline(always)]
+    pub(super) fn number(self, bits: &Bits) -> i32 {
+        number(bits.held, self.length, self.size)
+    }
 }
 
-/// A Huffman table, made for decoding.
-pub(super) struct Table {
-    /// By the next [`LOOK`] bits. For first coefficients: sizes only, never two.
-    pairs: Box<[Pair; 1 << LOOK]>,
+/// The codes of a Huffman table: all that there is to know, slowly.
+struct Codes {
     /// By length: one more than the greatest code of it, moved up to 16 bits; 0 if there is none.
     ends: [u32; 17],
     /// By length: what, added to a code, gives the index of its symbol.
@@ -111,10 +66,10 @@ pub(super) struct Table {
     is_dc: bool,
 }
 
-impl Table {
+impl Codes {
     /// From 16 counts and the symbols. None for a table that is damaged, or whose numbers are longer than 8-bit samples
     /// can have.
-    pub(super) fn new(table: &[u8], is_dc: bool) -> Option<Self> {
+    fn new(table: &[u8], is_dc: bool) -> Option<Self> {
         let (counts, listed) = table.split_first_chunk::<16>()?;
         let too_long = |&symbol: &u8| match is_dc {
             true => symbol > 11,
@@ -123,149 +78,263 @@ impl Table {
         if listed.len() > 256 || listed.iter().any(too_long) {
             return None;
         }
-        let mut symbols = [0; 256];
-        symbols[..listed.len()].copy_from_slice(listed);
-        let mut table = Self {
-            pairs: Box::new([Pair(0); 1 << LOOK]),
+        let mut codes = Self {
             ends: [0; 17],
             offsets: [0; 17],
-            symbols,
+            symbols: [0; 256],
             is_dc,
         };
-        let mut singles: Vec<Option<Symbol>> = vec![None; 1 << LOOK];
+        codes.symbols[..listed.len()].copy_from_slice(listed);
         let (mut code, mut index) = (0, 0);
         for length in 1..=16 {
-            let count = usize::from(counts[length as usize - 1]);
-            table.offsets[length as usize] = index as i32 - code as i32;
-            for &symbol in listed.get(index..index + count)? {
-                // The code of ones alone is never used.
-                if code + 1 >= 1 << length {
-                    return None;
-                }
-                if length <= LOOK {
-                    let first = (code << (LOOK - length)) as usize;
-                    let symbol = table.symbol(symbol, length);
-                    singles[first..first + (1 << (LOOK - length))].fill(Some(symbol));
-                }
-                code += 1;
+            let count = u32::from(counts[length - 1]);
+            codes.offsets[length] = index as i32 - code as i32;
+            code += count;
+            index += count;
+            // The code of ones alone is never used.
+            if index as usize > listed.len() || count > 0 && code >= 1 << length {
+                return None;
             }
             if count > 0 {
-                table.ends[length as usize] = code << (16 - length);
+                codes.ends[length] = code << (16 - length);
             }
-            index += count;
             code <<= 1;
         }
-        for (next, (pair, first)) in table.pairs.iter_mut().zip(&singles).enumerate() {
-            let Some(first) = *first else { continue };
-            let used = first.bits();
-            let mut second = None;
-            if !is_dc && first.goes() != END && used < LOOK {
-                // The bits beyond those that are known are zeros here: only a code that fits counts.
-                let after = (next << used) & ((1 << LOOK) - 1);
-                second = singles[after].filter(|s| used + s.length <= LOOK);
-            }
-            *pair = match is_dc {
-                true => Pair::dc(first),
-                false => Pair::new(first, second),
-            };
-        }
-        Some(table)
+        Some(codes)
     }
 
-    fn symbol(&self, symbol: u8, length: u32) -> Symbol {
+    /// The symbol that the next bits begin with, whose code has at least so many of them.
+    fn symbol(&self, held: u64, least: u32) -> Option<Symbol> {
+        let next = (held >> 48) as u32;
+        let length = (least..=16).find(|&length| next < self.ends[length as usize])?;
+        let index = (next >> (16 - length)) as i32 + self.offsets[length as usize];
+        let symbol = self.symbols[(index & 255) as usize];
         let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-        Symbol {
-            length,
-            run: if self.is_dc { 0 } else { run },
-            size,
-        }
+        let run = if self.is_dc { 0 } else { run };
+        Some(Symbol { length, run, size })
     }
 
-    #[inline(always)]
-    fn look(&self, held: u64) -> Pair {
-        let pair = self.pairs[(held >> (64 - LOOK)) as usize];
-        if pair.0 == 0 {
-            self.one(held, LOOK + 1)
-        } else {
-            pair
-        }
-    }
-
-    /// The next symbol alone, whose code has at least so many bits.
+    /// The same in the middle of decoding.
     #[cold]
     #[inline(never)]
-    fn one(&self, held: u64, least: u32) -> Pair {
-        let next = (held >> 48) as u32;
-        for length in least..=16 {
-            if next < self.ends[length as usize] {
-                let index = (next >> (16 - length)) as i32 + self.offsets[length as usize];
-                let symbol = self.symbols[(index & 255) as usize];
-                let symbol = self.symbol(symbol, length);
-                return match self.is_dc {
-                    true => Pair::dc(symbol),
-                    false => Pair::new(symbol, None),
-                };
-            }
-        }
-        Pair::BAD
+    fn rare(&self, held: u64, least: u32) -> Symbol {
+        self.symbol(held, least).unwrap_or(Symbol::BAD)
+    }
+
+    /// What the next [`LOOK`] bits hold, if it is a whole code: by those bits, in order.
+    fn singles(&self) -> Vec<Option<Symbol>> {
+        let looked = |bits: u64| self.symbol(bits << (64 - LOOK), 1);
+        let fits = |symbol: &Symbol| symbol.length <= LOOK;
+        (0..1 << LOOK)
+            .map(|bits| looked(bits).filter(fits))
+            .collect()
     }
 }
 
-/// The bits of a scan.
-pub(super) struct Bits<'a> {
-    /// Ends with [`PADDING`] zeros.
-    bytes: &'a [u8],
+/// Where in the next [`LOOK`] bits a code can follow so many others, and which one: bits beyond those that are known
+/// count as zeros, so only a code that fits means anything.
+fn following(singles: &[Option<Symbol>], bits: usize, used: u32) -> Option<Symbol> {
+    if used >= LOOK {
+        return None;
+    }
+    singles[(bits << used) & ((1 << LOOK) - 1)].filter(|next| used + next.length <= LOOK)
+}
+
+/// A table for first coefficients, which are differences.
+pub(super) struct DcTable {
+    /// By the next [`LOOK`] bits: the code's length, and 8 bits up the number's size; 0 for a code that is longer.
+    sizes: Box<[u16; 1 << LOOK]>,
+    codes: Codes,
+}
+
+impl DcTable {
+    /// As the file has it. None if it is damaged.
+    pub(super) fn new(table: &[u8]) -> Option<Self> {
+        let codes = Codes::new(table, true)?;
+        let mut sizes = Box::new([0; 1 << LOOK]);
+        for (size, symbol) in sizes.iter_mut().zip(codes.singles()) {
+            *size = symbol.map_or(0, |symbol| (symbol.length | symbol.size << 8) as u16);
+        }
+        Some(Self { sizes, codes })
+    }
+}
+
+/// Up to two coefficients that the next [`LOOK`] bits hold, numbers and all. From the lowest: how many bits they take
+/// (8 bits), how far they go together (8), how far the first goes (8), whether there are two (8), and their values (16
+/// each). Where there is one, the second is at the same place.
+///
+/// The bits taken are lowest because shifts look at 6 bits of their count and no more: the next look at a table
+/// waits for a load and a shift, and for nothing in between.
+///
+/// What is not all in those bits goes [`CLOSER`]; then the rest is a [`Symbol`], or 0 for a code that is longer.
+#[derive(Clone, Copy)]
+pub(super) struct Step(u64);
+
+impl Step {
+    fn new(bits: usize, first: Symbol, second: Option<Symbol>) -> Self {
+        let held = (bits as u64) << (64 - LOOK);
+        let fits = |used: u32, symbol: &Symbol| used + symbol.bits() <= LOOK;
+        if !fits(0, &first) {
+            let symbol = first.length | first.size << 8 | first.run << 16;
+            return Self(u64::from(CLOSER) << 8 | u64::from(symbol) << 32);
+        }
+        let second = second.filter(|second| fits(first.bits(), second));
+        let value = |symbol: Symbol, held: u64| {
+            u64::from(number(held, symbol.length, symbol.size) as i16 as u16)
+        };
+        // The end of a block is a zero somewhere further on, where nothing is yet.
+        let mut step = u64::from(first.goes()) << 16 | value(first, held) << 32;
+        let (mut bits, mut goes) = (first.bits(), first.goes());
+        if let Some(second) = second {
+            step |= 1 << 24 | value(second, held << bits) << 48;
+            bits += second.bits();
+            goes += second.goes();
+        }
+        step |= u64::from(bits) | u64::from(goes) << 8;
+        Self(step)
+    }
+
+    #[inline(always)]
+    pub(super) fn goes(self) -> u32 {
+        (self.0 >> 8) as u32 & 255
+    }
+
+    /// For [`Bits::skip`].
+    #[inline(always)]
+    pub(super) fn bits(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// Whether it is a symbol whose number, or more, is not in the bits that were looked at.
+    #[inline(always)]
+    pub(super) fn is_symbol(self) -> bool {
+        self.goes() == CLOSER
+    }
+
+    #[inline(always)]
+    pub(super) fn first_goes(self) -> u32 {
+        (self.0 >> 16) as u32 & 255
+    }
+
+    #[inline(always)]
+    pub(super) fn is_pair(self) -> bool {
+        self.0 >> 24 & 1 == 1
+    }
+
+    #[inline(always)]
+    pub(super) fn first(self) -> i16 {
+        (self.0 >> 32) as i16
+    }
+
+    #[inline(always)]
+    pub(super) fn second(self) -> i16 {
+        (self.0 >> 48) as i16
+    }
+}
+
+/// A table for the coefficients after the first.
+pub(super) struct AcTable {
+    /// By the next [`LOOK`] bits.
+    steps: Box<[Step; 1 << LOOK]>,
+    codes: Codes,
+}
+
+impl AcTable {
+    /// As the file has it. None if it is damaged.
+    pub(super) fn new(table: &[u8]) -> Option<Self> {
+        let codes = Codes::new(table, false)?;
+        let singles = codes.singles();
+        let mut steps = Box::new([Step(u64::from(CLOSER) << 8); 1 << LOOK]);
+        for (bits, step) in steps.iter_mut().enumerate() {
+            if let Some(first) = singles[bits] {
+                let second = match first.goes() {
+                    END => None,
+                    _ => following(&singles, bits, first.bits()),
+                };
+                *step = Step::new(bits, first, second);
+            }
+        }
+        Some(Self { steps, codes })
+    }
+
+    #[inline(always)]
+    pub(super) fn step(&self, bits: &Bits) -> Step {
+        self.steps[(bits.held >> (64 - LOOK)) as usize]
+    }
+
+    /// The symbol that a step is, if it is one.
+    #[inline(always)]
+    pub(super) fn symbol(&self, bits: &Bits, step: Step) -> Symbol {
+        let field = |at: u32| (step.0 >> at) as u32 & 255;
+        let (length, size, run) = (field(32), field(40), field(48));
+        match length {
+            0 => self.codes.rare(bits.held, LOOK + 1),
+            _ => Symbol { length, run, size },
+        }
+    }
+
+    /// The next symbol.
+    pub(super) fn first(&self, bits: &Bits) -> Symbol {
+        self.codes.rare(bits.held, 1)
+    }
+}
+
+/// How far the bits of a scan are read. Every method that takes bytes takes the same ones, which end with [`PADDING`]
+/// zeros.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Bits {
     /// Of the next byte to be taken into `held`.
     at: usize,
     /// The next bits, from the top.
     held: u64,
-    /// How many of them there are.
+    /// How many of them there are, in its lowest 6 bits; what is above means nothing.
     count: u32,
 }
 
-impl<'a> Bits<'a> {
+impl Bits {
     /// From this bit on.
     #[inline(always)]
-    pub(super) fn new(bytes: &'a [u8], bit: usize) -> Self {
+    pub(super) fn new(bytes: &[u8], bit: usize) -> Self {
         let mut bits = Self {
-            bytes,
             at: bit / 8,
             held: 0,
             count: 0,
         };
-        bits.fill();
+        bits.fill(bytes);
         bits.skip(bit as u32 % 8);
         bits
     }
 
     /// Makes sure of 56 bits.
     #[inline(always)]
-    fn fill(&mut self) {
-        let next = match self.bytes.get(self.at..).and_then(<[u8]>::first_chunk) {
+    pub(super) fn fill(&mut self, bytes: &[u8]) {
+        let next = match bytes.get(self.at..).and_then(<[u8]>::first_chunk) {
             Some(&next) => u64::from_be_bytes(next),
             None => 0,
         };
-        self.held |= next >> self.count;
-        self.at += (63 - self.count as usize) >> 3;
-        self.count |= 56;
+        let count = self.count & 63;
+        self.held |= next >> count;
+        self.at += (63 - count as usize) >> 3;
+        self.count = count | 56;
     }
 
+    /// Takes as many bits as the lowest 6 of `count` say.
     #[inline(always)]
-    fn skip(&mut self, count: u32) {
-        self.held <<= count;
-        self.count -= count;
+    pub(super) fn skip(&mut self, count: u32) {
+        self.held = self.held.wrapping_shl(count);
+        self.count = self.count.wrapping_sub(count);
     }
 
     /// Of the next bit.
     #[inline(always)]
     pub(super) fn position(&self) -> usize {
-        8 * self.at - self.count as usize
+        8 * self.at - (self.count & 63) as usize
     }
 
     /// Whether bits were taken that the data do not have.
     #[inline(always)]
-    pub(super) fn is_over(&self) -> bool {
-        self.position() > 8 * (self.bytes.len() - PADDING)
+    pub(super) fn is_over(&self, bytes: &[u8]) -> bool {
+        self.position() > 8 * (bytes.len() - PADDING)
     }
 }
 
@@ -279,7 +348,7 @@ fn number(held: u64, at: u32, size: u32) -> i32 {
     value - (negative & ((1 << size) - 1))
 }
 
-/// Where coefficient k - 1 belongs in a [`Group`], by k; whatever is past the end goes to the last.
+/// Where coefficient k - 1 of a block belongs in rows of four blocks, by k; whatever is past the end goes to the last.
 static PLACES: [u8; 256] = {
     let mut places = [7 * 32 + 7; 256];
     let mut k = 0;
@@ -290,107 +359,34 @@ static PLACES: [u8; 256] = {
     places
 };
 
-/// Four blocks side by side: rows of four times eight coefficients.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-pub(super) struct Group(pub(super) [i16; 256]);
-
-impl Group {
-    pub(super) const ZERO: Self = Self([0; 256]);
+/// Where coefficient k - 1 belongs in rows of 32, of which a block has 8 columns: at 7 * 32 + 7 at most.
+#[inline(always)]
+pub(super) fn place(k: u32) -> usize {
+    usize::from(PLACES[(k & 255) as usize])
 }
 
-/// Decodes the first coefficient and returns the k of the next: 1, or past the end if the code is in no table.
+/// Decodes the first coefficient of a block. False if its code is in no table.
 #[inline(always)]
-fn first(bits: &mut Bits<'_>, dc: &Table, previous: &mut i32) -> u32 {
-    bits.fill();
-    let pair = dc.look(bits.held);
-    *previous = previous.wrapping_add(pair.first(bits.held));
-    bits.skip(pair.bits());
-    1 + pair.goes()
+pub(super) fn first(bits: &mut Bits, bytes: &[u8], dc: &DcTable, previous: &mut i32) -> bool {
+    bits.fill(bytes);
+    let entry = u32::from(dc.sizes[(bits.held >> (64 - LOOK)) as usize]);
+    let symbol = match entry {
+        0 => dc.codes.rare(bits.held, LOOK + 1),
+        _ => Symbol {
+            length: entry & 255,
+            run: 0,
+            size: entry >> 8,
+        },
+    };
+    *previous = previous.wrapping_add(symbol.number(bits));
+    bits.skip(symbol.bits());
+    symbol.run == 0
 }
 
 /// Whether a block that ended with this k ended well: by its last coefficient or by a code that says so.
 #[inline(always)]
-fn is_end(k: u32) -> bool {
+pub(super) fn is_end(k: u32) -> bool {
     k == 64 || k.wrapping_sub(END + 1) < 63
-}
-
-/// Decodes a block into column `x` (0, 8, 16 or 24) of a group that is zero there. False if it goes past the end.
-#[inline(always)]
-pub(super) fn block(
-    bits: &mut Bits<'_>,
-    (dc, ac): (&Table, &Table),
-    previous: &mut i32,
-    group: &mut Group,
-    x: usize,
-) -> bool {
-    let mut k = first(bits, dc, previous);
-    let x = x & 24;
-    group.0[x] = *previous as i16;
-    let mut put = |k: u32, value: i32| {
-        let place = usize::from(PLACES[(k & 255) as usize]) + x;
-        // SAFETY: places end at 7 * 32 + 7, and x at 24: below 256.
-        unsafe { *group.0.get_unchecked_mut(place) = value as i16 };
-    };
-    macro_rules! step {
-        () => {{
-            let held = bits.held;
-            let pair = ac.look(held);
-            let after = k + pair.goes();
-            let middle = k + pair.first_goes();
-            // In this order: where there is no second, the first is at the same place.
-            put(after, pair.second(held));
-            put(middle, pair.first(held));
-            if after >= 64 {
-                if middle >= 64 && pair.is_pair() {
-                    // The block ended with the first: what looked like a second is of the next block.
-                    let pair = ac.one(held, 1);
-                    bits.skip(pair.bits());
-                    return is_end(k + pair.goes());
-                }
-                bits.skip(pair.bits());
-                return is_end(after);
-            }
-            bits.skip(pair.bits());
-            k = after;
-        }};
-    }
-    step!();
-    loop {
-        bits.fill();
-        step!();
-        step!();
-    }
-}
-
-/// Steps over a block. False if it goes past its end.
-#[inline(always)]
-pub(super) fn skip(bits: &mut Bits<'_>, (dc, ac): (&Table, &Table), previous: &mut i32) -> bool {
-    let mut k = first(bits, dc, previous);
-    macro_rules! step {
-        () => {{
-            let held = bits.held;
-            let pair = ac.look(held);
-            let after = k + pair.goes();
-            if after >= 64 {
-                if k + pair.first_goes() >= 64 && pair.is_pair() {
-                    let pair = ac.one(held, 1);
-                    bits.skip(pair.bits());
-                    return is_end(k + pair.goes());
-                }
-                bits.skip(pair.bits());
-                return is_end(after);
-            }
-            bits.skip(pair.bits());
-            k = after;
-        }};
-    }
-    step!();
-    loop {
-        bits.fill();
-        step!();
-        step!();
-    }
 }
 
 /// Takes the entropy-coded data up to the next marker into `out`, without stuffing and with [`PADDING`] zeros at the
