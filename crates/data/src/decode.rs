@@ -8,9 +8,8 @@ use crate::augment::augment;
 use crate::crop::{self, Rect};
 use crate::error::Reason;
 use crate::example::{self, Example};
-use crate::index::Index;
 use crate::jpeg::Like;
-use crate::jpeg::fast::{self, Job, Photo, Seek, Target};
+use crate::jpeg::fast::{self, Photo, Seek, Target};
 use crate::order::{Content, Label, Sample};
 use crate::random::{Purpose, Random};
 use crate::{Config, Crop, Decode, Pixels, Resize, Source};
@@ -88,99 +87,82 @@ pub(crate) struct Made {
     pub(crate) noted: Option<Vec<u8>>,
 }
 
-/// An image file, and what is to become of it.
-pub(crate) struct Draw<'a> {
-    pub(crate) encoded: &'a [u8],
-    /// Where it can be entered, if that is known.
-    pub(crate) points: Option<&'a [u8]>,
-    /// Of crop and flip.
-    pub(crate) random: Random,
-    /// Of what comes after them.
-    pub(crate) change: Random,
-    /// Black.
-    pub(crate) slot: Slot<'a>,
-}
-
-impl<'a> Draw<'a> {
-    /// Of a record, which with its shard says what is drawn.
-    pub(crate) fn new(
-        config: &Config,
-        epoch: u64,
-        (shard, record): (usize, &Record),
-        encoded: &'a [u8],
-        slot: Slot<'a>,
-    ) -> Self {
-        let record = record.index;
-        let random = |purpose| Random::new(config.seed, epoch, purpose);
-        Self {
-            encoded,
-            points: None,
-            random: random(Purpose::Augment { shard, record }),
-            change: random(Purpose::Change { shard, record }),
-            slot,
-        }
+impl From<u32> for Made {
+    fn from(label: u32) -> Self {
+        Self { label, noted: None }
     }
 }
 
-/// Writes images into their slots, which are black.
+/// Writes the image into its slot, which is black.
 pub(crate) fn decode(
     config: &Config,
     mode: Mode,
-    samples: &[Sample],
-    slots: Vec<Slot<'_>>,
-) -> Vec<Result<Made, Reason>> {
-    let (mut made, mut draws, mut of) = (vec![], vec![], vec![]);
-    for (sample, slot) in samples.iter().zip(slots) {
-        let drawn = match &sample.content {
-            Content::Zeros => Ok((0, None)),
-            Content::Fake { index } => Ok((noise(config, mode, *index, slot), None)),
-            Content::Record(found) => {
-                parsed(config, &found.record, &found.label).map(|(example, label)| {
-                    let which = (found.shard, &found.record);
-                    let mut draw = Draw::new(config, sample.epoch, which, example.encoded, slot);
-                    draw.points = found.points.as_deref();
-                    (label, Some(draw))
-                })
+    sample: &Sample,
+    slot: Slot<'_>,
+) -> Result<Made, Reason> {
+    match &sample.content {
+        Content::Zeros => Ok(0.into()),
+        Content::Fake { index } => {
+            let purpose = Purpose::Fake {
+                index: *index,
+                is_eval: mode == Mode::Eval,
+            };
+            // The same in every epoch, as a dataset is.
+            let mut random = Random::new(config.seed, 0, purpose);
+            let label = random.below(config.classes as u64) as u32;
+            match slot {
+                Slot::U8(pixels) => random.fill(pixels),
+                Slot::F32(_) => unreachable!("noise is made in u8"),
             }
-            Content::File { class, record } => folder::label(*class, config.classes).map(|label| {
-                let which = (0, record);
-                let draw = Draw::new(config, sample.epoch, which, &record.bytes, slot);
-                (label, Some(draw))
-            }),
-        };
-        made.push(drawn.map(|(label, draw)| {
-            if let Some(draw) = draw {
-                of.push(made.len());
-                draws.push(draw);
-            }
-            Made { label, noted: None }
-        }));
-    }
-    let drawn = FAST.with_borrow_mut(|decoder| render(config, mode, &mut draws, decoder));
-    for ((place, draw), drawn) in of.into_iter().zip(&mut draws).zip(drawn) {
-        if let (Ok(_), Mode::Train) = (&drawn, mode) {
-            let (size, slot) = (config.resolution, &mut draw.slot);
-            augment(&config.augment, size, &mut draw.change, slot);
+            Ok(label.into())
         }
-        match (drawn, &mut made[place]) {
-            (Ok(drawn), Ok(made)) => made.noted = drawn.noted,
-            (Err(reason), made) => *made = Err(reason),
-            (Ok(_), Err(_)) => unreachable!("only what has a label was drawn"),
+        Content::Record(found) => {
+            let (example, label) = parsed(config, &found.record, &found.label)?;
+            let mut noted = None;
+            let notes = mode == Mode::Train
+                && (config.index.as_ref()).is_some_and(|index| index.is_writable());
+            let seek = match &found.points {
+                Some(points) => Seek::Points(points),
+                None if notes => Seek::Note(&mut noted),
+                None => Seek::Start,
+            };
+            let which = (found.shard, &found.record);
+            draw(
+                config,
+                mode,
+                sample.epoch,
+                which,
+                (example.encoded, seek),
+                slot,
+            )?;
+            Ok(Made { label, noted })
+        }
+        Content::File { class, record } => {
+            let label = folder::label(*class, config.classes)?;
+            let image = (&record.bytes[..], Seek::Start);
+            draw(config, mode, sample.epoch, (0, record), image, slot)?;
+            Ok(label.into())
         }
     }
-    made
 }
 
-/// Fills the slot, and returns the label: the same in every epoch, as a dataset is.
-fn noise(config: &Config, mode: Mode, index: u64, slot: Slot<'_>) -> u32 {
-    let is_eval = mode == Mode::Eval;
-    let mut random = Random::new(config.seed, 0, Purpose::Fake { index, is_eval });
-    let label = random.below(config.classes as u64) as u32;
-    match slot {
-        Slot::U8(pixels) => random.fill(pixels),
-        Slot::F32(_) => unreachable!("noise is made in u8"),
+/// Makes the image of a record, which with its shard says what is drawn.
+fn draw(
+    config: &Config,
+    mode: Mode,
+    epoch: u64,
+    (shard, record): (usize, &Record),
+    image: (&[u8], Seek<'_>),
+    mut slot: Slot<'_>,
+) -> Result<(), Reason> {
+    let random = augmentation(config, epoch, shard, record);
+    FAST.with_borrow_mut(|decoder| render(config, mode, image, &random, &mut slot, decoder))?;
+    if mode == Mode::Train {
+        let record = record.index;
+        let mut random = Random::new(config.seed, epoch, Purpose::Change { shard, record });
+        augment(&config.augment, config.resolution, &mut random, &mut slot);
     }
-    label
+    Ok(())
 }
 
 /// What becomes of an image file in training, as record `number`, and in evaluation.
@@ -196,32 +178,29 @@ pub fn fuzz(config: &Config, number: u64, file: &[u8]) {
     for mode in [Mode::Train, Mode::Eval] {
         let mut pixels = Pixels::new(config, len);
         for slot in pixels.slots(len, 0) {
-            let mut draws = [Draw::new(config, 0, (0, &record), file, slot)];
-            FAST.with_borrow_mut(|decoder| render(config, mode, &mut draws, decoder));
-            let [Draw { change, slot, .. }] = &mut draws;
-            augment(&config.augment, config.resolution, change, slot);
+            let _ = draw(config, mode, 0, (0, &record), (file, Seek::Start), slot);
         }
     }
 }
 
 /// Writes an image file into its slot as an evaluation does.
-pub(crate) fn image(config: &Config, file: &[u8], slot: Slot<'_>) -> Result<(), Reason> {
+pub(crate) fn image(config: &Config, file: &[u8], mut slot: Slot<'_>) -> Result<(), Reason> {
     // An evaluation draws nothing.
     let purpose = Purpose::Fake {
         index: 0,
         is_eval: true,
     };
     let random = Random::new(config.seed, 0, purpose);
-    let draw = Draw {
-        encoded: file,
-        points: None,
-        random: random.clone(),
-        change: random,
-        slot,
-    };
-    let drawn =
-        FAST.with_borrow_mut(|decoder| render(config, Mode::Eval, &mut [draw], decoder).pop());
-    drawn.expect("one draw gives one").map(|_| ())
+    FAST.with_borrow_mut(|decoder| {
+        let image = (file, Seek::Start);
+        render(config, Mode::Eval, image, &random, &mut slot, decoder).map(|_| ())
+    })
+}
+
+/// The draws of a record in an epoch.
+pub(crate) fn augmentation(config: &Config, epoch: u64, shard: usize, record: &Record) -> Random {
+    let record = record.index;
+    Random::new(config.seed, epoch, Purpose::Augment { shard, record })
 }
 
 /// What a record holds, and its class.
@@ -242,23 +221,18 @@ pub(crate) fn parsed<'a>(
     Ok((example, class))
 }
 
-/// What came of a [`Draw`].
-pub(crate) struct Drawn {
-    /// Whether the fast decoder did it.
-    pub(crate) is_fast: bool,
-    /// Where the image can be entered, if that was not known before and is wanted.
-    noted: Option<Vec<u8>>,
-}
-
-/// Decodes, crops, resizes and flips.
+/// Decodes, crops, resizes and flips; says whether the fast decoder did it.
 pub(crate) fn render(
     config: &Config,
     mode: Mode,
-    draws: &mut [Draw<'_>],
+    (encoded, seek): (&[u8], Seek<'_>),
+    random: &Random,
+    slot: &mut Slot<'_>,
     decoder: &mut fast::Decoder,
-) -> Vec<Result<Drawn, Reason>> {
+) -> Result<bool, Reason> {
     // Whoever decodes, the draws are the same.
-    let view = |mut random: Random, width, height| {
+    let view = |width, height| {
+        let mut random = random.clone();
         let crop = match mode {
             Mode::Train => train_crop(config, width, height, &mut random),
             Mode::Eval => crop::centre(width, height, config.crop_ratio),
@@ -267,73 +241,46 @@ pub(crate) fn render(
         (crop, flip)
     };
     let size = config.resolution;
-    let is_fast = (mode, config.decode) == (Mode::Train, Decode::Fast);
-    let notes = is_fast && config.index.as_ref().is_some_and(Index::is_writable);
-    let mut noted: Vec<Option<Vec<u8>>> = draws.iter().map(|_| None).collect();
-    let (mut jobs, mut of) = (vec![], vec![]);
-    for (number, (draw, noted)) in draws.iter_mut().zip(&mut noted).enumerate() {
-        let Some(photo) = is_fast.then(|| Photo::open(draw.encoded)).flatten() else {
-            continue;
-        };
+    if (mode, config.decode) == (Mode::Train, Decode::Fast)
+        && let Some(photo) = Photo::open(encoded)
+    {
         let (width, height) = photo.size();
-        let (crop, flip) = view(draw.random.clone(), width, height);
+        let (crop, flip) = view(width, height);
         let resize = config.resize;
-        of.push(number);
-        jobs.push(Job {
-            photo,
-            target: Target {
-                crop,
-                resize,
-                size,
-                flip,
-            },
-            seek: match draw.points {
-                Some(points) => Seek::Points(points),
-                None if notes => Seek::Note(noted),
-                None => Seek::Start,
-            },
-            row: match &mut draw.slot {
-                Slot::U8(out) => Box::new(|y, row| {
-                    out[y * row.len()..][..row.len()].copy_from_slice(row);
-                }),
-                Slot::F32(out) => Box::new(|y, row| {
-                    for (out, &value) in out[y * row.len()..].iter_mut().zip(row) {
-                        *out = f32::from(value);
-                    }
-                }),
-            },
-        });
+        let target = Target {
+            crop,
+            resize,
+            size,
+            flip,
+        };
+        let is_done = match slot {
+            Slot::U8(out) => decoder.decode(&photo, &target, seek, |y, row| {
+                out[y * row.len()..][..row.len()].copy_from_slice(row);
+            }),
+            Slot::F32(out) => decoder.decode(&photo, &target, seek, |y, row| {
+                for (out, &value) in out[y * row.len()..].iter_mut().zip(row) {
+                    *out = f32::from(value);
+                }
+            }),
+        };
+        if is_done {
+            return Ok(true);
+        }
     }
-    let found = decoder.decode(jobs);
-    let mut done = vec![false; noted.len()];
-    for (number, is_done) in of.into_iter().zip(found) {
-        done[number] = is_done;
-    }
-    // What is odd or damaged comes here: this decoder has the last word on errors.
+    // What is odd or damaged comes here too: this decoder has the last word on errors.
     let like = match config.resize {
         Resize::Pillow => Like::Pillow,
         Resize::Tf | Resize::Tf1 => Like::TensorFlow,
     };
-    let exactly = |draw: &mut Draw<'_>| {
-        let image = picture::decode(draw.encoded, like).map_err(Reason::Image)?;
-        let (rect, flip) = view(draw.random.clone(), image.width, image.height);
-        match (config.resize, &mut draw.slot) {
-            (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
-            (Resize::Tf, Slot::F32(out)) => resize::tf(&image, rect, size, flip, out),
-            (Resize::Tf1, Slot::F32(out)) => resize::tf1(&image, rect, size, flip, out),
-            _ => unreachable!("Pixels::new chose the type by the resize mode"),
-        }
-        Ok(())
-    };
-    let drawn = draws.iter_mut().zip(done).zip(noted);
-    drawn
-        .map(|((draw, is_fast), noted)| {
-            if !is_fast {
-                exactly(draw)?;
-            }
-            Ok(Drawn { is_fast, noted })
-        })
-        .collect()
+    let image = picture::decode(encoded, like).map_err(Reason::Image)?;
+    let (rect, flip) = view(image.width, image.height);
+    match (config.resize, slot) {
+        (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
+        (Resize::Tf, Slot::F32(out)) => resize::tf(&image, rect, size, flip, out),
+        (Resize::Tf1, Slot::F32(out)) => resize::tf1(&image, rect, size, flip, out),
+        _ => unreachable!("Pixels::new chose the type by the resize mode"),
+    }
+    Ok(false)
 }
 
 thread_local! {

@@ -20,8 +20,6 @@ use crate::{BadRecord, Batch, Config, Crop, Error, Pixels, Reason, Source};
 const AHEAD: usize = 2;
 /// Records that are read while others are decoded, at most.
 pub const READ_AHEAD: usize = 256;
-/// Images that a thread takes at a time, at most.
-const TOGETHER: usize = 16;
 /// Far above any network's input; a row of it is still small.
 const MAX_RESOLUTION: usize = 4096;
 /// Some hundred gigabytes: more is a slip of the pen.
@@ -314,21 +312,14 @@ impl Producer {
                 break;
             }
             let slots = pixels.slots(len, first);
-            let threads = self.pool.current_num_threads();
             let (mut decoded, mut decoded_at) = (Vec::new(), Instant::now());
             // This thread, which is not of the pool, reads meanwhile.
             let read_at = self.pool.in_place_scope(|scope| {
                 scope.spawn(|_| {
-                    // Enough for each thread to decode two at a time, and few enough for all to end together.
-                    let some = (samples.len() / (4 * threads)).clamp(1, TOGETHER);
-                    let mut slots = slots.into_iter();
-                    let parts: Vec<_> = samples
-                        .chunks(some)
-                        .map(|samples| (samples, slots.by_ref().take(samples.len()).collect()))
-                        .collect();
-                    decoded = parts
-                        .into_par_iter()
-                        .flat_map_iter(|(samples, slots)| decode(config, mode, samples, slots))
+                    decoded = samples
+                        .par_iter()
+                        .zip(slots)
+                        .map(|(sample, slot)| decode(config, mode, sample, slot))
                         .collect();
                     decoded_at = Instant::now();
                 });

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use crate::decode::{self, Draw, Mode};
-use crate::jpeg::fast::{Decoder, Level, Times};
+use crate::decode::{self, Mode};
+use crate::jpeg::fast::{Decoder, Level, Seek, Times};
 use crate::order::{Content, Cursor, Order};
 use crate::{Config, Error, Pixels};
 
@@ -65,27 +65,33 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
             continue;
         };
         stages.parse += start.elapsed();
-        let Some(slot) = pixels.slots(len, 0).pop() else {
+        let random = decode::augmentation(config, sample.epoch, found.shard, &found.record);
+        let seek = match &found.points {
+            Some(points) => Seek::Points(points),
+            None => Seek::Start,
+        };
+        let Some(mut slot) = pixels.slots(len, 0).pop() else {
             break;
         };
         decoder.times = Some(Times::default());
-        let which = (found.shard, &found.record);
-        let mut draw = Draw::new(config, sample.epoch, which, example.encoded, slot);
-        draw.points = found.points.as_deref();
         let start = Instant::now();
-        let drawn = decode::render(config, Mode::Train, &mut [draw], &mut decoder).pop();
+        let is_fast = decode::render(
+            config,
+            Mode::Train,
+            (example.encoded, seek),
+            &random,
+            &mut slot,
+            &mut decoder,
+        );
         let took = start.elapsed();
-        let is_fast = match drawn {
-            Some(Ok(drawn)) => drawn.is_fast,
-            _ => continue,
-        };
         match (is_fast, decoder.times) {
-            (true, Some(times)) => {
+            (Ok(true), Some(times)) => {
                 stages.entropy += took.saturating_sub(times.idct + times.resample);
                 stages.idct += times.idct;
                 stages.resample += times.resample;
             }
-            _ => stages.exact += took,
+            (Ok(_), _) => stages.exact += took,
+            (Err(_), _) => continue,
         }
         stages.images += 1;
     }

@@ -17,7 +17,7 @@ pub(super) const PADDING: usize = 64;
 
 /// A code as a table has it.
 #[derive(Clone, Copy)]
-pub(super) struct Symbol {
+struct Symbol {
     /// Of the code, in bits.
     length: u32,
     /// Zeros before the coefficient.
@@ -35,13 +35,13 @@ impl Symbol {
     };
 
     #[inline(always)]
-    pub(super) fn bits(self) -> u32 {
+    fn bits(self) -> u32 {
         self.length + self.size
     }
 
     /// Coefficients that it stands for, where it is not a first one.
     #[inline(always)]
-    pub(super) fn goes(self) -> u32 {
+    fn goes(self) -> u32 {
         match (self.run, self.size) {
             (15, 0) => 16,
             (_, 0) => END,
@@ -51,8 +51,8 @@ impl Symbol {
 
     /// The number that follows it.
     #[inline(always)]
-    pub(super) fn number(self, bits: &Bits) -> i32 {
-        number(bits.held, self.length, self.size)
+    fn number(self, held: u64) -> i32 {
+        number(held, self.length, self.size)
     }
 }
 
@@ -168,7 +168,7 @@ impl DcTable {
 ///
 /// What is not all in those bits goes [`CLOSER`]; then the rest is a [`Symbol`], or 0 for a code that is longer.
 #[derive(Clone, Copy)]
-pub(super) struct Step(u64);
+struct Step(u64);
 
 impl Step {
     fn new(bits: usize, first: Symbol, second: Option<Symbol>) -> Self {
@@ -179,9 +179,7 @@ impl Step {
             return Self(u64::from(CLOSER) << 8 | u64::from(symbol) << 32);
         }
         let second = second.filter(|second| fits(first.bits(), second));
-        let value = |symbol: Symbol, held: u64| {
-            u64::from(number(held, symbol.length, symbol.size) as i16 as u16)
-        };
+        let value = |symbol: Symbol, held: u64| u64::from(symbol.number(held) as i16 as u16);
         // The end of a block is a zero somewhere further on, where nothing is yet.
         let mut step = u64::from(first.goes()) << 16 | value(first, held) << 32;
         let (mut bits, mut goes) = (first.bits(), first.goes());
@@ -195,40 +193,69 @@ impl Step {
     }
 
     #[inline(always)]
-    pub(super) fn goes(self) -> u32 {
+    fn goes(self) -> u32 {
         (self.0 >> 8) as u32 & 255
     }
 
-    /// For [`Bits::skip`].
     #[inline(always)]
-    pub(super) fn bits(self) -> u32 {
-        self.0 as u32
-    }
-
-    /// Whether it is a symbol whose number, or more, is not in the bits that were looked at.
-    #[inline(always)]
-    pub(super) fn is_symbol(self) -> bool {
-        self.goes() == CLOSER
-    }
-
-    #[inline(always)]
-    pub(super) fn first_goes(self) -> u32 {
+    fn first_goes(self) -> u32 {
         (self.0 >> 16) as u32 & 255
     }
 
     #[inline(always)]
-    pub(super) fn is_pair(self) -> bool {
+    fn is_pair(self) -> bool {
         self.0 >> 24 & 1 == 1
     }
 
     #[inline(always)]
-    pub(super) fn first(self) -> i16 {
+    fn first(self) -> i16 {
         (self.0 >> 32) as i16
     }
 
     #[inline(always)]
-    pub(super) fn second(self) -> i16 {
+    fn second(self) -> i16 {
         (self.0 >> 48) as i16
+    }
+
+    /// What goes [`CLOSER`].
+    #[inline(always)]
+    fn symbol(self) -> Option<Symbol> {
+        let field = |at: u32| (self.0 >> at) as u32 & 255;
+        let (length, size, run) = (field(32), field(40), field(48));
+        (length > 0).then_some(Symbol { length, run, size })
+    }
+}
+
+/// As many coefficients as begin in the next [`LOOK`] bits, to be stepped over. From the lowest: how many bits they take
+/// (8 bits), how far they go (8), and how far all but the last go (8). [`CLOSER`] for a code that is longer.
+#[derive(Clone, Copy)]
+struct Leap(u32);
+
+impl Leap {
+    fn new(singles: &[Option<Symbol>], bits: usize) -> Self {
+        let (mut used, mut goes, mut before) = (0, 0, 0);
+        while let Some(next) = following(singles, bits, used)
+            && goes < END
+            && goes + next.goes() < CLOSER
+        {
+            before = goes;
+            goes += next.goes();
+            used += next.bits();
+        }
+        match goes {
+            0 => Self(CLOSER << 8),
+            _ => Self(used | goes << 8 | before << 16),
+        }
+    }
+
+    #[inline(always)]
+    fn goes(self) -> u32 {
+        self.0 >> 8 & 255
+    }
+
+    #[inline(always)]
+    fn before(self) -> u32 {
+        self.0 >> 16
     }
 }
 
@@ -236,6 +263,7 @@ impl Step {
 pub(super) struct AcTable {
     /// By the next [`LOOK`] bits.
     steps: Box<[Step; 1 << LOOK]>,
+    leaps: Box<[Leap; 1 << LOOK]>,
     codes: Codes,
 }
 
@@ -245,7 +273,9 @@ impl AcTable {
         let codes = Codes::new(table, false)?;
         let singles = codes.singles();
         let mut steps = Box::new([Step(u64::from(CLOSER) << 8); 1 << LOOK]);
-        for (bits, step) in steps.iter_mut().enumerate() {
+        let mut leaps = Box::new([Leap(0); 1 << LOOK]);
+        for (bits, (step, leap)) in steps.iter_mut().zip(leaps.iter_mut()).enumerate() {
+            *leap = Leap::new(&singles, bits);
             if let Some(first) = singles[bits] {
                 let second = match first.goes() {
                     END => None,
@@ -254,35 +284,18 @@ impl AcTable {
                 *step = Step::new(bits, first, second);
             }
         }
-        Some(Self { steps, codes })
-    }
-
-    #[inline(always)]
-    pub(super) fn step(&self, bits: &Bits) -> Step {
-        self.steps[(bits.held >> (64 - LOOK)) as usize]
-    }
-
-    /// The symbol that a step is, if it is one.
-    #[inline(always)]
-    pub(super) fn symbol(&self, bits: &Bits, step: Step) -> Symbol {
-        let field = |at: u32| (step.0 >> at) as u32 & 255;
-        let (length, size, run) = (field(32), field(40), field(48));
-        match length {
-            0 => self.codes.rare(bits.held, LOOK + 1),
-            _ => Symbol { length, run, size },
-        }
-    }
-
-    /// The next symbol.
-    pub(super) fn first(&self, bits: &Bits) -> Symbol {
-        self.codes.rare(bits.held, 1)
+        Some(Self {
+            steps,
+            leaps,
+            codes,
+        })
     }
 }
 
-/// How far the bits of a scan are read. Every method that takes bytes takes the same ones, which end with [`PADDING`]
-/// zeros.
-#[derive(Clone, Copy, Default)]
-pub(super) struct Bits {
+/// The bits of a scan.
+pub(super) struct Bits<'a> {
+    /// Ends with [`PADDING`] zeros.
+    bytes: &'a [u8],
     /// Of the next byte to be taken into `held`.
     at: usize,
     /// The next bits, from the top.
@@ -291,24 +304,25 @@ pub(super) struct Bits {
     count: u32,
 }
 
-impl Bits {
+impl<'a> Bits<'a> {
     /// From this bit on.
     #[inline(always)]
-    pub(super) fn new(bytes: &[u8], bit: usize) -> Self {
+    pub(super) fn new(bytes: &'a [u8], bit: usize) -> Self {
         let mut bits = Self {
+            bytes,
             at: bit / 8,
             held: 0,
             count: 0,
         };
-        bits.fill(bytes);
+        bits.fill();
         bits.skip(bit as u32 % 8);
         bits
     }
 
     /// Makes sure of 56 bits.
     #[inline(always)]
-    pub(super) fn fill(&mut self, bytes: &[u8]) {
-        let next = match bytes.get(self.at..).and_then(<[u8]>::first_chunk) {
+    fn fill(&mut self) {
+        let next = match self.bytes.get(self.at..).and_then(<[u8]>::first_chunk) {
             Some(&next) => u64::from_be_bytes(next),
             None => 0,
         };
@@ -320,7 +334,7 @@ impl Bits {
 
     /// Takes as many bits as the lowest 6 of `count` say.
     #[inline(always)]
-    pub(super) fn skip(&mut self, count: u32) {
+    fn skip(&mut self, count: u32) {
         self.held = self.held.wrapping_shl(count);
         self.count = self.count.wrapping_sub(count);
     }
@@ -333,8 +347,8 @@ impl Bits {
 
     /// Whether bits were taken that the data do not have.
     #[inline(always)]
-    pub(super) fn is_over(&self, bytes: &[u8]) -> bool {
-        self.position() > 8 * (bytes.len() - PADDING)
+    pub(super) fn is_over(&self) -> bool {
+        self.position() > 8 * (self.bytes.len() - PADDING)
     }
 }
 
@@ -348,7 +362,7 @@ fn number(held: u64, at: u32, size: u32) -> i32 {
     value - (negative & ((1 << size) - 1))
 }
 
-/// Where coefficient k - 1 of a block belongs in rows of four blocks, by k; whatever is past the end goes to the last.
+/// Where coefficient k - 1 belongs in a [`Group`], by k; whatever is past the end goes to the last.
 static PLACES: [u8; 256] = {
     let mut places = [7 * 32 + 7; 256];
     let mut k = 0;
@@ -359,16 +373,19 @@ static PLACES: [u8; 256] = {
     places
 };
 
-/// Where coefficient k - 1 belongs in rows of 32, of which a block has 8 columns: at 7 * 32 + 7 at most.
-#[inline(always)]
-pub(super) fn place(k: u32) -> usize {
-    usize::from(PLACES[(k & 255) as usize])
+/// Four blocks side by side: rows of four times eight coefficients.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct Group(pub(super) [i16; 256]);
+
+impl Group {
+    pub(super) const ZERO: Self = Self([0; 256]);
 }
 
-/// Decodes the first coefficient of a block. False if its code is in no table.
+/// Decodes the first coefficient. False if its code is in no table.
 #[inline(always)]
-pub(super) fn first(bits: &mut Bits, bytes: &[u8], dc: &DcTable, previous: &mut i32) -> bool {
-    bits.fill(bytes);
+fn first(bits: &mut Bits<'_>, dc: &DcTable, previous: &mut i32) -> bool {
+    bits.fill();
     let entry = u32::from(dc.sizes[(bits.held >> (64 - LOOK)) as usize]);
     let symbol = match entry {
         0 => dc.codes.rare(bits.held, LOOK + 1),
@@ -378,15 +395,126 @@ pub(super) fn first(bits: &mut Bits, bytes: &[u8], dc: &DcTable, previous: &mut 
             size: entry >> 8,
         },
     };
-    *previous = previous.wrapping_add(symbol.number(bits));
+    *previous = previous.wrapping_add(symbol.number(bits.held));
     bits.skip(symbol.bits());
     symbol.run == 0
 }
 
 /// Whether a block that ended with this k ended well: by its last coefficient or by a code that says so.
 #[inline(always)]
-pub(super) fn is_end(k: u32) -> bool {
+fn is_end(k: u32) -> bool {
     k == 64 || k.wrapping_sub(END + 1) < 63
+}
+
+/// Decodes a block into column `x` (0, 8, 16 or 24) of a group that is zero there. False if it goes past the end.
+#[inline(always)]
+pub(super) fn block(
+    bits: &mut Bits<'_>,
+    (dc, ac): (&DcTable, &AcTable),
+    previous: &mut i32,
+    group: &mut Group,
+    x: usize,
+) -> bool {
+    let is_good = first(bits, dc, previous);
+    let x = x & 24;
+    group.0[x] = *previous as i16;
+    let mut put = |k: u32, value: i16| {
+        let place = usize::from(PLACES[(k & 255) as usize]) + x;
+        // SAFETY: places end at 7 * 32 + 7, and x at 24: below 256.
+        unsafe { *group.0.get_unchecked_mut(place) = value };
+    };
+    let mut k = 1;
+    'more: loop {
+        bits.fill();
+        let step = 'ordinary: {
+            // Five times at most LOOK bits of 56.
+            macro_rules! step {
+                () => {{
+                    let step = ac.steps[(bits.held >> (64 - LOOK)) as usize];
+                    let after = k + step.goes();
+                    if after >= 64 {
+                        break 'ordinary step;
+                    }
+                    // In this order: where there is no second, the first is at the same place.
+                    put(after, step.second());
+                    put(k + step.first_goes(), step.first());
+                    bits.skip(step.0 as u32);
+                    k = after;
+                }};
+            }
+            step!();
+            step!();
+            step!();
+            step!();
+            step!();
+            continue 'more;
+        };
+        bits.fill();
+        let (symbol, is_last) = if step.goes() == CLOSER {
+            let symbol = step.symbol();
+            let symbol = symbol.unwrap_or_else(|| ac.codes.rare(bits.held, LOOK + 1));
+            (symbol, k + symbol.goes() >= 64)
+        } else if step.is_pair() && k + step.first_goes() >= 64 {
+            // The block ends with the first: what looks like a second is of the next block.
+            (ac.codes.rare(bits.held, 1), true)
+        } else {
+            put(k + step.first_goes(), step.first());
+            if k + step.goes() == 64 && step.is_pair() {
+                put(64, step.second());
+            }
+            bits.skip(step.0 as u32);
+            return is_good && is_end(k + step.goes());
+        };
+        k += symbol.goes();
+        put(k, symbol.number(bits.held) as i16);
+        bits.skip(symbol.bits());
+        if is_last {
+            return is_good && is_end(k);
+        }
+    }
+}
+
+/// Steps over a block. False if it goes past its end.
+#[inline(always)]
+pub(super) fn skip(
+    bits: &mut Bits<'_>,
+    (dc, ac): (&DcTable, &AcTable),
+    previous: &mut i32,
+) -> bool {
+    let is_good = first(bits, dc, previous);
+    let mut k = 1;
+    'more: loop {
+        bits.fill();
+        let leap = 'ordinary: {
+            // Twice at most LOOK bits and a number's 10, of 56.
+            macro_rules! leap {
+                () => {{
+                    let leap = ac.leaps[(bits.held >> (64 - LOOK)) as usize];
+                    let after = k + leap.goes();
+                    if after >= 64 {
+                        break 'ordinary leap;
+                    }
+                    bits.skip(leap.0);
+                    k = after;
+                }};
+            }
+            leap!();
+            leap!();
+            continue 'more;
+        };
+        if leap.goes() != CLOSER && k + leap.before() < 64 {
+            bits.skip(leap.0);
+            return is_good && is_end(k + leap.goes());
+        }
+        // A long code, or the block ends before the last of them.
+        bits.fill();
+        let symbol = ac.codes.rare(bits.held, 1);
+        k += symbol.goes();
+        bits.skip(symbol.bits());
+        if k >= 64 {
+            return is_good && is_end(k);
+        }
+    }
 }
 
 /// Takes the entropy-coded data up to the next marker into `out`, without stuffing and with [`PADDING`] zeros at the

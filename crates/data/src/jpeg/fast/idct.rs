@@ -1,6 +1,6 @@
 //! The accurate inverse DCT (libjpeg's `islow`) of [`Group`]s, in 16 and 32 bits as libjpeg-turbo's vector code has it.
 
-use super::lane::Group;
+use super::entropy::Group;
 use super::simd::Vector;
 
 /// 2^13 times x.
@@ -147,7 +147,7 @@ pub(super) unsafe fn inverse<V: Vector>(
         // SAFETY: a row of the group is 32 coefficients, of which `block` is a multiple of `PARTS` below 4; the rest is
         // the caller's word.
         unsafe {
-            let from = group.as_ptr().add(8 * block).cast::<u8>();
+            let from = group.0.as_ptr().add(8 * block).cast::<u8>();
             let scales = quantisation.as_ptr().cast::<u8>();
             macro_rules! row {
                 ($y:literal) => {
