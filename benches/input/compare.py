@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
@@ -36,8 +37,11 @@ def main():
     common = ["--data", args.data, "--resolution", str(args.resolution), "--batch", str(args.batch)]
     ours = [args.runner, "bench", "input", *common, "--json"]
     theirs = [sys.executable, os.path.join(HERE, "tfdata.py"), *common]
+    index = tempfile.TemporaryDirectory()
+    last_json([args.runner, "data", "index", args.data, index.name, "--json"])
     variants = {
         "ours, fast": ours,
+        "ours, fast, index": [*ours, "--index", index.name],
         "tf.data": theirs,
         "ours, exact": [*ours, "--decode", "exact"],
         "tf.data, antialias": [*theirs, "--antialias"],

@@ -4,7 +4,8 @@
 //! One file for each shard, named after the shard's name and length. It is a log: an entry for each record, in the
 //! order in which they were first decoded, each with a checksum. An entry says of which payload it is, so what it
 //! holds for a shard that has changed is passed over; a tail that a crash has torn is cut off by the next writer. One
-//! process writes at a time: others read. Nothing in it decides a pixel (see `jpeg::fast::Seek`).
+//! process writes at a time: others read. A record that is read again before its entry is written, as happens where there are
+//! few, has two. Nothing in it decides a pixel (see `jpeg::fast::Seek`).
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{File, OpenOptions};

@@ -6,28 +6,44 @@ use std::ops::{AddAssign, Mul};
 use crate::Resize;
 use crate::crop::Rect;
 use crate::jpeg::Image;
+use crate::jpeg::fast::widely;
 
 /// Fraction bits of Pillow's fixed-point weights.
 const PRECISION: u32 = 22;
 /// TensorFlow looks its weights up by the fraction in 1/1024.
 const TABLE: f32 = 1024.0;
 
-/// Pillow's `resize(.., BICUBIC)`, which torchvision's is too: antialiased, 8 bits after each pass; bit-equal.
-pub(crate) fn pillow(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [u8]) {
+widely! {
+    /// Pillow's `resize(.., BICUBIC)`, which torchvision's is too: antialiased, 8 bits after each pass; bit-equal.
+    pub(crate) fn pillow(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [u8]) = pillow_here;
+}
+
+#[inline(always)]
+fn pillow_here(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [u8]) {
     let taps = |from| pillow_taps(from, size);
     let half = 1 << (PRECISION - 1);
     let finish = |sum: i32| (sum >> PRECISION).clamp(0, 255) as u8;
     resample(image, crop, taps, half, finish, flip, out);
 }
 
-/// TensorFlow 2's `tf.image.resize(.., "bicubic", antialias=False)`, not clamped.
-pub(crate) fn tf(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [f32]) {
+widely! {
+    /// TensorFlow 2's `tf.image.resize(.., "bicubic", antialias=False)`, not clamped.
+    pub(crate) fn tf(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [f32]) = tf_here;
+}
+
+#[inline(always)]
+fn tf_here(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [f32]) {
     let taps = |from| tf_taps(from, size);
     resample(image, crop, taps, 0.0, |sum| sum, flip, out);
 }
 
-/// TensorFlow 1's `resize_bicubic` without `align_corners`, as the reference used it, not clamped.
-pub(crate) fn tf1(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [f32]) {
+widely! {
+    /// TensorFlow 1's `resize_bicubic` without `align_corners`, as the reference used it, not clamped.
+    pub(crate) fn tf1(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [f32]) = tf1_here;
+}
+
+#[inline(always)]
+fn tf1_here(image: &Image, crop: Rect, size: usize, flip: bool, out: &mut [f32]) {
     let taps = |from| tf1_taps(from, size);
     resample(image, crop, taps, 0.0, |sum| sum, flip, out);
 }
@@ -63,6 +79,7 @@ impl<W: Copy> Taps<W> {
     }
 }
 
+#[inline(always)]
 fn resample<S, T>(
     image: &Image,
     crop: Rect,

@@ -194,7 +194,14 @@ impl Stream {
     pub(crate) fn take(&mut self, length: u64) -> Result<Vec<u8>, Fault> {
         let room = self.remaining()?.unwrap_or(BUFFER as u64).min(length);
         let mut bytes = Vec::with_capacity(room as usize);
-        let read = self.input().take(length).read_to_end(&mut bytes);
+        let read = match &mut self.input {
+            // Not through `dyn Read`, for which the memory would be filled with zeros first.
+            Input::Plain {
+                raw: Raw::File(file),
+                ..
+            } => file.take(length).read_to_end(&mut bytes),
+            _ => self.input().take(length).read_to_end(&mut bytes),
+        };
         read.map_err(|e| self.failed(e))?;
         self.at += bytes.len() as u64;
         Ok(bytes)

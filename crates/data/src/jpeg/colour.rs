@@ -1,5 +1,7 @@
 //! Component planes become rows of RGB, equal to libjpeg-turbo's "fancy" upsampling and its conversions to the bit.
 
+use super::fast::widely;
+
 /// What the components are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Space {
@@ -51,6 +53,7 @@ impl Plane {
 
     /// Writes pixel row `y`, and up to three more values than the image is wide. Where a sample stands for two pixels
     /// they are 3/4 of it and 1/4 of the next one; elsewhere, and in planes of one or two columns, it is repeated.
+    #[inline(always)]
     fn upsample(&self, y: usize, sums: &mut Vec<u16>, out: &mut Vec<u8>) {
         out.clear();
         let wide = |&sample: &u8| u16::from(sample);
@@ -88,6 +91,7 @@ impl Plane {
 }
 
 /// Two pixels of each sum, its neighbours beyond the ends being itself; `sums` has a free place before the first.
+#[inline(always)]
 fn between<const LEFT: u16, const RIGHT: u16, const SHIFT: u16>(
     sums: &mut Vec<u16>,
     out: &mut Vec<u8>,
@@ -102,8 +106,13 @@ fn between<const LEFT: u16, const RIGHT: u16, const SHIFT: u16>(
     }
 }
 
-/// The whole image as rows of RGB.
-pub(super) fn rgb(planes: &[Plane], space: Space, width: usize, height: usize) -> Vec<u8> {
+widely! {
+    /// The whole image as rows of RGB.
+    pub(super) fn rgb(planes: &[Plane], space: Space, width: usize, height: usize) -> Vec<u8> = rgb_here;
+}
+
+#[inline(always)]
+fn rgb_here(planes: &[Plane], space: Space, width: usize, height: usize) -> Vec<u8> {
     let mut rows = vec![Vec::new(); planes.len()];
     let mut sums = Vec::new();
     let mut pixels = vec![0; 3 * width * height];
@@ -146,7 +155,7 @@ pub(super) fn rgb(planes: &[Plane], space: Space, width: usize, height: usize) -
 }
 
 /// ITU-R BT.601 at full range, in 16 bits of fraction.
-#[inline]
+#[inline(always)]
 fn convert(y: u8, cb: u8, cr: u8) -> [u8; 3] {
     let [y, cb, cr] = [i32::from(y), i32::from(cb) - 128, i32::from(cr) - 128];
     // 1.402, 0.344 14, 0.714 14 and 1.772, less their whole parts, times 2^16: products of 16 bits are cheaper.

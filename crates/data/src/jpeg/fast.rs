@@ -18,7 +18,7 @@ mod points;
 mod resample;
 mod simd;
 
-pub(crate) use simd::Level;
+pub(crate) use simd::{Level, widely};
 
 use std::array::from_fn;
 use std::ops::Range;
@@ -347,6 +347,58 @@ impl Decoder {
         target: &Target,
         row: &mut impl FnMut(usize, &[u8]),
     ) {
+        match self.level {
+            // SAFETY: it needs no instructions but the target's.
+            Level::Portable => unsafe {
+                self.resample_as::<simd::Portable>(header, region, target, row);
+            },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as in `samples`.
+            Level::Avx2 => unsafe { self.resample_avx2(header, region, target, row) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx512 => unsafe { self.resample_avx512(header, region, target, row) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("no other level is available"),
+        }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
+    fn resample_avx2(
+        &mut self,
+        header: &Header<'_>,
+        region: Region,
+        target: &Target,
+        row: &mut impl FnMut(usize, &[u8]),
+    ) {
+        // SAFETY: the instructions are there, as the caller says.
+        unsafe { self.resample_as::<simd::x86::Avx2>(header, region, target, row) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,bmi1,bmi2,lzcnt")]
+    fn resample_avx512(
+        &mut self,
+        header: &Header<'_>,
+        region: Region,
+        target: &Target,
+        row: &mut impl FnMut(usize, &[u8]),
+    ) {
+        // SAFETY: as above.
+        unsafe { self.resample_as::<simd::x86::Avx512>(header, region, target, row) }
+    }
+
+    /// # Safety
+    /// The CPU has the vector's instructions.
+    #[inline(always)]
+    unsafe fn resample_as<V: Vector>(
+        &mut self,
+        header: &Header<'_>,
+        region: Region,
+        target: &Target,
+        row: &mut impl FnMut(usize, &[u8]),
+    ) {
         let (crop, size) = (target.crop, target.size);
         self.filters[0].set(target.resize, crop.w, size);
         self.filters[1].set(target.resize, crop.h, size);
@@ -391,28 +443,17 @@ impl Decoder {
             down.set(&self.filters[1], span, spread(y), false);
         }
         self.line.resize(3 * size.next_multiple_of(64), 0);
-        let mut work = Resample {
-            planes: &self.planes[..header.count],
-            between: &mut self.between[..header.count],
-            axes: from_fn(|i| &self.axes[i.min(kinds - 1)]),
-            line: &mut self.line,
-            width: size,
-            height: size,
-        };
-        match self.level {
-            Level::Portable => work.run_portably(row),
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => {
-                // SAFETY: as in `samples`.
-                unsafe { work.run_avx2(row) }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => {
-                // SAFETY: as above.
-                unsafe { work.run_avx512(row) }
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => unreachable!("no other level is available"),
+        let between = &mut self.between[..header.count];
+        for (i, (plane, between)) in self.planes.iter().zip(&mut *between).enumerate() {
+            let [across, down] = &self.axes[i.min(kinds - 1)];
+            // SAFETY: the caller's word.
+            unsafe { resample::across::<V>(plane, across, down, between) };
+        }
+        let down = from_fn(|i| &self.axes[i.min(kinds - 1)][1]);
+        for y in 0..size {
+            // SAFETY: the same axes made `between`; `line` has room for outputs rounded up to the widest block, 64.
+            unsafe { resample::down::<V>(between, down, y, self.line.as_mut_ptr()) };
+            row(y, &self.line[..3 * size]);
         }
     }
 }
@@ -565,55 +606,6 @@ impl Scan<'_> {
                     unsafe { idct::inverse::<V>(group, scales, out.as_mut_ptr(), plane.stride) };
                 }
             }
-        }
-    }
-}
-
-/// From planes to rows.
-struct Resample<'a> {
-    planes: &'a [Plane],
-    between: &'a mut [Between],
-    axes: [&'a [Axis; 2]; 3],
-    line: &'a mut [u8],
-    width: usize,
-    height: usize,
-}
-
-impl Resample<'_> {
-    fn run_portably(&mut self, row: &mut impl FnMut(usize, &[u8])) {
-        // SAFETY: it needs no instructions but the target's.
-        unsafe { self.run::<simd::Portable>(row) }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
-    fn run_avx2(&mut self, row: &mut impl FnMut(usize, &[u8])) {
-        // SAFETY: the instructions are there, as the caller says.
-        unsafe { self.run::<simd::x86::Avx2>(row) }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,bmi1,bmi2,lzcnt")]
-    fn run_avx512(&mut self, row: &mut impl FnMut(usize, &[u8])) {
-        // SAFETY: as above.
-        unsafe { self.run::<simd::x86::Avx512>(row) }
-    }
-
-    /// # Safety
-    /// The CPU has the vector's instructions.
-    #[inline(always)]
-    unsafe fn run<V: Vector>(&mut self, row: &mut impl FnMut(usize, &[u8])) {
-        for ((plane, between), [across, down]) in
-            self.planes.iter().zip(&mut *self.between).zip(self.axes)
-        {
-            // SAFETY: the caller's word.
-            unsafe { resample::across::<V>(plane, across, down, between) };
-        }
-        let down = self.axes.map(|[_, down]| down);
-        for y in 0..self.height {
-            // SAFETY: the same axes made `between`; `line` has room for outputs rounded up to the widest block, 64.
-            unsafe { resample::down::<V>(self.between, down, y, self.line.as_mut_ptr()) };
-            row(y, &self.line[..3 * self.width]);
         }
     }
 }

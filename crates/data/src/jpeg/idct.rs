@@ -6,6 +6,8 @@
 use std::array::from_fn;
 use std::num::Wrapping;
 
+use super::fast::widely;
+
 type W = Wrapping<i32>;
 
 /// Which inverse DCT: pixels of the two differ by a few levels.
@@ -36,8 +38,19 @@ pub(super) fn scaled(quantisation: &[u16; 64], dct: Dct) -> [i32; 64] {
     })
 }
 
-/// Writes the block's pixels, in rows `stride` apart.
-pub(super) fn inverse(
+widely! {
+    /// Writes the block's pixels, in rows `stride` apart.
+    pub(super) fn inverse(
+        coefficients: &[i16; 64],
+        scales: &[i32; 64],
+        dct: Dct,
+        out: &mut [u8],
+        stride: usize,
+    ) = inverse_here;
+}
+
+#[inline(always)]
+fn inverse_here(
     coefficients: &[i16; 64],
     scales: &[i32; 64],
     dct: Dct,
@@ -77,6 +90,7 @@ fn columns(block: &mut [i32; 64], transform: impl Fn([W; 8]) -> [W; 8]) {
     }
 }
 
+#[inline(always)]
 fn transpose(block: &mut [i32; 64]) {
     for y in 0..8 {
         for x in 0..y {

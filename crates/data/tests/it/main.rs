@@ -5,6 +5,7 @@
 
 mod errors;
 mod folders;
+mod index;
 mod order;
 mod photos;
 mod sources;

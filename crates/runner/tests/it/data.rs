@@ -361,3 +361,49 @@ fn a_conversion_names_every_file_that_is_no_image() {
     );
     assert!(err.contains("one folder for each class"), "{err}");
 }
+
+/// Made beforehand or by the first epoch, an index leads to the same bits as none.
+#[test]
+fn an_index_changes_nothing_but_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (pattern, at) = (fake(dir.path()), dir.path().join("index"));
+    let index = |json: &str| check(&["data", "index", &pattern, path(&at), json], 0).0;
+    let first = json(&index("--json"));
+    for (key, expected) in [("shards", 3), ("images", 12), ("known", 0), ("others", 0)] {
+        assert_eq!(first[key], expected, "{first}");
+    }
+    assert_eq!(json(&index("--json"))["known"], 12);
+    let trained = |name: &str, index: &str| {
+        let run_dir = dir.path().join(name);
+        let mut sets = vec![
+            "data.source=tfrecord".to_string(),
+            format!("run_dir={}", run_dir.display()),
+            format!("data.train={pattern}"),
+            "mode=train".into(),
+            "model.classes=5".into(),
+            "train.batch_size=4".into(),
+            "train.bn_batch=4".into(),
+            "train.length=6 steps".into(),
+            "track.mlflow=off".into(),
+        ];
+        if !index.is_empty() {
+            sets.push(format!("data.index={index}"));
+        }
+        let mut args = vec!["configs/quickstart.toml"];
+        args.extend(sets.iter().flat_map(|set| ["--set", set]));
+        check(&args, 0);
+        run_dir
+    };
+    let new = dir.path().join("new");
+    let plain = trained("plain", "");
+    for run in [trained("ahead", path(&at)), trained("first", path(&new))] {
+        let found = train::compare(&run, &plain).unwrap();
+        assert_eq!(found.differences, Vec::<String>::new());
+        assert_eq!(found.lines, 6);
+    }
+    let held = |dir: &Path| -> u64 {
+        let entries = std::fs::read_dir(dir).unwrap();
+        entries.map(|e| e.unwrap().metadata().unwrap().len()).sum()
+    };
+    assert!(held(&new) >= held(&at));
+}

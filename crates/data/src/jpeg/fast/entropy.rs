@@ -522,29 +522,21 @@ pub(super) fn skip(
 pub(super) fn unstuff(data: &[u8], out: &mut Vec<u8>) -> bool {
     out.clear();
     out.reserve(data.len() + PADDING);
-    let mut at = 0;
+    let mut rest = data;
     let is_ended = loop {
-        // Most chunks have no byte of ones.
-        while let Some(chunk) = data.get(at..).and_then(<[u8]>::first_chunk::<32>)
-            && !chunk.iter().fold(false, |any, &byte| any | (byte == 0xff))
-        {
-            out.extend_from_slice(chunk);
-            at += 32;
-        }
-        let rest = &data[at..];
-        let near = &rest[..rest.len().min(32)];
-        let Some(ones) = near.iter().position(|&byte| byte == 0xff) else {
-            out.extend_from_slice(near);
+        let Some(ones) = memchr::memchr(0xff, rest) else {
+            out.extend_from_slice(rest);
             break false;
         };
-        out.extend_from_slice(&rest[..ones]);
         match rest.get(ones + 1) {
             Some(0) => {
-                out.push(0xff);
-                at += ones + 2;
+                out.extend_from_slice(&rest[..=ones]);
+                rest = &rest[ones + 2..];
             }
-            Some(_) => break true,
-            None => break false,
+            marker => {
+                out.extend_from_slice(&rest[..ones]);
+                break marker.is_some();
+            }
         }
     };
     out.extend_from_slice(&[0; PADDING]);

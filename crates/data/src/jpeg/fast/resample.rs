@@ -44,6 +44,7 @@ impl Filter {
     }
 
     /// From so many pixels to so many.
+    #[inline(always)]
     pub(super) fn set(&mut self, resize: Resize, from: usize, to: usize) {
         self.first.clear();
         self.weights.clear();
@@ -63,6 +64,7 @@ impl Filter {
     }
 
     /// Pillow's bicubic as `pillow_taps` has it, in f32 and eight taps at a time.
+    #[inline(always)]
     fn set_antialiased(&mut self, from: usize, to: usize) {
         const LANES: usize = 8;
         let scale = from as f64 / to as f64;
@@ -210,6 +212,7 @@ pub(super) struct Span {
 }
 
 impl Axis {
+    #[inline(always)]
     pub(super) fn set(&mut self, filter: &Filter, span: Span, spread: Spread, is_reversed: bool) {
         let outputs = filter.outputs();
         // A window of n pixels spans n / 2 + 2 samples at most, and begins on any side of a pair.

@@ -47,6 +47,31 @@ impl Level {
     }
 }
 
+/// Makes a function that does what another one does, which is inlined into it: compiled for AVX2 where the CPU has it,
+/// so that loops that the compiler turns into vectors are twice as wide. Whole numbers, and sums in order, give the same
+/// either way.
+macro_rules! widely {
+    ($(#[$doc:meta])* $visible:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $result:ty)? = $inner:expr;) => {
+        $(#[$doc])*
+        #[expect(unsafe_code, reason = "vector instructions, after a look at whether they are there")]
+        $visible fn $name($($argument: $type),*) $(-> $result)? {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
+                fn with_avx2($($argument: $type),*) $(-> $result)? {
+                    $inner($($argument),*)
+                }
+                if $crate::jpeg::fast::Level::Avx2.is_available() {
+                    // SAFETY: the instructions are there.
+                    return unsafe { with_avx2($($argument),*) };
+                }
+            }
+            $inner($($argument),*)
+        }
+    };
+}
+pub(crate) use widely;
+
 /// A vector of [`Vector::PARTS`] parts of 128 bits, read as bytes, as i16 or as i32, in little-endian order.
 ///
 /// # Safety
