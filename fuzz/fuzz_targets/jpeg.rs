@@ -43,6 +43,7 @@ fn config(resize: Resize, decode: Decode) -> Config {
         max_bad_records: 0,
         threads: 1,
         cache: None,
+        index: None,
         augment: Augment {
             policy: Policy::None,
             jitter: [0.0; 4],

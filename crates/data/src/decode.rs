@@ -8,6 +8,7 @@ use crate::augment::augment;
 use crate::crop::{self, Rect};
 use crate::error::Reason;
 use crate::example::{self, Example};
+use crate::index::Index;
 use crate::jpeg::Like;
 use crate::jpeg::fast::{self, Photo, Seek, Target};
 use crate::order::{Content, Label, Sample};
@@ -119,11 +120,11 @@ pub(crate) fn decode(
         Content::Record(found) => {
             let (example, label) = parsed(config, &found.record, &found.label)?;
             let mut noted = None;
-            let notes = mode == Mode::Train
-                && (config.index.as_ref()).is_some_and(|index| index.is_writable());
+            let notes =
+                || mode == Mode::Train && config.index.as_ref().is_some_and(Index::is_writable);
             let seek = match &found.points {
                 Some(points) => Seek::Points(points),
-                None if notes => Seek::Note(&mut noted),
+                None if notes() => Seek::Note(&mut noted),
                 None => Seek::Start,
             };
             let which = (found.shard, &found.record);
@@ -178,7 +179,13 @@ pub fn fuzz(config: &Config, number: u64, file: &[u8]) {
     for mode in [Mode::Train, Mode::Eval] {
         let mut pixels = Pixels::new(config, len);
         for slot in pixels.slots(len, 0) {
-            let _ = draw(config, mode, 0, (0, &record), (file, Seek::Start), slot);
+            // Whatever the points are.
+            let points = &file[..file.len().min(10 * number as usize)];
+            let seek = match number {
+                0..128 => Seek::Start,
+                _ => Seek::Points(points),
+            };
+            let _ = draw(config, mode, 0, (0, &record), (file, seek), slot);
         }
     }
 }

@@ -24,6 +24,11 @@ pub enum Error {
     },
     /// A cursor that belongs to other shards or another configuration.
     Cursor(String),
+    /// Another process adds to the index in this directory.
+    IndexHeld {
+        /// The directory.
+        dir: PathBuf,
+    },
     /// The operating system gives no more threads.
     Threads(String),
     /// The operating system gives no memory for a batch.
@@ -100,6 +105,11 @@ impl fmt::Display for Error {
                     "{record}\nhint: {mend}; or let such records pass with a larger data.max_bad_records"
                 )
             }
+            Self::IndexHeld { dir } => write!(
+                f,
+                "{}: another process adds to this index\nhint: wait for it, or name another directory",
+                dir.display()
+            ),
             Self::NoRecords { shards } => {
                 match &shards[..] {
                     [] => return f.write_str("the dataset holds no examples"),

@@ -45,7 +45,9 @@ enum Writing {
     /// Nothing was to be written yet.
     Untried,
     On(Writer),
-    /// Another process writes, or writing has failed, which was not told yet.
+    /// Another process writes.
+    Held,
+    /// Writing has failed, for what was perhaps not told yet.
     Off(Option<Error>),
 }
 
@@ -111,7 +113,7 @@ impl Index {
         if let Writing::Untried = *writing {
             *writing = match Writer::new(&self.0.dir) {
                 Ok(writer) => Writing::On(writer),
-                Err(Error::Store(store::Error::Held { .. })) => Writing::Off(None),
+                Err(Error::Store(store::Error::Held { .. })) => Writing::Held,
                 Err(error) => Writing::Off(Some(error)),
             };
         }
@@ -139,7 +141,7 @@ impl Index {
         let mut writing = self.writing();
         match &mut *writing {
             Writing::Off(error) => error.take().map_or(Ok(()), Err),
-            Writing::Untried => Ok(()),
+            Writing::Untried | Writing::Held => Ok(()),
             Writing::On(writer) => {
                 let add = |(shard, entries): (usize, Vec<u8>)| {
                     let path = self.path(&shards[shard])?;
@@ -170,12 +172,17 @@ impl Index {
     /// Finds out about every record of a shard of TFRecords what is not known yet.
     ///
     /// # Errors
-    /// The shard cannot be read, or another process writes to this index.
+    /// The shard cannot be read, or what is found out cannot be kept; of that, several shards at a time hear once.
     pub fn fill(&self, shard: &Path) -> Result<Filled, Error> {
         if !self.is_writable() {
             self.add(&[], vec![])?;
-            let dir = self.0.dir.clone();
-            return Err(store::Error::Held { dir }.into());
+            return match *self.writing() {
+                Writing::Held => Err(Error::IndexHeld {
+                    dir: self.0.dir.clone(),
+                }),
+                // Why nothing is written was told of another shard.
+                _ => Ok(Filled::default()),
+            };
         }
         let mut decoder = Decoder::new(Level::detect());
         let mut known = self.shard(shard)?;
@@ -227,12 +234,15 @@ impl Writer {
         let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)
+            .read(true)
             .write(true)
             .open(path)?;
         if !self.whole.contains(path) {
-            let whole = Known::open(path).map_or(0, |known| known.end);
-            file.set_len(whole)?;
-            if whole == 0 {
+            // What cannot be read is an error here, not an empty file: it is not cut off.
+            let (_, end) = scan(&file)?.unwrap_or_default();
+            file.set_len(end)?;
+            if end == 0 {
+                file.rewind()?;
                 file.write_all(MAGIC)?;
             }
             self.whole.insert(path.into());
@@ -242,52 +252,59 @@ impl Writer {
     }
 }
 
+/// Where the entry of a payload starts, by its record, length and checksum.
+type Entries = HashMap<(u64, u64, u32), u64>;
+
+/// The whole entries of a file, and where they end. None if it is not a file of points.
+fn scan(file: &File) -> std::io::Result<Option<(Entries, u64)>> {
+    let length = file.metadata()?.len();
+    let mut reader = BufReader::new(file);
+    let mut magic = [0; MAGIC.len()];
+    if length < magic.len() as u64 {
+        return Ok(None);
+    }
+    reader.read_exact(&mut magic)?;
+    if &magic != MAGIC {
+        return Ok(None);
+    }
+    let (mut entries, mut end) = (Entries::new(), MAGIC.len() as u64);
+    let mut head = [0; HEAD];
+    while end + HEAD as u64 <= length {
+        reader.read_exact(&mut head)?;
+        let (key, points) = parse(&head);
+        let whole = (HEAD + points + CHECKSUM) as u64;
+        if points > MAX_POINTS || end + whole > length {
+            break;
+        }
+        entries.insert(key, end);
+        end += whole;
+        reader.seek_relative((points + CHECKSUM) as i64)?;
+    }
+    Ok(Some((entries, end)))
+}
+
 /// What is known of the images of a shard.
 #[derive(Default)]
 pub(crate) struct Known {
     file: Option<File>,
-    /// By record: the payload's length and checksum, and where the entry starts.
-    entries: HashMap<u64, (u64, u32, u64)>,
-    /// After the last whole entry.
-    end: u64,
+    entries: Entries,
 }
 
 impl Known {
-    /// None if there is no such file, or it is something else.
+    /// None if there is no such file, or it cannot be read: then nothing is known.
     fn open(path: &Path) -> Option<Self> {
         let file = File::open(path).ok()?;
-        let length = file.metadata().ok()?.len();
-        let mut known = Self::default();
-        let mut reader = BufReader::new(&file);
-        let mut magic = [0; MAGIC.len()];
-        reader.read_exact(&mut magic).ok()?;
-        if &magic != MAGIC {
-            return None;
-        }
-        known.end = MAGIC.len() as u64;
-        let mut head = [0; HEAD];
-        while reader.read_exact(&mut head).is_ok() {
-            let (entry, points) = parse(&head);
-            let whole = (HEAD + points + CHECKSUM) as u64;
-            if points > MAX_POINTS || known.end + whole > length {
-                break;
-            }
-            let place = (entry.length, entry.crc, known.end);
-            known.entries.insert(entry.record, place);
-            known.end += whole;
-            reader.seek_relative((points + CHECKSUM) as i64).ok()?;
-        }
-        drop(reader);
-        known.file = Some(file);
-        Some(known)
+        let (entries, _) = scan(&file).ok()??;
+        Some(Self {
+            file: Some(file),
+            entries,
+        })
     }
 
     /// The points of a record, if they are known and the record is the same.
     pub(crate) fn get(&mut self, record: &Record) -> Option<Vec<u8>> {
-        let &(length, crc, start) = self.entries.get(&record.index)?;
-        if (length, crc) != (record.bytes.len() as u64, record.crc) {
-            return None;
-        }
+        let key = (record.index, record.bytes.len() as u64, record.crc);
+        let &start = self.entries.get(&key)?;
         let file = self.file.as_mut()?;
         file.seek(SeekFrom::Start(start)).ok()?;
         let mut bytes = vec![0; HEAD];
@@ -300,17 +317,11 @@ impl Known {
     }
 }
 
-/// An entry's head, its points still missing, and how many bytes those have.
-fn parse(head: &[u8; HEAD]) -> (Entry, usize) {
+/// An entry's head: which payload it is of, and how many bytes its points have.
+fn parse(head: &[u8; HEAD]) -> ((u64, u64, u32), usize) {
     let long = |at: usize| u64::from_le_bytes(std::array::from_fn(|i| head[at + i]));
     let short = |at: usize| u32::from_le_bytes(std::array::from_fn(|i| head[at + i]));
-    let entry = Entry {
-        record: long(0),
-        length: long(8),
-        crc: short(16),
-        points: vec![],
-    };
-    (entry, short(20) as usize)
+    ((long(0), long(8), short(16)), short(20) as usize)
 }
 
 #[cfg(test)]

@@ -97,11 +97,13 @@ impl Samples {
             (_, None) => Err(format!("{name} has no cls")),
             (_, Some(label)) => label.map_err(|what| format!("{name}.cls: {what}")),
         };
+        // An archive has no checksums of its own; this one only tells images apart.
+        let bytes = image.unwrap_or_default();
         let record = Record {
             offset,
             index: self.index,
-            bytes: image.unwrap_or_default(),
-            crc: 0,
+            crc: store::crc32c(&bytes),
+            bytes,
         };
         self.index += 1;
         Ok(Some((record, label)))

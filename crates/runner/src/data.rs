@@ -340,6 +340,7 @@ struct Indexed {
 
 /// `runner data index`.
 pub(crate) fn index(args: &DataIndexArgs) -> Result<ExitCode, Failure> {
+    store::check_local(&args.out.to_string_lossy())?;
     let shards = store::glob(&args.data)?;
     let index = data::Index::new(&args.out);
     let filled = in_parallel(shards.len(), |shard| index.fill(&shards[shard]));

@@ -212,7 +212,7 @@ pub struct Data {
     #[schemars(range(min = 1, max = 1_000_000))]
     pub cache_gb: u64,
     /// Directory that keeps where the images of shards can be entered, 3 % of their size: written in the first epoch,
-    /// or by `runner data index`; later ones decode a third faster, to the same pixels. None if absent.
+    /// or by `runner data index`; later ones decode a fifth faster, to the same pixels. For `decode = "fast"`. None if absent.
     pub index: Option<String>,
     /// What is done to the colours and the geometry of training images after the crop.
     pub augment: Augment,

@@ -97,7 +97,11 @@ impl Error {
     /// Whether the input data is to blame, and not the run or the machine.
     pub fn is_of_input(&self) -> bool {
         match self {
-            Error::Data(data::Error::Threads(_) | data::Error::Memory { .. }) => false,
+            Error::Data(
+                data::Error::Threads(_)
+                | data::Error::Memory { .. }
+                | data::Error::IndexHeld { .. },
+            ) => false,
             // The network, not the data: the run can go on where it stopped.
             Error::Data(data::Error::Store(store::Error::Bucket { .. }))
             | Error::Shards {

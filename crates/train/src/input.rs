@@ -212,7 +212,9 @@ fn with_source(
         max_bad_records: d.max_bad_records,
         threads: run.train.threads,
         cache,
-        index: d.index.as_deref().map(|dir| data::Index::new(dir.as_ref())),
+        index: (d.index.as_deref())
+            .filter(|_| d.decode == Decode::Fast)
+            .map(|dir| data::Index::new(dir.as_ref())),
         augment: data::Augment {
             policy: match d.augment {
                 Augment::None => data::Policy::None,

@@ -92,7 +92,12 @@ fn an_index_that_another_process_writes() {
     mine.fill(&shards.paths[0]).unwrap();
     let theirs = Index::new(dir.path());
     let error = theirs.fill(&shards.paths[1]).unwrap_err().to_string();
-    assert!(error.contains("another process"), "{error}");
+    assert!(
+        error.ends_with(
+            "another process adds to this index\nhint: wait for it, or name another directory"
+        ),
+        "{error}"
+    );
     let config = indexed(&shards, dir.path());
     let plain = Config {
         index: None,
@@ -100,4 +105,63 @@ fn an_index_that_another_process_writes() {
     };
     let batches = take(train(&config), 6);
     assert!(batches == take(train(&plain), 6));
+}
+
+/// An archive says nothing of its bytes, so points are of an image by what it is.
+#[test]
+fn an_archive_that_was_written_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let shard = dir.path().join("train-0.tar");
+    // Of the same length: what follows the end of an image is not read.
+    let mut jpeg = include_bytes!("../photos/420-500x375.jpg").to_vec();
+    let mut other = include_bytes!("../photos/420-optimised.jpg").to_vec();
+    let length = jpeg.len().max(other.len());
+    jpeg.resize(length, 0);
+    other.resize(length, 0);
+    let write = |jpeg: &[u8]| {
+        let mut tar = Vec::new();
+        for (name, bytes) in [("a.jpg", jpeg), ("a.cls", b"0")] {
+            let mut header = [0; 512];
+            header[..name.len()].copy_from_slice(name.as_bytes());
+            header[100..107].copy_from_slice(b"0000644");
+            let size = format!("{:011o}", bytes.len());
+            header[124..135].copy_from_slice(size.as_bytes());
+            header[148..156].fill(b' ');
+            header[156] = b'0';
+            header[257..262].copy_from_slice(b"ustar");
+            let sum: u32 = header.iter().map(|&byte| u32::from(byte)).sum();
+            header[148..154].copy_from_slice(format!("{sum:06o}").as_bytes());
+            header[154] = 0;
+            tar.extend(header);
+            tar.extend(bytes);
+            tar.resize(tar.len().next_multiple_of(512), 0);
+        }
+        tar.resize(tar.len() + 1024, 0);
+        store::write_atomic(&shard, &[&tar]).unwrap();
+    };
+    let config = |index: Option<Index>| Config {
+        source: data::Source::Shards {
+            format: data::Format::WebDataset,
+            shards: vec![shard.clone()],
+            label_offset: 0,
+            lanes: 1,
+            shuffle_window: 1,
+        },
+        decode: Decode::Fast,
+        index,
+        ..super::config(&[], 1, 1)
+    };
+    let at = dir.path().join("index");
+    let indexed = || config(Some(Index::new(&at)));
+    let pixels = |config: Config| take(train(&config), 4).into_iter().map(|b| b.pixels);
+    write(&jpeg);
+    let before: Vec<_> = pixels(indexed()).collect();
+    assert!(before == pixels(config(None)).collect::<Vec<_>>());
+    let known = listed(&at);
+    assert_eq!(known.len(), 1);
+    write(&other);
+    let after: Vec<_> = pixels(indexed()).collect();
+    assert!(after == pixels(config(None)).collect::<Vec<_>>() && after != before);
+    // Nothing of what was known is of this image.
+    assert!(listed(&at)[0].1 > known[0].1);
 }

@@ -122,7 +122,9 @@ impl Report {
             max_bad_records: 0,
             threads,
             cache: None,
-            index: args.index.as_deref().map(data::Index::new),
+            index: (args.index.as_deref())
+                .filter(|_| args.decode == DecodeArg::Fast)
+                .map(data::Index::new),
             augment: data::Augment::default(),
         };
         let mut loader =
