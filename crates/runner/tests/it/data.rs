@@ -380,7 +380,6 @@ fn an_index_changes_nothing_but_time() {
             format!("run_dir={}", run_dir.display()),
             format!("data.train={pattern}"),
             "mode=train".into(),
-            "model.classes=5".into(),
             "train.batch_size=4".into(),
             "train.bn_batch=4".into(),
             "train.length=6 steps".into(),
