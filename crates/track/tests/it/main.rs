@@ -284,8 +284,8 @@ fn a_summary_has_its_shape() {
          \"input_wait_fraction\":0.01,\"time\":{\"seconds\":{\"read\":0.0,\"decode\":0.5,\"engine\":2.5,\
          \"evaluation\":0.0,\"checkpoint\":0.0,\"tracking\":0.0},\"limited_by\":\"engine\",\"change\":[\
          \"engine takes 83% of the time: try train.precision = \\\"bf16\\\", or a faster device\",\
-         \"decode takes 17% of the time: give it more cores (train.threads), set data.decode = \\\"fast\\\", \
-         or store smaller images\"]}}\n"
+         \"decode takes 17% of the time: give it more cores (train.threads), set data.decode = \\\"fast\\\" \
+         and data.index, or store smaller images\"]}}\n"
     );
     assert_eq!(read_summary(dir.path()), Some(summary()));
     let files = fs::read_dir(dir.path()).unwrap().count();
