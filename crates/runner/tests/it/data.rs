@@ -382,6 +382,9 @@ fn an_index_changes_nothing_but_time() {
             "mode=train".into(),
             "train.batch_size=4".into(),
             "train.bn_batch=4".into(),
+            "data.train_examples=12".into(),
+            "data.decode=fast".into(),
+            "train.batch_size=4".into(),
             "train.length=6 steps".into(),
             "track.mlflow=off".into(),
         ];
