@@ -5,16 +5,17 @@
 //! terminal is as before, and the events are printed below, errors among them.
 
 use std::collections::VecDeque;
-use std::io::{self, Stderr, Write};
+use std::io::{self, BufWriter, Stderr, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::HumanDuration;
 use ratatui::backend::CrosstermBackend;
 use ratatui::crossterm::cursor::{Hide, Show};
-use ratatui::crossterm::execute;
 use ratatui::crossterm::terminal::{
-    BeginSynchronizedUpdate, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen,
+    BeginSynchronizedUpdate, Clear, ClearType, EndSynchronizedUpdate, EnterAlternateScreen,
+    LeaveAlternateScreen,
 };
+use ratatui::crossterm::{execute, queue};
 use ratatui::layout::{Alignment, Constraint, Layout, Rect};
 use ratatui::style::{Color, Modifier, Style};
 use ratatui::symbols::Marker;
@@ -484,7 +485,7 @@ fn curve(
 /// The dashboard on the terminal.
 pub(crate) struct Tui {
     pub(crate) view: View,
-    terminal: Terminal<CrosstermBackend<Stderr>>,
+    terminal: Terminal<CrosstermBackend<BufWriter<Stderr>>>,
     drawn: Option<Instant>,
     /// When all of it was drawn last, not what changed alone.
     whole: Instant,
@@ -493,7 +494,9 @@ pub(crate) struct Tui {
 impl Tui {
     /// Takes the terminal.
     pub(crate) fn open(name: &str) -> io::Result<Self> {
-        let terminal = Terminal::new(CrosstermBackend::new(io::stderr()))?;
+        // A picture is thousands of small writes.
+        let out = BufWriter::with_capacity(64 << 10, io::stderr());
+        let terminal = Terminal::new(CrosstermBackend::new(out))?;
         execute!(io::stderr(), EnterAlternateScreen, Hide)?;
         // A panic's message belongs to the usual screen.
         let before = std::panic::take_hook();
@@ -514,25 +517,34 @@ impl Tui {
         let is_due = self.drawn.is_none_or(|drawn| drawn.elapsed() >= PACE);
         if is_due || is_urgent {
             // A terminal that went away is nobody's failure.
-            let _ = self.picture();
+            let is_whole = self.whole.elapsed() >= WHOLE;
+            let _ = show(&mut self.terminal, &self.view, is_whole);
+            if is_whole {
+                self.whole = Instant::now();
+            }
             self.drawn = Some(Instant::now());
         }
     }
+}
 
-    fn picture(&mut self) -> io::Result<()> {
-        let is_whole = self.whole.elapsed() >= WHOLE;
-        if is_whole {
-            // Shown at once, so that nothing flickers.
-            execute!(io::stderr(), BeginSynchronizedUpdate)?;
-            self.terminal.clear()?;
-            self.whole = Instant::now();
-        }
-        self.terminal.draw(|frame| self.view.draw(frame))?;
-        if is_whole {
-            execute!(io::stderr(), EndSynchronizedUpdate)?;
-        }
-        Ok(())
+/// Draws what has changed, or all of it.
+fn show<W: Write>(
+    terminal: &mut Terminal<CrosstermBackend<W>>,
+    view: &View,
+    is_whole: bool,
+) -> io::Result<()> {
+    if is_whole {
+        // Shown at once, so that nothing flickers. `Terminal::clear` would ask where the cursor is, and wait two seconds
+        // for a terminal that does not answer.
+        let out = terminal.backend_mut();
+        queue!(out, BeginSynchronizedUpdate, Clear(ClearType::All))?;
+        terminal.swap_buffers();
     }
+    terminal.draw(|frame| view.draw(frame))?;
+    if is_whole {
+        execute!(terminal.backend_mut(), EndSynchronizedUpdate)?;
+    }
+    Ok(())
 }
 
 /// Gives the terminal back and prints what was said.
@@ -556,6 +568,46 @@ mod tests {
 
     use super::*;
     use crate::Spent;
+
+    /// What a terminal would get.
+    #[derive(Clone, Default)]
+    struct Out(std::rc::Rc<std::cell::RefCell<Vec<u8>>>);
+
+    impl Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.borrow_mut().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// The first picture, one of what has changed, and a whole one: that has all the text again, and asks the terminal
+    /// for nothing, which a terminal that is none would never answer.
+    #[test]
+    fn a_whole_picture_asks_for_no_answer() {
+        let viewport = ratatui::Viewport::Fixed(Rect::new(0, 0, 100, 28));
+        let options = ratatui::TerminalOptions { viewport };
+        let out = Out::default();
+        let backend = CrosstermBackend::new(out.clone());
+        let mut terminal = Terminal::with_options(backend, options).unwrap();
+        let view = view();
+        let mut lengths = vec![];
+        for is_whole in [false, false, true] {
+            show(&mut terminal, &view, is_whole).unwrap();
+            let text = String::from_utf8(out.0.take()).unwrap();
+            assert!(!text.contains("\u{1b}[6n"), "{text:?}");
+            assert_eq!(text.contains("\u{1b}[2J"), is_whole);
+            assert_eq!(text.contains("\u{1b}[?2026h"), is_whole);
+            assert_eq!(text.contains("\u{1b}[?2026l"), is_whole);
+            lengths.push(text.len());
+        }
+        assert!(
+            lengths[1] < lengths[0] / 10 && lengths[2] > lengths[0] / 2,
+            "{lengths:?}"
+        );
+    }
 
     fn view() -> View {
         let mut view = View::new("quickstart");
