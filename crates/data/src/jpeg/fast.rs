@@ -291,11 +291,8 @@ impl Decoder {
             tables.push((dc, ac));
             quantisation[i] = scales.map(|scale| scale as i16);
         }
-        let blocks: usize = layouts[..header.count]
-            .iter()
-            .map(|l| l.across * l.down)
-            .sum();
-        let step = points::step(blocks);
+        // A unit has as many blocks as there are groups.
+        let step = points::step(total);
         let bits = 8 * (self.data.len() - entropy::PADDING);
         let points = match seek {
             Seek::Points(bytes) => Points::of_bytes(bytes, header.count)

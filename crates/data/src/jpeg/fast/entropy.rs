@@ -450,13 +450,12 @@ pub(super) fn block(
             continue 'more;
         };
         bits.fill();
-        let (symbol, is_last) = if step.goes() == CLOSER {
+        let symbol = if step.goes() == CLOSER {
             let symbol = step.symbol();
-            let symbol = symbol.unwrap_or_else(|| ac.codes.rare(bits.held, LOOK + 1));
-            (symbol, k + symbol.goes() >= 64)
+            symbol.unwrap_or_else(|| ac.codes.rare(bits.held, LOOK + 1))
         } else if step.is_pair() && k + step.first_goes() >= 64 {
             // The block ends with the first: what looks like a second is of the next block.
-            (ac.codes.rare(bits.held, 1), true)
+            ac.codes.rare(bits.held, 1)
         } else {
             put(k + step.first_goes(), step.first());
             if k + step.goes() == 64 && step.is_pair() {
@@ -468,7 +467,7 @@ pub(super) fn block(
         k += symbol.goes();
         put(k, symbol.number(bits.held) as i16);
         bits.skip(symbol.bits());
-        if is_last {
+        if k >= 64 {
             return is_good && is_end(k);
         }
     }
