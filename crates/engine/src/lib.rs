@@ -478,7 +478,16 @@ pub trait Engine {
     ///
     /// # Errors
     /// If memory runs out.
-    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error>;
+    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
+        self.score(batch, None)
+    }
+
+    /// The same, and the logits of every image, images x classes, behind those that are there.
+    ///
+    /// # Errors
+    /// If memory runs out.
+    fn score(&mut self, batch: &Batch<'_>, logits: Option<&mut Vec<f32>>)
+    -> Result<Metrics, Error>;
 
     /// The logits of any number of images, images x classes, with the running statistics.
     ///

@@ -3,8 +3,11 @@
 //! It shares no kernel, no layout and no planning with the other engines. Parameters are rounded to f32 only when
 //! they leave as a [`State`].
 
-use graph::{DropPath, Graph, NORM_EPSILON, NORM_UPDATE, NormId, Op, ParamId, Plane, ValueId};
+use graph::{
+    DropBlock, DropPath, Graph, NORM_EPSILON, NORM_UPDATE, NormId, Op, ParamId, Plane, ValueId,
+};
 
+use crate::dropout::make_up;
 use crate::labels::{Target, hits, targets};
 use crate::state::{
     self, AVERAGE_PREFIX, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
@@ -213,6 +216,13 @@ impl Oracle {
                     }
                     _ => x.clone(),
                 },
+                (Op::DropBlock(block), Some((x, plane))) => match self.dropout {
+                    Some(dropout) if train => {
+                        let factors = block_factors(dropout, block, plane, n);
+                        x.iter().zip(factors).map(|(x, f)| x * f).collect()
+                    }
+                    _ => x.clone(),
+                },
                 (Op::Linear { weight, bias }, Some((x, plane))) => {
                     let (w, b) = (&self.params[weight.0], &self.params[bias.0]);
                     let classes = node.plane.c;
@@ -383,6 +393,12 @@ impl Oracle {
                         dx[j] += factor * dy;
                     }
                 }
+                Op::DropBlock(block) => {
+                    let factors = self.dropout.map(|d| block_factors(d, block, from, n));
+                    for (j, dy) in dy.iter().enumerate() {
+                        dx[j] += factors.as_ref().map_or(1.0, |f| f[j]) * dy;
+                    }
+                }
                 Op::Linear { weight, bias } => {
                     let (classes, channels) = (node.plane.c, from.c);
                     for (j, dy) in dy.iter().enumerate() {
@@ -497,6 +513,21 @@ impl Oracle {
 fn path_factors((dropout, first): (Dropout, usize), path: DropPath, images: usize) -> Vec<f64> {
     let paths = dropout.paths(path);
     (first..first + images).map(|i| paths.factor(i)).collect()
+}
+
+/// What is left of each element.
+fn block_factors(
+    (dropout, first): (Dropout, usize),
+    block: DropBlock,
+    plane: Plane,
+    images: usize,
+) -> Vec<f64> {
+    let squares = dropout.squares(block, plane);
+    let mut mask = vec![0; images * plane.elements()];
+    let each = mask.chunks_mut(plane.elements()).enumerate();
+    let kept = each.map(|(i, mask)| squares.draw(first + i, mask)).sum();
+    let scale = make_up(mask.len(), kept);
+    mask.iter().map(|&kept| f64::from(kept) * scale).collect()
 }
 
 /// Calls `f(input index, output index, share)` for every pixel of the 2 x 2 windows of a mean.
@@ -743,21 +774,29 @@ impl Engine for Oracle {
         std::mem::swap(running, &mut self.running);
     }
 
-    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
+    fn score(
+        &mut self,
+        batch: &Batch<'_>,
+        logits: Option<&mut Vec<f32>>,
+    ) -> Result<Metrics, Error> {
         let pass = self.forward(batch, false);
+        if let Some(logits) = logits {
+            let found = &pass.values[self.graph.logits().0];
+            logits.extend(found.iter().map(|&v| v as f32));
+        }
         Ok(self.loss(&pass, batch, 0.0).0)
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
-        // A pass without a loss looks at the number of labels only.
         let labels = vec![0; pixels.len() / self.graph.plane(self.graph.input()).elements()];
         let batch = Batch {
             pixels,
             labels: &labels,
             mixed: None,
         };
-        let logits = &self.forward(&batch, false).values[self.graph.logits().0];
-        Ok(logits.iter().map(|&v| v as f32).collect())
+        let mut logits = vec![];
+        self.score(&batch, Some(&mut logits))?;
+        Ok(logits)
     }
 }
 

@@ -9,8 +9,8 @@ mod program;
 mod summary;
 
 pub use program::{
-    After, Buffer, BufferId, Caps, Close, DropPath, Geometry, Kernel, Mode, Needs, Normed, Operand,
-    Program, STATE_ROWS, Squeeze, Window,
+    After, Buffer, BufferId, Caps, Close, DropBlock, DropPath, Dropped, Geometry, Kernel, Mode,
+    Needs, Normed, Operand, Program, STATE_ROWS, Squeeze, Window,
 };
 pub use summary::{Counts, Row};
 
@@ -96,6 +96,9 @@ pub enum Op {
     /// In training, x of an image is 0 with some probability, and else 1 / (1 - probability) times itself (Huang et al.
     /// 2016, "Deep networks with stochastic depth", section 3). A sum reads it.
     DropPath(DropPath),
+    /// In training, squares of channels are 0, and what is left of the batch's tensor is scaled to make up for them
+    /// (Ghiasi et al. 2018, "DropBlock", algorithm 1). It reads a normalisation, or what a sum takes as its shortcut.
+    DropBlock(DropBlock),
     /// `x W^T + b`; weight is `[classes, channels]`.
     Linear {
         /// The weight.
@@ -418,6 +421,11 @@ impl Graph {
     /// Records what drops a branch of an image in training.
     pub fn drop_path(&mut self, name: &str, x: ValueId, path: DropPath) -> ValueId {
         self.push(Op::DropPath(path), &[x], self.plane(x), name)
+    }
+
+    /// Records what drops squares of channels in training.
+    pub fn drop_block(&mut self, name: &str, x: ValueId, block: DropBlock) -> ValueId {
+        self.push(Op::DropBlock(block), &[x], self.plane(x), name)
     }
 
     /// Records a classifier on a 1 x 1 plane.

@@ -177,6 +177,32 @@ pub struct DropPath {
     pub share: [usize; 2],
 }
 
+/// Which squares training drops; whoever trains says how often.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DropBlock {
+    /// Number among the network's, so that each draws on its own.
+    pub number: usize,
+    /// Side of a square in pixels; where the plane is smaller, the plane's.
+    pub side: usize,
+    /// The part of values that is dropped as a fraction of the network's, numerator and denominator.
+    pub share: [usize; 2],
+}
+
+/// What is left of a tensor whose squares are dropped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dropped {
+    /// A byte for each element: 1, or 0 where it is dropped.
+    pub mask: BufferId,
+    /// By what the rest is multiplied, one f32.
+    pub scale: BufferId,
+}
+
+impl Dropped {
+    fn buffers(self) -> [BufferId; 2] {
+        [self.mask, self.scale]
+    }
+}
+
 /// Squeeze and excitation: its parameters, and what the backward pass reads, images x channels f32.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Squeeze {
@@ -335,6 +361,30 @@ pub enum Kernel {
         side: Option<Operand>,
         relu: bool,
         y: BufferId,
+    },
+    /// Which squares are dropped of every image.
+    DropBlock {
+        plane: Plane,
+        block: DropBlock,
+        dropped: Dropped,
+    },
+    /// y = relu?(x + side) after squares of both were dropped, or of one.
+    DroppedSum {
+        plane: Plane,
+        x: Operand,
+        side: Option<Operand>,
+        dropped: [Option<Dropped>; 2],
+        relu: bool,
+        y: BufferId,
+    },
+    /// dx = d where it was not dropped, scaled.
+    DropBlockBackward {
+        plane: Plane,
+        dropped: Dropped,
+        d: BufferId,
+        dx: BufferId,
+        close: Close,
+        partials: BufferId,
     },
     /// y = window maxima of x; `argmax` keeps the winning tap (0..9), the first in row order on a tie.
     MaxPool {
@@ -512,6 +562,33 @@ impl Kernel {
                 out.push(y);
                 out.extend(gate);
                 out.extend(side.iter().flat_map(Operand::buffers));
+                out
+            }
+            Kernel::DropBlock { dropped, .. } => dropped.buffers().to_vec(),
+            Kernel::DroppedSum {
+                x,
+                side,
+                dropped,
+                y,
+                ..
+            } => {
+                let mut out = x.buffers();
+                out.push(y);
+                out.extend(side.iter().flat_map(Operand::buffers));
+                out.extend(dropped.iter().flatten().flat_map(|d| d.buffers()));
+                out
+            }
+            Kernel::DropBlockBackward {
+                dropped,
+                d,
+                dx,
+                close,
+                partials,
+                ..
+            } => {
+                let mut out = close.buffers();
+                out.extend([d, dx, partials]);
+                out.extend(dropped.buffers());
                 out
             }
             Kernel::MaxPool { x, y, argmax, .. } => {
@@ -770,6 +847,8 @@ struct Chain {
     sum: Option<usize>,
     /// What it is multiplied by before the sum.
     gate: Gate,
+    /// What drops squares of it, before the sum and the ReLU.
+    block: Option<DropBlock>,
     /// No buffer: its readers apply it.
     lazy: bool,
 }
@@ -799,7 +878,14 @@ enum Step {
     },
     Sum {
         side: ValueId,
+        /// What was dropped of it.
+        dropped: Option<Dropped>,
         end: ValueId,
+    },
+    /// What was dropped of the normalisation of `z`.
+    DropBlock {
+        z: ValueId,
+        dropped: Dropped,
     },
     MaxPool {
         window: Window,
@@ -908,9 +994,10 @@ impl<'a> Planner<'a> {
                 matches!(self.op(z.0), Op::Conv { .. }) && self.only_reader(z) == Some(i),
                 "{name}: a normalisation follows a convolution that nothing else reads"
             );
-            let (mut branch, mut gate) = (out, Gate::default());
+            let (mut branch, mut gate, mut block) = (out, Gate::default(), None);
             while let Some(reader) = self.only_reader(branch) {
                 match self.op(reader) {
+                    Op::DropBlock(of) if branch == out => block = Some(of),
                     Op::SqueezeExcite { .. } if gate.is_open() => gate.squeeze = Some(reader),
                     Op::DropPath(path) if gate.path.is_none() => gate.path = Some(path),
                     _ => break,
@@ -923,7 +1010,11 @@ impl<'a> Planner<'a> {
                 is_main || gate.is_open(),
                 "{name}: what scales or drops a branch is the first summand of a sum"
             );
-            let summed = sum.filter(|_| is_main).map_or(out, ValueId);
+            assert!(
+                block.is_none() || gate.is_open(),
+                "{name}: squares are dropped of branches that nothing scales or drops"
+            );
+            let summed = sum.filter(|_| is_main).map_or(branch, ValueId);
             let (end, relu) = match self.only_reader(summed) {
                 Some(r) if self.op(r) == Op::Relu => (ValueId(r), true),
                 _ => (summed, false),
@@ -942,7 +1033,8 @@ impl<'a> Planner<'a> {
                 relu,
                 sum: sum.filter(|_| is_main),
                 gate,
-                lazy: is_side || (read_lazily && !is_main),
+                block,
+                lazy: is_side || (read_lazily && !is_main && block.is_none()),
             });
             self.ends[end.0] = Some(z.0);
         }
@@ -971,6 +1063,18 @@ impl<'a> Planner<'a> {
                                 .is_some_and(|path| node.op == Op::DropPath(path))),
                     "{name}: a normalisation is scaled or dropped"
                 ),
+                Op::DropBlock(_) => {
+                    let x = node.inputs[0];
+                    let of_norm = matches!(self.op(x.0), Op::BatchNorm { .. });
+                    let reader = self.only_reader(ValueId(i));
+                    let of_side = reader.is_some_and(|r| {
+                        self.op(r) == Op::Add && self.graph.nodes()[r].inputs[1].0 == i
+                    });
+                    assert!(
+                        of_norm || of_side,
+                        "{name}: squares are dropped of a normalisation or a shortcut"
+                    );
+                }
                 _ => {}
             }
         }
@@ -1076,11 +1180,11 @@ impl<'a> Planner<'a> {
                 Op::BatchNorm { .. } => {
                     let chain = self.chains[node.inputs[0].0].expect("found before");
                     if self.mode == Mode::Train && chain.sum.is_none() && !chain.lazy {
-                        self.sum(chain, None);
+                        self.sum(chain, None, None);
                     }
                 }
                 Op::Add => {
-                    let side = node.inputs[1];
+                    let (side, block) = self.side(i);
                     let mut chains = self.chains.iter().flatten();
                     let chain = *chains
                         .find(|chain| chain.sum == Some(i))
@@ -1088,19 +1192,20 @@ impl<'a> Planner<'a> {
                     let z = chain.z;
                     if self.mode == Mode::Train {
                         let operand = self.operand(side);
-                        self.sum(chain, Some(operand));
+                        let dropped = block.map(|block| self.drop_block(node.plane, block));
+                        self.sum(chain, Some(operand), dropped);
                         let end = chain.end;
-                        self.steps.push(Step::Sum { side, end });
+                        self.steps.push(Step::Sum { side, dropped, end });
                     } else if chain.gate.squeeze.is_some() {
                         let side = self.value(side);
-                        self.sum(chain, Some(Operand::Stored(side)));
+                        self.sum(chain, Some(Operand::Stored(side)), None);
                     } else {
                         let side = self.value(side);
                         self.conv(z, Some(side));
                     }
                 }
                 // Part of the normalisation or the sum before them.
-                Op::Relu | Op::SqueezeExcite { .. } | Op::DropPath(_) => {}
+                Op::Relu | Op::SqueezeExcite { .. } | Op::DropPath(_) | Op::DropBlock(_) => {}
                 Op::MaxPool {
                     kernel,
                     stride,
@@ -1269,7 +1374,30 @@ impl<'a> Planner<'a> {
         depth * g.output.c.next_multiple_of(32) * F32
     }
 
-    fn sum(&mut self, chain: Chain, side: Option<Operand>) {
+    /// The second summand of a sum, and what drops squares of it.
+    fn side(&self, sum: usize) -> (ValueId, Option<DropBlock>) {
+        let side = self.graph.nodes()[sum].inputs[1];
+        match (self.chain_of(side), self.op(side.0)) {
+            (None, Op::DropBlock(block)) => (self.graph.node(side).inputs[0], Some(block)),
+            // Of a value that is stored, squares were dropped before.
+            (chain, _) => (side, chain.filter(|c| c.lazy).and_then(|c| c.block)),
+        }
+    }
+
+    fn drop_block(&mut self, plane: Plane, block: DropBlock) -> Dropped {
+        let dropped = Dropped {
+            mask: self.buffer(plane.elements() * self.batch),
+            scale: self.buffer(F32),
+        };
+        self.kernels.push(Kernel::DropBlock {
+            plane,
+            block,
+            dropped,
+        });
+        dropped
+    }
+
+    fn sum(&mut self, chain: Chain, side: Option<Operand>, of_side: Option<Dropped>) {
         let x = match self.mode {
             Mode::Train => Operand::Normed {
                 z: self.value(chain.z),
@@ -1278,14 +1406,34 @@ impl<'a> Planner<'a> {
             },
             Mode::Infer => Operand::Stored(self.value(chain.out)),
         };
+        let (plane, relu) = (self.graph.plane(chain.end), chain.relu);
+        let block = chain.block.filter(|_| self.mode == Mode::Train);
+        let of_main = block.map(|block| self.drop_block(plane, block));
+        if let Some(dropped) = of_main {
+            let z = chain.z;
+            self.steps.push(Step::DropBlock { z, dropped });
+        }
+        if of_main.is_some() || of_side.is_some() {
+            let y = self.value(chain.end);
+            assert!(chain.gate.is_open(), "found before");
+            self.kernels.push(Kernel::DroppedSum {
+                plane,
+                x,
+                side,
+                dropped: [of_main, of_side],
+                relu,
+                y,
+            });
+            return;
+        }
         let gate = (!chain.gate.is_open()).then(|| self.gate(&chain, x));
         let y = self.value(chain.end);
         self.kernels.push(Kernel::Sum {
-            plane: self.graph.plane(chain.end),
+            plane,
             x,
             gate,
             side,
-            relu: chain.relu,
+            relu,
             y,
         });
     }
@@ -1346,9 +1494,10 @@ impl<'a> Planner<'a> {
                 let y = self.value(x);
                 let side = chain.sum.map(|s| self.graph.nodes()[s].inputs[1]);
                 let side = side.and_then(|side| self.chain_of(side).filter(|c| c.lazy));
-                // A normalisation behind factors of images needs sums of each image: `Kernel::GateBackward`.
+                // A normalisation behind factors of images needs sums of each image: `Kernel::GateBackward`; one of
+                // which squares were dropped, sums of what is left: `Kernel::DropBlockBackward`.
                 let main = Some(chain).filter(|chain| chain.gate.is_open());
-                let mut normed = main.into_iter().chain(side);
+                let mut normed = main.into_iter().chain(side).filter(|c| c.block.is_none());
                 let normed = [normed.next(), normed.next()];
                 Close::Stored {
                     add,
@@ -1376,6 +1525,7 @@ impl<'a> Planner<'a> {
         let reader = self.only_reader(chain.end).map(|r| self.op(r));
         !self.caps.normalises_operands()
             && chain.sum.is_none()
+            && chain.block.is_none()
             && matches!(reader, Some(Op::Conv { .. }))
     }
 
@@ -1400,7 +1550,7 @@ impl<'a> Planner<'a> {
                 | Step::AvgPool { x, .. }
                 | Step::HalfPool { x, .. }
                 | Step::Linear { x, .. } => self.open[x.0] += 1,
-                Step::Gate { .. } => {}
+                Step::Gate { .. } | Step::DropBlock { .. } => {}
                 Step::Sum { side, .. } => {
                     if !self.chain_of(*side).is_some_and(|c| c.lazy) {
                         self.open[side.0] += 1;
@@ -1492,10 +1642,22 @@ impl<'a> Planner<'a> {
                         partials,
                     });
                 }
-                Step::Sum { side, end } => {
-                    let g = self.grad(end);
-                    match self.chain_of(side).filter(|c| c.lazy) {
-                        // Its sums were gathered with those of the sum.
+                Step::DropBlock { z, dropped } => {
+                    let chain = self.chains[z.0].expect("found before");
+                    let d = self.grad(chain.end);
+                    self.drop_block_backward(z, dropped, d, Some(chain));
+                }
+                Step::Sum { side, dropped, end } => {
+                    let mut g = self.grad(end);
+                    let lazy = self.chain_of(side).filter(|c| c.lazy);
+                    if let Some(dropped) = dropped {
+                        let to = lazy.map_or(side, |chain| chain.z);
+                        g = self.drop_block_backward(to, dropped, g, lazy);
+                        self.grads[to.0] = None;
+                    }
+                    match lazy {
+                        // Its sums were gathered with those of the sum, or with those of what is left of it.
+                        Some(chain) if dropped.is_some() => self.grads[chain.z.0] = Some(g),
                         Some(_) => self.grads[side.0] = Some(g),
                         None => {
                             self.open[side.0] -= 1;
@@ -1518,11 +1680,45 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// What reaches `to` of a gradient, closed for a normalisation perhaps.
+    fn drop_block_backward(
+        &mut self,
+        to: ValueId,
+        dropped: Dropped,
+        d: BufferId,
+        chain: Option<Chain>,
+    ) -> BufferId {
+        let plane = self.graph.plane(to);
+        let dx = self.buffer(self.bytes(to));
+        let close = match chain {
+            Some(chain) => Close::Stored {
+                add: None,
+                y: None,
+                normed: [Some(self.normed(chain)), None],
+            },
+            None => Close::Open { add: None },
+        };
+        let needs = self.needs(self.caps.visit(plane, self.batch));
+        let partials = self.buffer(needs.partials);
+        self.kernels.push(Kernel::DropBlockBackward {
+            plane,
+            dropped,
+            d,
+            dx,
+            close,
+            partials,
+        });
+        self.grads[to.0] = Some(dx);
+        dx
+    }
+
     fn conv_backward(&mut self, geometry: Geometry, weight: ParamId, x: ValueId, z: ValueId) {
         let d = match self.chains[z.0] {
             Some(chain) if !chain.gate.is_open() => Operand::Stored(self.grad(z)),
             Some(chain) => {
-                let (g, zb) = (self.grad(chain.end), self.value(z));
+                // What was dropped has its gradient beside that of the end.
+                let of = if chain.block.is_some() { z } else { chain.end };
+                let (g, zb) = (self.grad(of), self.value(z));
                 let state = self.state(chain.norm);
                 if self.caps.normalises_operands() {
                     Operand::Gradient { g, z: zb, state }
@@ -1533,7 +1729,7 @@ impl<'a> Planner<'a> {
                         g,
                         z: zb,
                         state,
-                        relu: chain.relu && chain.sum.is_none(),
+                        relu: chain.relu && chain.sum.is_none() && chain.block.is_none(),
                         dz,
                     });
                     Operand::Stored(dz)

@@ -62,7 +62,8 @@ impl Graph {
             | Op::MaxPool { .. }
             | Op::AvgPool
             | Op::HalfPool
-            | Op::DropPath(_) => vec![],
+            | Op::DropPath(_)
+            | Op::DropBlock(_) => vec![],
         }
     }
 

@@ -14,7 +14,7 @@ mod resnet;
 mod shape;
 
 pub use layers::{Basic, Bottleneck, Head, Identity, Projection, Shortcut, Stage, Stem};
-pub use recorder::{Act, Blocks, Recipe, record};
+pub use recorder::{Act, Blocks, Recipe, Squares, record};
 pub use resnet::{DEPTHS, RESOLUTIONS, Unsupported, Variant, resnet, resnet_with};
 pub use shape::{Channels, Strided};
 

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use dfdx::nn::Module;
 use dfdx::shapes::{Const, Shape};
-use graph::{DropPath, Graph, Init, Plane, ValueId};
+use graph::{DropBlock, DropPath, Graph, Init, Op, Plane, ValueId};
 
 /// Which of the two well-known ResNets is meant; it decides initial values, the max-pool's padding and whether
 /// the first group of the basic networks projects its shortcut.
@@ -87,6 +87,18 @@ pub struct Blocks {
     /// Branches may be dropped in training (stochastic depth, Huang et al. 2016); those of group g of 4 with (g + 1) / 5
     /// of the rate that the engine is given, as in the TPU reference. timm's rate grows by the block.
     pub are_dropped: bool,
+    /// In training, squares of channels are dropped after every normalisation of a block and of its shortcut (DropBlock:
+    /// Ghiasi et al. 2018), as in the TPU reference.
+    pub squares: Option<Squares>,
+}
+
+/// The squares that training drops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Squares {
+    /// Side in pixels.
+    pub side: usize,
+    /// Which groups of blocks have them; group g of 4 has 1 / 4^(4 - g) of the rate that the engine is given.
+    pub groups: [bool; 4],
 }
 
 /// The graph under construction and the name scope.
@@ -102,6 +114,8 @@ pub(crate) struct Recorder {
     block: usize,
     /// Blocks that have been closed.
     closed: usize,
+    /// Tensors that squares are dropped of.
+    dropped: usize,
 }
 
 impl Recorder {
@@ -138,7 +152,24 @@ impl Recorder {
         let gamma = if last { self.recipe.last_gamma() } else { 1.0 };
         let (conv, bn) = (self.name(conv), self.name(bn));
         let z = self.graph.conv(&conv, x, out, kernel, stride, init);
-        self.graph.batch_norm(&bn, z, gamma)
+        let x = self.graph.batch_norm(&bn, z, gamma);
+        self.drop_block(x)
+    }
+
+    /// What is left of a tensor of a block.
+    fn drop_block(&mut self, x: ValueId) -> ValueId {
+        let has = |squares: &Squares| self.stage > 0 && squares.groups[self.stage - 1];
+        let Some(Squares { side, .. }) = self.blocks.squares.filter(has) else {
+            return x;
+        };
+        let block = DropBlock {
+            number: self.dropped,
+            side,
+            share: [1, 1 << (2 * (4 - self.stage))],
+        };
+        self.dropped += 1;
+        let name = self.name("drop_block");
+        self.graph.drop_block(&name, x, block)
     }
 
     pub(crate) fn relu(&mut self, x: ValueId) -> ValueId {
@@ -185,6 +216,11 @@ impl Recorder {
 
     /// relu(main + shortcut).
     pub(crate) fn join(&mut self, main: ValueId, shortcut: ValueId) -> ValueId {
+        let shortcut = match self.graph.node(shortcut).op {
+            // The end of the block before.
+            Op::Relu => self.drop_block(shortcut),
+            _ => shortcut,
+        };
         let name = self.name("add");
         let sum = self.graph.add(&name, main, shortcut);
         self.relu(sum)
@@ -250,6 +286,7 @@ where
         stage: 0,
         block: 0,
         closed: 0,
+        dropped: 0,
     }));
     let image = Act {
         shape: (1, Const, Const, Const),

@@ -137,7 +137,9 @@ fn watch(run: &Run, longest: Duration) -> Result<ExitCode, Failure> {
         };
         engine.load(&state)?;
         let started = Instant::now();
-        let found = train::score(&config, &mut **engine, &stop, |bad| eprintln!("{bad}"))?;
+        let found = train::score(&config, &mut **engine, &stop, None, |bad| {
+            eprintln!("{bad}")
+        })?;
         let Some(m) = found else {
             return Ok(ExitCode::from(INTERRUPTED));
         };
@@ -242,18 +244,15 @@ fn score(
     let mut scores: Vec<Metrics> = vec![];
     loop {
         // The details are of what is scored first.
-        scores.push(match details.filter(|_| scores.is_empty()) {
-            None => {
-                let never = AtomicBool::new(false);
-                let found = train::score(&config, &mut *engine, &never, note)?;
-                found.expect("nobody stops it")
-            }
-            Some(dir) => {
-                let found = train::score_classes(&config, &mut *engine, note)?;
-                write_details(dir, &found, meta.labels.as_deref())?;
-                found.metrics()
-            }
-        });
+        let dir = details.filter(|_| scores.is_empty());
+        let mut classes = dir.map(|_| Confusion::new(config.classes));
+        let never = AtomicBool::new(false);
+        let found = train::score(&config, &mut *engine, &never, classes.as_mut(), note)?;
+        let found = found.expect("nobody stops it");
+        if let (Some(dir), Some(classes)) = (dir, &classes) {
+            write_details(dir, classes, &found, meta.labels.as_deref())?;
+        }
+        scores.push(found);
         match states.next() {
             Some(state) => engine.load(&state)?,
             None => break,
@@ -287,16 +286,18 @@ fn score(
 }
 
 /// Accuracy by class, and what was taken for what.
-fn write_details(dir: &Path, found: &Confusion, labels: Option<&[String]>) -> Result<(), Failure> {
+fn write_details(
+    dir: &Path,
+    classes: &Confusion,
+    found: &Metrics,
+    labels: Option<&[String]>,
+) -> Result<(), Failure> {
     std::fs::create_dir_all(dir)
         .map_err(|e| Failure::Run(format!("{}: cannot create: {e}", dir.display())))?;
-    let files = [
-        ("classes.csv", found.classes_csv(labels)),
-        ("confusion.csv", found.matrix_csv()),
-        ("confusion.json", format!("{}\n", found.json(labels))),
-    ];
-    for (name, text) in files {
-        store::write_atomic(&dir.join(name), &[text.as_bytes()])?;
-    }
-    Ok(())
+    classes.write(dir, labels)?;
+    let json = format!("{}\n", classes.json(found, labels));
+    Ok(store::write_atomic(
+        &dir.join("confusion.json"),
+        &[json.as_bytes()],
+    )?)
 }

@@ -26,6 +26,10 @@ pub(crate) fn network(run: &Run) -> Graph {
         has_mean_shortcut: run.model.shortcut == spec::Shortcut::Mean,
         squeeze: Some(run.model.se_ratio).filter(|ratio| *ratio > 0.0),
         are_dropped: run.model.drop_connect > 0.0,
+        squares: (run.model.drop_block > 0.0).then(|| nn::Squares {
+            side: run.model.drop_block_size,
+            groups: [1, 2, 3, 4].map(|group| run.model.drop_block_groups.contains(&group)),
+        }),
     };
     nn::resnet_with(
         nn::Variant { stem, blocks },
@@ -134,6 +138,7 @@ fn lacks_operations(run: &Run) -> Option<Asked> {
             "drop-connect",
             model.drop_connect > 0.0,
         ),
+        ("model.drop_block", "DropBlock", model.drop_block > 0.0),
     ];
     first(asked)
 }
@@ -399,7 +404,7 @@ pub(crate) fn nodes(graph: &Graph) -> Vec<track::GraphNode> {
             Op::MaxPool { .. } => "MaxPool",
             Op::AvgPool | Op::HalfPool => "AvgPool",
             Op::SqueezeExcite { .. } => "SqueezeExcite",
-            Op::DropPath(_) => "Dropout",
+            Op::DropPath(_) | Op::DropBlock(_) => "Dropout",
             Op::Linear { .. } => "MatMul",
         };
         track::GraphNode {
@@ -433,7 +438,12 @@ mod tests {
         for key in ["optimizer.clip_norm", "mixup.alpha", "mixup.cutmix_alpha"] {
             assert_eq!(lacks(&[&format!("{key}=1")]), Some(key));
         }
-        for key in ["model.dropout", "model.drop_connect", "model.se_ratio"] {
+        for key in [
+            "model.dropout",
+            "model.drop_connect",
+            "model.drop_block",
+            "model.se_ratio",
+        ] {
             assert_eq!(lacks(&[&format!("{key}=0.5")]), Some(key));
         }
         assert_eq!(lacks(&["model.shortcut=mean"]), Some("model.shortcut"));

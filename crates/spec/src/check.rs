@@ -9,9 +9,10 @@ use crate::run::{DEPTHS, Data, Mode, OptimizerKind, Run, ScheduleKind, Source};
 /// What whole numbers can be; the schema says the same (`run`). The upper ends are far above what anybody trains, and
 /// low enough for every product of them: a batch stays within what `data` can index, an epoch within what a double
 /// counts exactly.
-const WHOLE: [(&str, RangeInclusive<u64>); 16] = [
+const WHOLE: [(&str, RangeInclusive<u64>); 17] = [
     ("seed", 0..=u64::MAX),
     ("model.classes", 2..=1_000_000),
+    ("model.drop_block_size", 1..=65_536),
     ("data.lanes", 1..=65_536),
     ("data.shuffle_window", 1..=10_000_000),
     ("data.train_examples", 1..=1_000_000_000_000),
@@ -239,6 +240,7 @@ fn whole_numbers(run: &Run, found: &mut Findings) {
     let value = |key: &str| match key {
         "seed" => Some(run.seed),
         "model.classes" => Some(model.classes as u64),
+        "model.drop_block_size" => Some(model.drop_block_size as u64),
         "data.lanes" => Some(data.lanes as u64),
         "data.shuffle_window" => Some(data.shuffle_window as u64),
         "data.train_examples" => data.train_examples,
@@ -420,6 +422,25 @@ fn numbers(run: &Run, found: &mut Findings) {
         fraction(connect),
         "at least 0 and below 1",
     );
+    let squares = run.model.drop_block;
+    found.range(
+        "model.drop_block",
+        squares,
+        fraction(squares),
+        "at least 0 and below 1",
+    );
+    for &group in &run.model.drop_block_groups {
+        let is_group = (1..=4).contains(&group);
+        found.range("model.drop_block_groups", group, is_group, "from 1 to 4");
+    }
+    if squares > 0.0 && (connect > 0.0 || run.model.se_ratio > 0.0) {
+        found.keys(
+            "model.drop_block",
+            &["model.drop_connect", "model.se_ratio"],
+            "a branch has squares dropped, or is scaled or dropped as a whole".into(),
+            Some("leave model.drop_block at 0, or the others".into()),
+        );
+    }
     let ratio = run.model.se_ratio;
     let is_ratio = (0.0..=1.0).contains(&ratio);
     found.range("model.se_ratio", ratio, is_ratio, "from 0 to 1");

@@ -20,7 +20,6 @@ const BIGTABLE: &str =
     "with `data.source = \"bigtable\"`: `bigtable://PROJECT/INSTANCE/TABLE/PREFIX`";
 const COLUMN: &str = "`..?column=FAMILY:QUALIFIER`; tfexample:example by default";
 const SUBMIT: &str = "runs are started on the machine that computes";
-const DROP_BLOCK: &str = "there is no DropBlock";
 const EXPORT: &str = "checkpoints are safetensors with torchvision's names";
 const FILE: &str = "the spec is a file, and `extends` builds it on others";
 const SETS: &str = "`--set section.key=value` changes a key";
@@ -80,9 +79,9 @@ const FLAGS: &[Flag] = &[
     ("eval_after_training", NotNeeded, "a finished run is an evaluated run"),
     ("use_cache", NotNeeded, "the operating system caches the shards"),
     ("image_size", Keys(&["model.resolution"]), ""),
-    ("dropblock_groups", NotYet, DROP_BLOCK),
-    ("dropblock_keep_prob", NotYet, DROP_BLOCK),
-    ("dropblock_size", NotYet, DROP_BLOCK),
+    ("dropblock_groups", Keys(&["model.drop_block_groups"]), "a list: `[3, 4]`"),
+    ("dropblock_keep_prob", Keys(&["model.drop_block"]), "1 minus it"),
+    ("dropblock_size", Keys(&["model.drop_block_size"]), ""),
     ("pre_activation", NotYet, "blocks are post-activation"),
     ("norm_act_layer", NotYet, "batch normalisation and ReLU"),
     ("profile_every_n_steps", NotYet, "rates and input waits are in metrics.jsonl"),

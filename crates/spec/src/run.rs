@@ -113,6 +113,16 @@ pub struct Model {
     /// in the groups before (stochastic depth).
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub drop_connect: f64,
+    /// The part of values that is dropped in squares at the end of training, from 0 to below 1; it grows from 0 with the
+    /// steps, and group g has 1 / 4^(4 - g) of it (DropBlock).
+    #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
+    pub drop_block: f64,
+    /// Side of a square of `drop_block` in pixels, from 1 to 65536; where a plane is smaller, the plane's.
+    #[schemars(range(min = 1, max = 65_536))]
+    pub drop_block_size: usize,
+    /// The groups of blocks that have `drop_block`, of 1 to 4.
+    #[schemars(extend("items" = json!({ "type": "integer", "minimum": 1, "maximum": 4 })))]
+    pub drop_block_groups: Vec<usize>,
     /// Chance of each channel before the classifier to be dropped in a training step, from 0 to below 1.
     #[schemars(range(min = 0), extend("exclusiveMaximum" = 1))]
     pub dropout: f64,
@@ -690,6 +700,9 @@ impl Default for Model {
             shortcut: Shortcut::Conv,
             se_ratio: 0.0,
             drop_connect: 0.0,
+            drop_block: 0.0,
+            drop_block_size: 7,
+            drop_block_groups: vec![3, 4],
             dropout: 0.0,
             labels: None,
             weights: None,

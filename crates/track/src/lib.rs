@@ -324,8 +324,9 @@ impl Trackers {
         }
         let synced = self.events.as_mut().map_or(Ok(()), EventFile::sync);
         self.count(synced, EVENTS);
-        let told = self.dir.join(summary::NAME);
-        self.end(mlflow::status(s), Some(&told));
+        let results = RESULTS.iter().map(|name| self.dir.join(name));
+        let results = results.filter(|file| file.exists()).collect();
+        self.end(mlflow::status(s), results);
         self.mlflow = None; // it is over
         self.screen.finish();
         if let Some(first) = &self.first {
@@ -401,10 +402,10 @@ impl Trackers {
     }
 
     /// Ends the run in MLflow.
-    fn end(&mut self, status: &'static str, artifact: Option<&Path>) {
+    fn end(&mut self, status: &'static str, artifacts: Vec<PathBuf>) {
         match &mut self.mlflow {
-            Some(Store::File(writer)) => writer.end(status, artifact.map(Path::to_path_buf)),
-            Some(Store::Server(follower)) => follower.end(status, artifact),
+            Some(Store::File(writer)) => writer.end(status, artifacts),
+            Some(Store::Server(follower)) => follower.end(status, &artifacts),
             None => {}
         }
         self.hear();
@@ -453,7 +454,7 @@ impl Trackers {
 /// A run that has not been finished has failed.
 impl Drop for Trackers {
     fn drop(&mut self) {
-        self.end("FAILED", None);
+        self.end("FAILED", vec![]);
     }
 }
 
@@ -469,6 +470,9 @@ fn png(side: usize, rgb: &[u8]) -> io::Result<Vec<u8>> {
     written.map_err(io::Error::other)?;
     Ok(file)
 }
+
+/// Files of a run directory that become artifacts when the run ends, where they are there.
+const RESULTS: [&str; 4] = ["results.tsv", "classes.csv", "confusion.csv", summary::NAME];
 
 /// How failures name the event files.
 const EVENTS: &str = "events.out.tfevents";

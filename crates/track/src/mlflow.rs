@@ -64,7 +64,7 @@ pub struct Mlflow {
     pub datasets: Vec<Dataset>,
     /// The run that this one is part of, by what its directory's `mlflow-run` holds.
     pub parent: Option<String>,
-    /// Files that are copied to the run's artifacts at the start. `summary.json` follows at the end.
+    /// Files that are copied to the run's artifacts at the start. Results follow at the end.
     pub artifacts: Vec<PathBuf>,
 }
 
@@ -95,8 +95,8 @@ enum Message {
     Tag(String, String),
     /// Answered when everything before it is in the database; hung up if that failed.
     Sync(Sender<()>),
-    /// The run's status, a last artifact; answered as above.
-    End(&'static str, Option<PathBuf>, Sender<()>),
+    /// The run's status, the last artifacts; answered as above.
+    End(&'static str, Vec<PathBuf>, Sender<()>),
 }
 
 /// MLflow's status for how a run ended.
@@ -207,12 +207,12 @@ impl Writer {
     }
 
     /// Writes what waits, ends the run with a status, and waits for that.
-    pub(crate) fn end(&self, status: &'static str, artifact: Option<PathBuf>) {
+    pub(crate) fn end(&self, status: &'static str, artifacts: Vec<PathBuf>) {
         let lost =
             || format!("locked for too long; the last numbers and the status {status} are lost");
         let (reply, answer) = mpsc::channel();
         let deadline = Instant::now() + END;
-        let mut end = Message::End(status, artifact, reply);
+        let mut end = Message::End(status, artifacts, reply);
         loop {
             match self.inbox.try_send(end) {
                 Ok(()) => break,
@@ -293,8 +293,8 @@ impl Worker {
                     }
                     due = Instant::now() + PACE;
                 }
-                Ok(Message::End(status, artifact, reply)) => {
-                    if self.flush() && self.end(status, artifact.as_deref()) {
+                Ok(Message::End(status, artifacts, reply)) => {
+                    if self.flush() && self.end(status, &artifacts) {
                         // Whoever reads the file next finds one file and no log beside it.
                         self.open = None;
                         let _ = reply.send(());
@@ -342,9 +342,9 @@ impl Worker {
         Ok(())
     }
 
-    fn end(&self, status: &str, artifact: Option<&Path>) -> bool {
+    fn end(&self, status: &str, artifacts: &[PathBuf]) -> bool {
         let store = self.open.as_ref().expect("a flush has opened it");
-        if let Some(file) = artifact {
+        for file in artifacts {
             self.copy(file, &store.artifacts);
         }
         let ended = store.end(&self.run, status);

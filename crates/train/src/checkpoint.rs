@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 use track::{Best, EvalSummary};
 
 use crate::Error;
+use crate::confusion::Confusion;
 use crate::mirror::Mirror;
 
 /// Version of [`Meta`] and of the tensors' names. Earlier ones are read by [`migrate`].
@@ -256,6 +257,16 @@ impl Checkpoints {
     pub(crate) fn write_results(&self, rows: &[Row]) -> Result<(), Error> {
         let path = self.dir.with_file_name("results.tsv");
         Ok(store::write_atomic(&path, &[results(rows).as_bytes()])?)
+    }
+
+    /// Writes accuracy by class and the confusion matrix into the run directory.
+    pub(crate) fn write_classes(
+        &self,
+        found: &Confusion,
+        labels: Option<&[String]>,
+    ) -> Result<(), Error> {
+        let dir = self.dir.parent().unwrap_or(Path::new(""));
+        Ok(found.write(dir, labels)?)
     }
 
     fn remove(&self, name: &str) -> Result<(), Error> {

@@ -1,11 +1,12 @@
 //! What a network takes for what.
 
 use std::fmt::Write;
+use std::path::Path;
 
 use engine::{Metrics, hits};
 use serde_json::{Value, json};
 
-/// Counts of (class, prediction), and what [`crate::score`] would say.
+/// Counts of (class, prediction).
 #[derive(Clone, Debug, PartialEq)]
 pub struct Confusion {
     classes: usize,
@@ -13,7 +14,6 @@ pub struct Confusion {
     counts: Vec<u64>,
     /// Of each true class, how often fewer than five classes scored strictly higher.
     top5: Vec<u64>,
-    loss_sum: f64,
 }
 
 impl Confusion {
@@ -23,7 +23,6 @@ impl Confusion {
             classes,
             counts: vec![0; classes * classes],
             top5: vec![0; classes],
-            loss_sum: 0.0,
         }
     }
 
@@ -41,28 +40,11 @@ impl Confusion {
             }
             self.counts[label * self.classes + best] += 1;
             self.top5[label] += u64::from(hits(row, label).1);
-            self.loss_sum -= log_softmax(row, label);
         }
-    }
-
-    /// Images so far.
-    pub fn images(&self) -> u64 {
-        self.counts.iter().sum()
     }
 
     fn row(&self, class: usize) -> &[u64] {
         &self.counts[class * self.classes..][..self.classes]
-    }
-
-    /// Loss and hits over all images.
-    pub fn metrics(&self) -> Metrics {
-        let top1: u64 = (0..self.classes).map(|c| self.row(c)[c]).sum();
-        Metrics {
-            images: self.images() as usize,
-            loss_sum: self.loss_sum,
-            top1: top1 as usize,
-            top5: self.top5.iter().sum::<u64>() as usize,
-        }
     }
 
     /// A line for each class: its number, its label, its images, the share of hits among them, how often it was
@@ -95,16 +77,30 @@ impl Confusion {
         text
     }
 
-    /// The counts and labels as one document.
-    pub fn json(&self, labels: Option<&[String]>) -> Value {
+    /// Writes `classes.csv` and `confusion.csv` into a directory.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn write(&self, dir: &Path, labels: Option<&[String]>) -> Result<(), store::Error> {
+        let texts = [self.classes_csv(labels), self.matrix_csv()];
+        for (name, text) in FILES.iter().zip(texts) {
+            store::write_atomic(&dir.join(name), &[text.as_bytes()])?;
+        }
+        Ok(())
+    }
+
+    /// The counts, the score and labels as one document.
+    pub fn json(&self, m: &Metrics, labels: Option<&[String]>) -> Value {
         let rows: Vec<&[u64]> = (0..self.classes).map(|c| self.row(c)).collect();
-        let m = self.metrics();
         json!({
             "images": m.images, "top1": m.top1(), "top5": m.top5(), "loss": m.loss(),
             "labels": labels, "top5_hits": self.top5, "confusion": rows,
         })
     }
 }
+
+/// What [`Confusion::write`] makes.
+const FILES: [&str; 2] = ["classes.csv", "confusion.csv"];
 
 fn share(part: u64, whole: u64) -> String {
     match whole {
@@ -122,14 +118,6 @@ fn quoted(labels: Option<&[String]>, class: usize) -> String {
         true => format!("\"{}\"", label.replace('"', "\"\"")),
         false => label.into(),
     }
-}
-
-/// In f64, shifted by the largest, so that nothing overflows.
-fn log_softmax(row: &[f32], class: usize) -> f64 {
-    let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let shifted = |value: f32| f64::from(value) - f64::from(most);
-    let sum: f64 = row.iter().map(|&value| shifted(value).exp()).sum();
-    shifted(row[class]) - sum.ln()
 }
 
 #[cfg(test)]
@@ -154,15 +142,10 @@ mod tests {
              1,\"dog, small\",2,0.5000,1.0000,1,1.0000\n\
              2,\"a \"\"b\"\"\",0,,,2,0.0000\n"
         );
-        let m = found.metrics();
-        assert_eq!((m.images, m.top1, m.top5), (4, 1, 4));
-        // -ln softmax by hand: 0.40760596 + 0.69651... + 2 * 3.0949...
-        let by_hand =
-            |row: [f64; 3], c: usize| row.iter().map(|v| v.exp()).sum::<f64>().ln() - row[c];
-        let sum = by_hand([0.0, 2.0, 1.0], 1)
-            + by_hand([5.0, 5.0, 0.0], 1)
-            + 2.0 * by_hand([0.0, 0.0, 3.0], 0);
-        assert!((m.loss_sum - sum).abs() < 1e-12, "{}", m.loss_sum);
-        assert_eq!(found.json(None)["confusion"][0][2], 2);
+        let json = found.json(&Metrics::default(), None);
+        assert_eq!(
+            (&json["confusion"][0][2], &json["top5_hits"][1]),
+            (&2.into(), &2.into())
+        );
     }
 }

@@ -488,11 +488,18 @@ fn evaluate(
         return Ok(true);
     };
     let started = Instant::now();
+    // What the run has come to, class by class.
+    let is_last = at.step == job.plan.steps;
+    let mut classes = is_last.then(|| Confusion::new(config.classes));
     let mut score = |engine: &mut dyn Engine, trackers: &mut Trackers| {
+        classes = is_last.then(|| Confusion::new(config.classes));
         pace.part(
             |spent| &mut spent.evaluation,
             trackers,
-            |trackers| score(config, engine, job.stop, |bad| trackers.note(bad)),
+            |trackers| {
+                let note = |bad: &str| trackers.note(bad);
+                score(config, engine, job.stop, classes.as_mut(), note)
+            },
         )
     };
     let mut raw = None;
@@ -545,7 +552,15 @@ fn evaluate(
         top1,
         top5,
     });
-    if let Err(error) = job.checkpoints.write_results(&at.evaluations) {
+    let written = job.checkpoints.write_results(&at.evaluations);
+    let written = written.and_then(|()| match &classes {
+        Some(classes) => {
+            let labels = job.meta.labels.as_deref();
+            job.checkpoints.write_classes(classes, labels)
+        }
+        None => Ok(()),
+    });
+    if let Err(error) = written {
         trackers.note(&error.to_string());
     }
     // An average that is scored beside the parameters is what the run is for.
@@ -574,8 +589,8 @@ fn evaluate(
     Ok(true)
 }
 
-/// Scores a whole set, every image once; the last batch has what is left. None if `stop` was set meanwhile; `note`
-/// hears of each bad record.
+/// Scores a whole set, every image once; the last batch has what is left. None if `stop` was set meanwhile; `classes`
+/// is told what was taken for what; `note` hears of each bad record.
 ///
 /// # Errors
 /// If input or engine fail, or there is nothing to score.
@@ -583,6 +598,7 @@ pub fn score(
     config: &data::Config,
     engine: &mut dyn Engine,
     stop: &AtomicBool,
+    mut classes: Option<&mut Confusion>,
     mut note: impl FnMut(&str),
 ) -> Result<Option<Metrics>, Error> {
     let mut total = Metrics::default();
@@ -592,37 +608,20 @@ pub fn score(
         }
         let batch = batch?;
         batch.bad_records.iter().for_each(|bad| note(bad));
-        if !batch.labels.is_empty() {
-            total.add(&engine.eval_step(&view(&batch, None))?);
+        if batch.labels.is_empty() {
+            continue;
+        }
+        let view = view(&batch, None);
+        let mut logits = vec![];
+        let wanted = classes.is_some().then_some(&mut logits);
+        total.add(&engine.score(&view, wanted)?);
+        if let Some(classes) = &mut classes {
+            classes.add(&logits, view.labels);
         }
     }
     match total.images {
         0 => Err(Error::NothingScored),
         _ => Ok(Some(total)),
-    }
-}
-
-/// Scores a whole set as [`score`] does, from the logits, and says what was taken for what.
-///
-/// # Errors
-/// As for [`score`].
-pub fn score_classes(
-    config: &data::Config,
-    engine: &mut dyn Engine,
-    mut note: impl FnMut(&str),
-) -> Result<Confusion, Error> {
-    let mut confusion = Confusion::new(config.classes);
-    for batch in data::eval(config)? {
-        let batch = batch?;
-        batch.bad_records.iter().for_each(|bad| note(bad));
-        if !batch.labels.is_empty() {
-            let logits = engine.predict(view(&batch, None).pixels)?;
-            confusion.add(&logits, &batch.labels);
-        }
-    }
-    match confusion.images() {
-        0 => Err(Error::NothingScored),
-        _ => Ok(confusion),
     }
 }
 

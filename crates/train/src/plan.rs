@@ -33,7 +33,8 @@ pub struct Plan {
     average: Option<Average>,
     /// Rate and seed.
     /// Rates of channels and of branches, and the seed.
-    dropout: (f64, f64, u64),
+    /// What is dropped at the end of the run.
+    dropout: Dropout,
     hyper: Hyper,
 }
 
@@ -160,7 +161,13 @@ impl Plan {
             phases,
             shape,
             average,
-            dropout: (run.model.dropout, run.model.drop_connect, run.seed),
+            dropout: Dropout {
+                rate: run.model.dropout,
+                path_rate: run.model.drop_connect,
+                block_rate: run.model.drop_block,
+                seed: run.seed,
+                step: 0,
+            },
             hyper: Hyper {
                 rule,
                 lr: 0.0,
@@ -209,17 +216,25 @@ impl Plan {
         Hyper {
             lr: self.lr(step),
             average: self.average.map(|average| average.decay(step)),
-            dropout: match self.dropout {
-                (0.0, 0.0, _) => None,
-                (rate, path_rate, seed) => Some(Dropout {
-                    rate,
-                    path_rate,
-                    seed,
-                    step,
-                }),
-            },
+            dropout: self.dropout(step),
             ..self.hyper
         }
+    }
+
+    /// What the update after `step` updates drops. Of squares, a part that grows with the steps, as the reference has it.
+    fn dropout(&self, step: u64) -> Option<Dropout> {
+        let Dropout {
+            rate,
+            path_rate,
+            block_rate,
+            ..
+        } = self.dropout;
+        let is_any = rate > 0.0 || path_rate > 0.0 || block_rate > 0.0;
+        is_any.then(|| Dropout {
+            block_rate: block_rate * (step as f64 / self.steps as f64).min(1.0),
+            step,
+            ..self.dropout
+        })
     }
 
     /// The resolution of the images of the update that follows where a run has come to, and the last step that has it. An
@@ -473,6 +488,20 @@ mod tests {
         assert_eq!(plan("", 10_000).hyper(0).average, None);
         let half: f64 = (0..6931).map(|t| cold.hyper(t).average.unwrap()).product();
         assert!((half - 0.5).abs() < 1e-4, "{half}");
+    }
+
+    /// docs/reference/vectors.json, `dropblock_keep_0.9_by_group`: the share of the last group is all of the rate.
+    #[test]
+    fn more_squares_are_dropped_as_a_run_goes_on() {
+        let vectors = include_str!("../../../docs/reference/vectors.json");
+        let vectors: serde_json::Value = serde_json::from_str(vectors).unwrap();
+        let plan = plan("model.drop_block = 0.1", 10_000);
+        let rate = |step| plan.hyper(step).dropout.unwrap().block_rate;
+        for (progress, keeps) in vectors["dropblock_keep_0.9_by_group"].as_object().unwrap() {
+            let step = (plan.steps as f64 * progress.parse::<f64>().unwrap()) as u64;
+            close(1.0 - rate(step), keeps[3].as_f64().unwrap());
+        }
+        close(rate(0), 0.0);
     }
 
     #[test]

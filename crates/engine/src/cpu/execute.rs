@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use graph::{
-    After, BufferId, Close, Geometry, Graph, Kernel, Mode, Normed, Operand, ParamId, Program,
-    Squeeze,
+    After, BufferId, Close, Dropped, Geometry, Graph, Kernel, Mode, Normed, Operand, ParamId,
+    Program, Squeeze,
 };
 use half::bf16;
 
@@ -18,9 +18,11 @@ use super::memory::{ALIGNMENT, Block, Scratch, Span};
 use super::norm::{self, Row, State};
 use super::pool::Pool;
 use super::simd::Element;
+use super::squares::Left;
 use super::weights::Panels;
 use super::{
-    Cpu, Layout, Precision, Running, direct, gate, pixels, simple, wgrad, wgrad_tiles, wino,
+    Cpu, Layout, Precision, Running, direct, gate, pixels, simple, squares, wgrad, wgrad_tiles,
+    wino,
 };
 use crate::{Batch, Dropout, Metrics};
 
@@ -154,6 +156,13 @@ impl<'a> Buffers<'a> {
             inner: self.get(squeeze.inner),
             sigmoid: self.get(squeeze.sigmoid),
             hidden: squeeze.hidden,
+        }
+    }
+
+    fn left(&self, dropped: Dropped) -> Left<'a> {
+        Left {
+            mask: self.get(dropped.mask),
+            scale: self.get(dropped.scale),
         }
     }
 
@@ -614,6 +623,47 @@ impl Cpu {
                 let gate = gate.map(|gate| (buffers.get(gate), plane.pixels()));
                 norm::sum(pool, level, size, x, gate, side, relu, out.y, out.stream);
             }
+            Kernel::DropBlock {
+                plane,
+                block,
+                dropped,
+            } => {
+                let left = buffers.left(dropped);
+                squares::draw(pool, part.dropout, (block, plane), n, left);
+            }
+            Kernel::DroppedSum {
+                plane,
+                x,
+                side,
+                dropped,
+                relu,
+                y,
+            } => {
+                // SAFETY: see above.
+                let (x, side) =
+                    unsafe { (buffers.source(x), side.map(|side| buffers.source(side))) };
+                let size = (n * plane.pixels(), plane.c);
+                let left = dropped.map(|dropped| dropped.map(|dropped| buffers.left(dropped)));
+                squares::sum::<T>(pool, level, size, x, side, left, relu, buffers.get(y));
+            }
+            Kernel::DropBlockBackward {
+                plane,
+                dropped,
+                d,
+                dx,
+                close,
+                partials: id,
+            } => {
+                let (out, sums) = (buffers.out(dx, plane.c, None), partials(id, plane.c));
+                // SAFETY: see above.
+                let epilogue = unsafe { buffers.epilogue::<T>(close) };
+                let rest = (buffers.get(d), buffers.left(dropped));
+                squares::backward(pool, level, plane, n, rest, out, epilogue, sums);
+                let rows = n * plane.pixels();
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
+                );
+            }
             Kernel::MaxPool {
                 window,
                 x,
@@ -1031,6 +1081,18 @@ fn name(kernel: &Kernel) -> String {
         Kernel::HalfPool { .. } => "mean over 2x2".into(),
         Kernel::HalfPoolBackward { .. } => "mean over 2x2, gradient".into(),
         Kernel::Sum { plane, .. } => format!("sum of block at {}x{}x{}", plane.h, plane.w, plane.c),
+        Kernel::DropBlock { plane, .. } => {
+            format!("squares to drop at {}x{}x{}", plane.h, plane.w, plane.c)
+        }
+        Kernel::DroppedSum { plane, .. } => {
+            format!("sum of what is left at {}x{}x{}", plane.h, plane.w, plane.c)
+        }
+        Kernel::DropBlockBackward { plane, .. } => {
+            format!(
+                "squares dropped at {}x{}x{}, gradient",
+                plane.h, plane.w, plane.c
+            )
+        }
         Kernel::MaxPool { .. } => "max pool".into(),
         Kernel::AvgPool { .. } => "mean over plane".into(),
         Kernel::Linear { .. } => "classifier".into(),

@@ -22,6 +22,7 @@ mod pixels;
 mod pool;
 mod simd;
 mod simple;
+mod squares;
 #[cfg(test)]
 mod tests;
 mod tiles;
@@ -589,12 +590,24 @@ impl Engine for Cpu {
         self.folded_for = None;
     }
 
-    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
+    fn score(
+        &mut self,
+        batch: &Batch<'_>,
+        mut logits: Option<&mut Vec<f32>>,
+    ) -> Result<Metrics, Error> {
         batch.check(&self.graph);
         let mut total = Metrics::default();
         for micro in batch.micro_batches(self.options.micro_batch) {
-            let program = self.program(micro.images(), Mode::Infer)?;
-            total.add(&self.run(&program, &micro, &Part::EVAL));
+            let compiled = self.program(micro.images(), Mode::Infer)?;
+            total.add(&self.run(&compiled, &micro, &Part::EVAL));
+            if let Some(logits) = &mut logits {
+                let program = &compiled.program;
+                let found = &program.buffers[program.logits.0];
+                // SAFETY: no region runs, and `&mut self` keeps writers away.
+                logits.extend_from_slice(unsafe {
+                    self.arena.span::<f32>(found.offset, found.bytes).get()
+                });
+            }
         }
         Ok(total)
     }
@@ -608,16 +621,7 @@ impl Engine for Cpu {
             mixed: None,
         };
         let mut all = vec![];
-        for micro in batch.micro_batches(self.options.micro_batch) {
-            let compiled = self.program(micro.images(), Mode::Infer)?;
-            self.run(&compiled, &micro, &Part::EVAL);
-            let program = &compiled.program;
-            let logits = &program.buffers[program.logits.0];
-            // SAFETY: no region runs, and `&mut self` keeps writers away.
-            all.extend_from_slice(unsafe {
-                self.arena.span::<f32>(logits.offset, logits.bytes).get()
-            });
-        }
+        self.score(&batch, Some(&mut all))?;
         Ok(all)
     }
 }

@@ -157,7 +157,7 @@ pub(crate) fn max_pool<T: Element>(
 }
 
 /// Something that knows the gradient of every pixel.
-trait Gradient: Copy + Send + Sync {
+pub(super) trait Gradient: Copy + Send + Sync {
     /// Channels `c..c + n` of a pixel.
     ///
     /// # Safety
@@ -223,7 +223,8 @@ impl<T: Element, G: Gradient, F: Finish> Rows<'_, T, G, F> {
     }
 }
 
-fn visit_all<T: Element>(
+/// dx = the gradient of every pixel, closed by `epilogue`.
+pub(super) fn visit_all<T: Element>(
     pool: &mut Pool,
     level: Level,
     plane: Plane,

@@ -538,6 +538,9 @@ impl Writer<'_> {
             | Kernel::GateBackward { .. }
             | Kernel::HalfPool { .. }
             | Kernel::HalfPoolBackward { .. }
+            | Kernel::DropBlock { .. }
+            | Kernel::DroppedSum { .. }
+            | Kernel::DropBlockBackward { .. }
             | Kernel::Sum { gate: Some(_), .. } => {
                 unreachable!("whoever makes the engine refuses such networks")
             }

@@ -838,8 +838,7 @@ impl Cuda {
     fn infer(
         &mut self,
         batch: &Batch<'_>,
-        mut see: impl FnMut(Vec<f32>),
-        wants_logits: bool,
+        mut all: Option<&mut Vec<f32>>,
     ) -> Result<Metrics, Error> {
         batch.check(&self.graph);
         self.gpu.enter()?;
@@ -856,10 +855,11 @@ impl Cuda {
         for from in (0..images).step_by(size) {
             let to = (from + size).min(images);
             self.micro(index, is_u8, (from, to), (size, Mode::Infer), from > 0)?;
-            if wants_logits {
+            if let Some(all) = &mut all {
                 let logits = self.programs[&(size, Mode::Infer)].logits;
                 let classes = self.graph.classes();
-                see(self.gpu.download(logits, (to - from) * classes)?);
+                let found: Vec<f32> = self.gpu.download(logits, (to - from) * classes)?;
+                all.extend(found);
             }
         }
         self.ask_totals(index, is_u8)?;
@@ -1071,8 +1071,12 @@ impl Engine for Cuda {
         Cuda::skipped_steps(self).map(|steps| steps as u64)
     }
 
-    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
-        self.infer(batch, |_| (), false)
+    fn score(
+        &mut self,
+        batch: &Batch<'_>,
+        logits: Option<&mut Vec<f32>>,
+    ) -> Result<Metrics, Error> {
+        self.infer(batch, logits)
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
@@ -1084,7 +1088,7 @@ impl Engine for Cuda {
             mixed: None,
         };
         let mut all = vec![];
-        self.infer(&batch, |logits| all.extend(logits), true)?;
+        self.infer(&batch, Some(&mut all))?;
         Ok(all)
     }
 }

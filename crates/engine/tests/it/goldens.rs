@@ -23,6 +23,7 @@ const RESNET_RS: nn::Variant = nn::Variant {
         has_mean_shortcut: true,
         squeeze: Some(0.25),
         are_dropped: false,
+        squares: None,
     },
 };
 
@@ -390,9 +391,10 @@ fn resnet18_64_rs_winograd() {
     check_network("resnet18-64-rs", WINOGRAD, SWITCHED);
 }
 
+/// PyTorch's own error here is that of a switched ReLU; which ones switch depends on the level.
 #[test]
 fn resnet50_64_rs_cpu() {
-    check_network("resnet50-64-rs", CPU, ROUNDING);
+    check_network("resnet50-64-rs", CPU, SWITCHED);
 }
 
 /// Where every batch switches some ReLU, in PyTorch too, Winograd stays within PyTorch's own errors.

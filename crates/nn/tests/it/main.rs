@@ -3,7 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a test may panic")]
 
 use graph::{Init, Op};
-use nn::{Blocks, DEPTHS, RESOLUTIONS, Recipe, Stem, Unsupported, Variant, resnet, resnet_with};
+use nn::{
+    Blocks, DEPTHS, RESOLUTIONS, Recipe, Squares, Stem, Unsupported, Variant, resnet, resnet_with,
+};
 
 fn check_counts(recipe: Recipe, depth: usize, classes: usize, params: usize) {
     let graph = resnet(depth, 224, classes, recipe).unwrap();
@@ -232,6 +234,7 @@ const RESNET_RS: Variant = Variant {
         has_mean_shortcut: true,
         squeeze: Some(0.25),
         are_dropped: true,
+        squares: None,
     },
 };
 
@@ -295,6 +298,43 @@ fn blocks_of_resnet_rs() {
         .enumerate()
         .map(|(block, group)| (block, [*group, 5]));
     assert!(paths.eq(expected));
+}
+
+/// After every normalisation of a block of those groups, and on each of their shortcuts.
+#[test]
+fn squares_are_dropped_in_the_groups_that_are_named() {
+    let variant = |groups| Variant {
+        blocks: Blocks {
+            squares: Some(Squares { side: 7, groups }),
+            ..Blocks::default()
+        },
+        ..Variant::default()
+    };
+    let blocks = |depth, groups| {
+        let graph = resnet_with(variant(groups), depth, 64, 10, Recipe::Tpu2018).unwrap();
+        let blocks = graph.nodes().iter().filter_map(|n| match n.op {
+            Op::DropBlock(block) => Some((n.name.clone(), block)),
+            _ => None,
+        });
+        blocks.collect::<Vec<_>>()
+    };
+    let last = blocks(50, [false, false, true, true]);
+    assert_eq!(last.len(), 4 * (6 + 3));
+    for (number, (name, block)) in last.iter().enumerate() {
+        let share = if name.starts_with("layer3.") { 4 } else { 1 };
+        assert_eq!(
+            (block.number, block.side, block.share),
+            (number, 7, [1, share])
+        );
+    }
+    let first = blocks(18, [true, false, false, false]);
+    assert_eq!(first.len(), 3 * 2);
+    assert!(
+        first
+            .iter()
+            .all(|(name, block)| name.starts_with("layer1.") && block.share == [1, 64])
+    );
+    assert_eq!(blocks(18, [false; 4]), []);
 }
 
 #[test]

@@ -493,7 +493,7 @@ fn every_range_is_checked() {
 }
 
 /// Keys of whole numbers, and the ends of their ranges.
-const WHOLE: [(&str, u64, u64); 15] = [
+const WHOLE: [(&str, u64, u64); 16] = [
     ("model.classes", 2, 1_000_000),
     ("data.lanes", 1, 65_536),
     ("data.shuffle_window", 1, 10_000_000),
@@ -503,6 +503,7 @@ const WHOLE: [(&str, u64, u64); 15] = [
     ("data.cache_gb", 1, 1_000_000),
     ("data.augment_ops", 1, 16),
     ("data.augment_magnitude", 0, 30),
+    ("model.drop_block_size", 1, 65_536),
     ("train.batch_size", 1, 65_536),
     ("train.bn_batch", 1, 65_536),
     ("train.threads", 0, 1024),
@@ -923,6 +924,14 @@ fn numbers_of_the_regime() {
         "model.drop_connect=1",
         "expected at least 0 and below 1, not 1.0",
     );
+    check_range(
+        "model.drop_block=1",
+        "expected at least 0 and below 1, not 1.0",
+    );
+    check_range(
+        "model.drop_block_groups=[3,5]",
+        "expected from 1 to 4, not 5",
+    );
     check_range("model.se_ratio=1.5", "expected from 0 to 1, not 1.5");
     check_range("optimizer.trust=0", "expected above 0, not 0.0");
     check_range("optimizer.clip_norm=0", "expected above 0, not 0.0");
@@ -1033,7 +1042,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 83] = [
+const KEYS: [(&str, &str, bool); 86] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1047,6 +1056,9 @@ const KEYS: [(&str, &str, bool); 83] = [
     ("model.shortcut", "mean", true),
     ("model.se_ratio", "0.25", true),
     ("model.drop_connect", "0.1", true),
+    ("model.drop_block", "0.1", true),
+    ("model.drop_block_size", "5", true),
+    ("model.drop_block_groups", "[4]", true),
     ("model.dropout", "0.25", true),
     ("model.labels", "l", false),
     ("model.weights", "w", true),

@@ -127,8 +127,8 @@ impl Follower {
     }
 
     /// Says that the run ends, and waits until the server knows, but not for long.
-    pub(crate) fn end(&mut self, status: &str, artifact: Option<&Path>) {
-        if let Some(file) = artifact {
+    pub(crate) fn end(&mut self, status: &str, artifacts: &[PathBuf]) {
+        for file in artifacts {
             let dir = file.parent().unwrap_or(Path::new(""));
             let written = self.journal.append(&Event::Artifact {
                 file: relative(file, dir),

@@ -140,8 +140,12 @@ impl Engine for Forgetful {
         self.0.train_step(batch, hyper)
     }
 
-    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
-        self.0.eval_step(batch)
+    fn score(
+        &mut self,
+        batch: &Batch<'_>,
+        logits: Option<&mut Vec<f32>>,
+    ) -> Result<Metrics, Error> {
+        self.0.score(batch, logits)
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
@@ -197,8 +201,12 @@ impl Engine for Poisoned {
         Ok(3)
     }
 
-    fn eval_step(&mut self, batch: &Batch<'_>) -> Result<Metrics, Error> {
-        self.cpu.eval_step(batch)
+    fn score(
+        &mut self,
+        batch: &Batch<'_>,
+        logits: Option<&mut Vec<f32>>,
+    ) -> Result<Metrics, Error> {
+        self.cpu.score(batch, logits)
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
