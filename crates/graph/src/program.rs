@@ -23,6 +23,11 @@ pub trait Caps {
     fn normalises_operands(&self) -> bool {
         true
     }
+    /// Whether a folded convolution reads the residual that it adds just before it stores the sum, so that the sum may
+    /// take its place.
+    fn adds_in_place(&self) -> bool {
+        false
+    }
     /// Channels of the stored image, at least those that it has; the rest is zero. Of more than an image has, as many.
     fn image_channels(&self, channels: usize) -> usize {
         channels
@@ -1200,8 +1205,12 @@ impl<'a> Planner<'a> {
                         let side = self.value(side);
                         self.sum(chain, Some(Operand::Stored(side)), None);
                     } else {
-                        let side = self.value(side);
-                        self.conv(z, Some(side));
+                        let residual = self.value(side);
+                        let is_read_again = self.readers[side.0].iter().any(|&r| r > i);
+                        if self.caps.adds_in_place() && !is_read_again {
+                            self.values[chain.end.0] = Some(residual);
+                        }
+                        self.conv(z, Some(residual));
                     }
                 }
                 // Part of the normalisation or the sum before them.

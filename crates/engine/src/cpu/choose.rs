@@ -157,6 +157,10 @@ impl Caps for CpuCaps {
         }
     }
 
+    fn adds_in_place(&self) -> bool {
+        true
+    }
+
     fn forward(&self, g: &Geometry, batch: usize) -> Needs {
         self.product_needs(&self.forward_product(g, batch), true)
     }

@@ -201,8 +201,8 @@ struct Phase {
     stretches: Vec<Stretch>,
     /// The stretches by [`Plan::block`].
     blocks: Vec<Range<usize>>,
-    /// Those of each block, for matrix tiles.
-    steps: Vec<Vec<Step>>,
+    /// Those of each block, for matrix tiles: of a packed tile, and of pixels that are read where they lie.
+    steps: Vec<[Vec<Step>; 2]>,
     /// Results in a run and runs in a tile.
     tile: (usize, usize),
 }
@@ -264,6 +264,10 @@ const PACK_BYTES: usize = 384 << 10;
 /// less often weights come from further away, and tiles go through them many times as fast.
 const TILED_PACK_BYTES: usize = 768 << 10;
 
+/// Most channels of pixels that matrix tiles read where they lie: of more, sixteen neighbours share too few sets of the
+/// first-level cache.
+const NEAR_CHANNELS: usize = 1024;
+
 /// Weights that a tile meets before the next tile does, bytes: they stay in the second-level cache. So the results of a
 /// tile are stored, and what their epilogue reads is read, in long rows and not in strips of one panel that lie a page
 /// apart. Cascade Lake, 2026-11-28: 1 x 1, 256 -> 1024 channels with a residual, 103 -> 119 GFLOP/s.
@@ -290,16 +294,125 @@ impl Run {
             len: len as u16,
         }
     }
-
-    /// The new results: their places in the run and their pixels.
-    fn results(self, spread: usize) -> impl Iterator<Item = (usize, usize)> {
-        let pixel = self.pixel as usize;
-        (self.skip as usize..self.len as usize).map(move |r| (r, pixel + r * spread))
-    }
 }
 
 /// Most runs in a tile.
 const RUNS: usize = 8;
+
+/// Neighbouring results of a tile: rows of it from `row` on.
+#[derive(Clone, Copy)]
+struct Segment {
+    row: usize,
+    /// Of the first.
+    pixel: usize,
+    len: usize,
+}
+
+impl Segment {
+    /// Rows of the tile and pixels.
+    fn results(self, spread: usize) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.len).map(move |r| (self.row + r, self.pixel + r * spread))
+    }
+}
+
+/// A tile of sums: where its runs begin in the packed tile, and which of its rows are results.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    runs: &'a [u32],
+    segments: &'a [Segment],
+}
+
+impl Rows<'_> {
+    fn len(&self) -> usize {
+        self.segments.iter().map(|s| s.len).sum()
+    }
+}
+
+/// The tiles of a task.
+#[derive(Default)]
+struct AllRows {
+    runs: Vec<u32>,
+    segments: Vec<Segment>,
+    /// The first of each tile, and the end.
+    firsts: Vec<[usize; 2]>,
+}
+
+impl AllRows {
+    /// Tiles of `q` runs of `length`.
+    fn new(runs: impl Iterator<Item = Run>, (length, q): (usize, usize), spread: usize) -> Self {
+        let mut all = Self::default();
+        for (i, run) in runs.enumerate() {
+            if i % q == 0 {
+                all.begin();
+            }
+            let skip = run.skip as usize;
+            all.runs.push(run.at);
+            all.segments.push(Segment {
+                row: i % q * length + skip,
+                pixel: run.pixel as usize + skip * spread,
+                len: run.len as usize - skip,
+            });
+        }
+        all.begin();
+        all
+    }
+
+    /// What comes belongs to the next tile.
+    fn begin(&mut self) {
+        self.firsts.push([self.runs.len(), self.segments.len()]);
+    }
+
+    /// Runs that go on over the ends of rows, whose borders are no results: `image` and `row` are the first ones, and
+    /// there are so many of both.
+    fn flowing(
+        plan: &Plan,
+        phase: &Phase,
+        images: Range<usize>,
+        rows: Range<usize>,
+        (length, q): (usize, usize),
+    ) -> Self {
+        let mut all = Self::default();
+        let (width, columns) = (phase.grid.1, plan.columns);
+        let positions = plan.flow(phase, rows.len());
+        let mut count = 0;
+        for image in images.clone() {
+            let base = (image - images.start) * plan.packed_rows(plan.rows) * columns;
+            for first in (0..positions).step_by(length) {
+                if count % q == 0 {
+                    all.begin();
+                }
+                let tile_row = count % q * length;
+                all.runs.push(Run::new((base + first) * CHUNK, 0, 0, 0).at);
+                for row in first / columns..(first + length).div_ceil(columns).min(rows.len()) {
+                    let from = (row * columns).max(first);
+                    let to = (row * columns + width).min(first + length);
+                    if from < to {
+                        let y = (rows.start + row) * plan.spread + phase.at.0;
+                        let x = (from - row * columns) * plan.spread + phase.at.1;
+                        all.segments.push(Segment {
+                            row: tile_row + from - first,
+                            pixel: (image * plan.to.0 + y) * plan.to.1 + x,
+                            len: to - from,
+                        });
+                    }
+                }
+                count += 1;
+            }
+        }
+        all.begin();
+        all
+    }
+
+    fn tiles(&self) -> impl Iterator<Item = Rows<'_>> {
+        self.firsts.windows(2).map(|pair| {
+            let [[r0, s0], [r1, s1]] = [pair[0], pair[1]];
+            Rows {
+                runs: &self.runs[r0..r1],
+                segments: &self.segments[s0..s1],
+            }
+        })
+    }
+}
 
 /// A convolution before it is cut; the fields are those of [`Plan`].
 struct Shape {
@@ -510,7 +623,10 @@ impl Plan {
                 Packing::Points => self.rows,
             };
             let blocks = blocks(&stretches, self.block());
-            let steps = |block: &Range<usize>| self.steps(&stretches[block.clone()]);
+            let steps = |block: &Range<usize>| {
+                let stretches = &stretches[block.clone()];
+                [false, true].map(|lies| self.steps(stretches, lies))
+            };
             Phase {
                 at,
                 grid,
@@ -689,14 +805,16 @@ impl Plan {
         out
     }
 
-    /// Stretches as steps of matrix tiles.
-    fn steps(&self, stretches: &[Stretch]) -> Vec<Step> {
-        if !self.tiled {
+    /// Stretches as steps of matrix tiles; `lies`, of pixels that are not packed.
+    fn steps(&self, stretches: &[Stretch], lies: bool) -> Vec<Step> {
+        if !self.tiled || lies && self.packing != Packing::Points {
             return vec![];
         }
         let row_len = tiles::SIDE * self.arithmetic.pieces();
         let steps = |s: &Stretch| {
             let Stretch { at, depth, row } = *s;
+            // Of a window of 1 x 1 a row of the panel is a channel.
+            let at = if lies { row } else { at };
             let depths = (0..depth).step_by(tiles::DEPTH);
             depths.map(move |k| Step::new(at + k, (row + k) * row_len))
         };
@@ -714,6 +832,32 @@ impl Plan {
             Packing::Planes | Packing::Rows => self.batch * self.grid.0.div_ceil(self.rows),
             Packing::Points => (self.batch * self.grid.0 * self.grid.1).div_ceil(self.rows),
         }
+    }
+
+    /// Packed positions from the first result of so many rows to the last, where runs may go on over the ends of rows.
+    fn flow(&self, phase: &Phase, rows: usize) -> usize {
+        match rows {
+            0 => 0,
+            rows => (rows - 1) * self.columns + phase.grid.1,
+        }
+    }
+
+    /// Whether runs that go on over the ends of rows are fewer.
+    fn flows(&self, phase: &Phase, rows: usize) -> bool {
+        let length = phase.tile.0;
+        self.tiled
+            && (self.packing, self.step) == (Packing::Planes, 1)
+            && self.flow(phase, rows).div_ceil(length) < rows * phase.grid.1.div_ceil(length)
+    }
+
+    /// Whether matrix tiles read so many results' pixels where they lie, if those are bf16 as they are stored: neighbours
+    /// that fill a tile's rows, and whose channels are not so far apart that they push each other out of the first-level
+    /// cache.
+    fn reads_in_place(&self, results: usize) -> bool {
+        self.tiled
+            && (self.packing, self.step, self.arithmetic) == (Packing::Points, 1, Arithmetic::Bf16)
+            && results >= TILED.0
+            && self.from.2 <= NEAR_CHANNELS
     }
 
     /// Whether [`finish_whole`] knows the tile.
@@ -1501,7 +1645,7 @@ struct MultiplyFinish<'a, P: Operand, T: Element, F: Finish, const R: usize, con
     out: Out<'a, T>,
     /// First channel.
     channel: usize,
-    runs: &'a [Run],
+    segments: &'a [Segment],
     /// Pixels between neighbouring results.
     spread: usize,
 }
@@ -1511,9 +1655,8 @@ impl<P: Operand, T: Element, F: Finish, const R: usize, const Q: usize> Job
 {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
-        let at = |q: usize, r: usize| {
-            (self.runs[q].pixel as usize + r * self.spread) * self.out.channels
-        };
+        let at =
+            |q: usize, r: usize| (self.segments[q].pixel + r * self.spread) * self.out.channels;
         // SAFETY: the caller's word; the runs' pixels are results of this task, and the channels are inside.
         unsafe {
             let mut values = self.product.sums::<I>();
@@ -1570,7 +1713,7 @@ unsafe fn multiply<P: Operand>(plan: &Plan, (length, q): (usize, usize), tile: &
 /// What a tile is the product of.
 struct TileOf<'a, P: Operand> {
     packed: *const P,
-    runs: &'a [Run],
+    rows: Rows<'a>,
     stretches: &'a [Stretch],
     weights: *const P,
     tile: *mut f32,
@@ -1582,17 +1725,15 @@ impl<'a, P: Operand> TileOf<'a, P> {
     ///
     /// # Safety
     /// `P` is bf16; the steps are those of the stretches; and as for [`tiles::multiply`].
-    unsafe fn by_tiles(&self, plan: &Plan, tiles: &Configured, steps: &[Step]) {
-        let at = |run: &Run| self.packed.wrapping_add(run.at as usize).cast();
-        let first = at(&self.runs[0]);
-        let rows = [first, self.runs.get(1).map_or(first, at)];
+    unsafe fn by_tiles(&self, plan: &Plan, pitch: usize, tiles: &Configured, steps: &[Step]) {
+        let at = |run: &u32| self.packed.wrapping_add(*run as usize).cast();
+        let runs = self.rows.runs;
+        let first = at(&runs[0]);
+        let rows = [first, runs.get(1).map_or(first, at)];
         let (weights, tile) = (self.weights.cast(), self.tile);
         // SAFETY: the caller's word.
         unsafe {
-            let pitch = match plan.packing {
-                Packing::Rows => ROWS_PITCH,
-                _ => CHUNK,
-            } * size_of::<bf16>();
+            let pitch = pitch * size_of::<bf16>();
             if plan.arithmetic == Arithmetic::Split {
                 let piece = plan.chunk_len();
                 tiles::multiply_pieces(tiles, rows, pitch, piece, weights, steps, tile, self.adds);
@@ -1607,8 +1748,8 @@ impl<'a, P: Operand> TileOf<'a, P> {
     fn product<const R: usize, const Q: usize, const PITCH: usize>(
         &self,
     ) -> Product<'a, P, R, Q, PITCH> {
-        let first = self.runs[0];
-        let at = |run: usize| self.runs.get(run).unwrap_or(&first).at as usize;
+        let runs = self.rows.runs;
+        let at = |run: usize| *runs.get(run).unwrap_or(&runs[0]) as usize;
         Product {
             runs: std::array::from_fn(|run| self.packed.wrapping_add(at(run))),
             stretches: self.stretches,
@@ -1627,9 +1768,7 @@ struct FinishTile<'a, T: Element, F: Finish> {
     /// Tiles, and values from one to the next.
     panels: usize,
     tile_len: usize,
-    runs: &'a [Run],
-    /// Rows of the tile from one run to the next.
-    run_rows: usize,
+    segments: &'a [Segment],
     /// Between neighbouring results, in pixels.
     spread: usize,
     /// First channel.
@@ -1648,7 +1787,7 @@ impl<T: Element, F: Finish> Job for FinishTile<'_, T, F> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         let whole = ((self.out.channels - self.channel) / I::NR).min(self.panels);
-        // SAFETY: the tiles hold every run, the runs' pixels are results of this task.
+        // SAFETY: the tiles hold every segment, whose pixels are results of this task.
         unsafe {
             if whole == 1 {
                 self.panel::<I>();
@@ -1670,15 +1809,15 @@ impl<T: Element, F: Finish> FinishTile<'_, T, F> {
         unsafe {
             let mut sums = self.load_sums::<I>(0);
             let mut begins = self.begins;
-            for (q, run) in self.runs.iter().enumerate() {
-                let (mut r, len) = (run.skip as usize, run.len as usize);
-                while r + 4 <= len {
-                    self.group::<I, 4>(0, q, r, begins, &mut sums);
+            for &segment in self.segments {
+                let mut r = 0;
+                while r + 4 <= segment.len {
+                    self.group::<I, 4>(0, segment, r, begins, &mut sums);
                     begins = false;
                     r += 4;
                 }
-                while r < len {
-                    self.group::<I, 1>(0, q, r, begins, &mut sums);
+                while r < segment.len {
+                    self.group::<I, 1>(0, segment, r, begins, &mut sums);
                     begins = false;
                     r += 1;
                 }
@@ -1691,18 +1830,18 @@ impl<T: Element, F: Finish> FinishTile<'_, T, F> {
     #[inline(always)]
     unsafe fn rows<I: Isa>(&self, panels: usize) {
         let mut begins = self.begins;
-        for (q, run) in self.runs.iter().enumerate() {
-            let (mut r, len) = (run.skip as usize, run.len as usize);
-            while r < len {
-                let whole = r + 4 <= len;
+        for &segment in self.segments {
+            let mut r = 0;
+            while r < segment.len {
+                let whole = r + 4 <= segment.len;
                 for panel in 0..panels {
                     // SAFETY: as in `run`.
                     unsafe {
                         let mut sums = self.load_sums::<I>(panel);
                         if whole {
-                            self.group::<I, 4>(panel, q, r, begins, &mut sums);
+                            self.group::<I, 4>(panel, segment, r, begins, &mut sums);
                         } else {
-                            self.group::<I, 1>(panel, q, r, begins, &mut sums);
+                            self.group::<I, 1>(panel, segment, r, begins, &mut sums);
                         }
                         self.store_sums::<I>(panel, &sums);
                     }
@@ -1747,21 +1886,21 @@ impl<T: Element, F: Finish> FinishTile<'_, T, F> {
         self.sums.wrapping_add(at)
     }
 
-    /// N neighbouring results of a panel, the `r`-th of run `q` and so on. All reads come before the first store: what the
+    /// N neighbouring results of a panel, the `r`-th of a segment and so on. All reads come before the first store: what the
     /// epilogue reads often lies as the results do, and where pixels are 4 KiB apart a load that follows a store to the
     /// pixel before waits for it, as their low address bits are equal.
     #[inline(always)]
     unsafe fn group<I: Isa, const N: usize>(
         &self,
         panel: usize,
-        q: usize,
+        segment: Segment,
         r: usize,
         begins: bool,
         sums: &mut PanelSums<I>,
     ) {
-        let pixel = self.runs[q].pixel as usize + r * self.spread;
+        let pixel = segment.pixel + r * self.spread;
         let at = |i: usize| (pixel + i * self.spread) * self.out.channels;
-        let row = q * self.run_rows + r;
+        let row = segment.row + r;
         let first = self.channel + panel * I::NR;
         // SAFETY: as in `run`.
         unsafe {
@@ -1810,10 +1949,9 @@ impl<T: Element, F: Finish> FinishTile<'_, T, F> {
                     }
                 }
                 let mut begins = self.begins;
-                for (q, run) in self.runs.iter().enumerate() {
-                    for (r, pixel) in run.results(self.spread) {
-                        let row = (q * self.run_rows + r) * I::NR + half * I::LANES;
-                        let v = I::load(tile.add(row));
+                for segment in self.segments {
+                    for (row, pixel) in segment.results(self.spread) {
+                        let v = I::load(tile.add(row * I::NR + half * I::LANES));
                         if begins {
                             self.finish.begin::<I>(v, &mut sums);
                             begins = false;
@@ -1839,12 +1977,20 @@ struct Runs<'a> {
     phase: &'a Phase,
     images: Range<usize>,
     rows: Range<usize>,
+    /// Values between neighbouring pixels.
+    pitch: usize,
     /// Next: image, row, column.
     next: (usize, usize, usize),
 }
 
 impl<'a> Runs<'a> {
-    fn new(plan: &'a Plan, phase: &'a Phase, images: Range<usize>, rows: Range<usize>) -> Self {
+    fn new(
+        plan: &'a Plan,
+        phase: &'a Phase,
+        images: Range<usize>,
+        rows: Range<usize>,
+        pitch: usize,
+    ) -> Self {
         let rows = match plan.packing {
             Packing::Planes | Packing::Rows => rows.start..rows.end.min(phase.grid.0),
             Packing::Images => 0..images.len(),
@@ -1856,6 +2002,7 @@ impl<'a> Runs<'a> {
             phase,
             images,
             rows,
+            pitch,
             next,
         }
     }
@@ -1882,7 +2029,7 @@ impl Iterator for Runs<'_> {
                 }
                 _ => self.rows.start + from,
             };
-            return Some(Run::new(from * CHUNK, pixel, done - from, len));
+            return Some(Run::new(from * self.pitch, pixel, done - from, len));
         }
         let (image, row, done) = self.next;
         if image >= self.images.end || self.rows.is_empty() {
@@ -1928,7 +2075,7 @@ unsafe fn finish_whole<P: Operand, T: Element>(
     out: Out<'_, T>,
     channel: usize,
 ) {
-    let (runs, spread) = (tile.runs, plan.run_spread());
+    let (segments, spread) = (tile.rows.segments, plan.run_spread());
     macro_rules! call {
         ($r:literal, $q:literal) => {{
             let product = tile.product();
@@ -1937,7 +2084,7 @@ unsafe fn finish_whole<P: Operand, T: Element>(
                 finish,
                 out,
                 channel,
-                runs,
+                segments,
                 spread,
             };
             // SAFETY: the caller's word.
@@ -2061,15 +2208,35 @@ unsafe fn run_task<T: Element, P: Operand>(
     let tiles = scratch.part(0..tiles_len).ptr();
     let packed = scratch.part(tiles_len..plan.worker_len()).ptr();
     let packed = packed.cast::<P>();
-    // SAFETY: the share is `worker_len` long, which holds the packed tile.
-    unsafe {
-        let (images, rows) = (images.clone(), rows.clone());
-        read_as!(*source, source => plan.level.call(Pack { plan, source, images, rows, to: packed }));
-    }
-    let runs =
-        |phase| -> Vec<Run> { Runs::new(plan, phase, images.clone(), rows.clone()).collect() };
-    let phases: Vec<(&Phase, Vec<Run>)> = plan.phases.iter().map(|p| (p, runs(p))).collect();
+    let (packed, pitch, lies) = match source {
+        // Of two bytes there is one type of tensors.
+        Source::Raw(x) if plan.reads_in_place(rows.len()) && size_of::<T>() == size_of::<P>() => {
+            let pixels = x.0.ptr().wrapping_add(rows.start * plan.from.2);
+            (pixels.cast::<P>(), plan.from.2, true)
+        }
+        _ => {
+            // SAFETY: the share is `worker_len` long, which holds the packed tile.
+            unsafe {
+                let (images, rows) = (images.clone(), rows.clone());
+                read_as!(*source, source => plan.level.call(Pack { plan, source, images, rows, to: packed }));
+            }
+            let pitch = match plan.packing {
+                Packing::Rows => ROWS_PITCH,
+                _ => CHUNK,
+            };
+            (packed, pitch, false)
+        }
+    };
     let spread = plan.run_spread();
+    let all_rows = |phase: &Phase| {
+        let inside = rows.start..rows.end.min(phase.grid.0);
+        if plan.flows(phase, inside.len()) {
+            return AllRows::flowing(plan, phase, images.clone(), inside, phase.tile);
+        }
+        let runs = Runs::new(plan, phase, images.clone(), rows.clone(), pitch);
+        AllRows::new(runs, phase.tile, spread)
+    };
+    let phases: Vec<(&Phase, AllRows)> = plan.phases.iter().map(|p| (p, all_rows(p))).collect();
     // SAFETY: the level has tiles; a thread runs one task at a time.
     let configured = plan.tiled.then(|| unsafe { Configured::new() });
     if let Some((record, columns)) = record {
@@ -2088,6 +2255,8 @@ unsafe fn run_task<T: Element, P: Operand>(
         Some((record, _)) => record.part(HEAD + channel..HEAD + channel + nr).ptr(),
         None => std::ptr::null_mut(),
     };
+    // Tiles of bf16 are multiplied faster than lines come, and the first level waits for few of them at a time.
+    let is_near = !(plan.tiled && plan.arithmetic == Arithmetic::Bf16);
     let mut count = 0;
     for first in panels.clone().step_by(plan.abreast) {
         let abreast = first..(first + plan.abreast).min(panels.end);
@@ -2099,9 +2268,8 @@ unsafe fn run_task<T: Element, P: Operand>(
                 let is_last = b + 1 == phase.blocks.len();
                 let stretches = &phase.stretches[block.clone()];
                 let adds = b > 0;
-                for (t, runs) in all.chunks(q).enumerate() {
-                    let is_whole = runs.len() == q
-                        && runs.iter().all(|r| r.skip == 0 && r.len as usize == length);
+                for (t, tile_rows) in all.tiles().enumerate() {
+                    let is_whole = tile_rows.len() == length * q;
                     let row = match phase.blocks.len() {
                         1 => tiles,
                         _ => tiles.wrapping_add(t * waiting * plan.tile_len()),
@@ -2114,8 +2282,7 @@ unsafe fn run_task<T: Element, P: Operand>(
                             tile,
                             panels,
                             tile_len: plan.tile_len(),
-                            runs,
-                            run_rows: length,
+                            segments: tile_rows.segments,
                             spread,
                             channel: first * nr,
                             sums: sums(first * nr),
@@ -2131,16 +2298,16 @@ unsafe fn run_task<T: Element, P: Operand>(
                         if is_last {
                             // What the epilogue reads, and where it stores, comes while the tile is multiplied.
                             finish_as!(*epilogue, finish => {
-                                for (_, pixel) in runs.iter().flat_map(|run| run.results(spread)) {
+                                for (_, pixel) in tile_rows.segments.iter().flat_map(|s| s.results(spread)) {
                                     let at = pixel * out.channels;
                                     finish.prefetch(at, channel, nr);
-                                    out.prefetch(at + channel, nr);
+                                    out.prefetch(at + channel, nr, is_near);
                                 }
                             });
                         }
                         let of = TileOf {
                             packed,
-                            runs,
+                            rows: tile_rows,
                             stretches,
                             weights: w,
                             tile,
@@ -2158,7 +2325,10 @@ unsafe fn run_task<T: Element, P: Operand>(
                                 continue;
                             }
                             match &configured {
-                                Some(tiles) => of.by_tiles(plan, tiles, &phase.steps[b]),
+                                Some(tiles) => {
+                                    let steps = &phase.steps[b][usize::from(lies)];
+                                    of.by_tiles(plan, pitch, tiles, steps);
+                                }
                                 None => multiply(plan, phase.tile, &of),
                             }
                             if is_last && !plan.tiled {
@@ -2170,8 +2340,7 @@ unsafe fn run_task<T: Element, P: Operand>(
                         finish(first, abreast.len(), row);
                     }
                     if is_last {
-                        let new = runs.iter().map(|r| usize::from(r.len - r.skip));
-                        count += new.sum::<usize>();
+                        count += tile_rows.len();
                     }
                 }
             }

@@ -475,7 +475,7 @@ impl Cpu {
             Kernel::Fold { .. } => unreachable!("setup is not among the kernels"),
             Kernel::NormBackward { .. } => unreachable!("convolutions normalise what they read"),
             Kernel::Input { y, .. } => {
-                pixels::input::<T>(pool, batch.pixels, n, buffers.get(y));
+                pixels::input::<T>(pool, level, batch.pixels, n, buffers.get(y));
             }
             Kernel::Conv {
                 geometry,

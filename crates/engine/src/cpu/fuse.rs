@@ -496,14 +496,19 @@ impl<T: Element> Out<'_, T> {
 }
 
 impl<T: Element> Out<'_, T> {
-    /// Asks for where `panel` values from `at` on will be stored, unless they go past the caches.
+    /// Asks for where `panel` values from `at` on will be stored, unless they go past the caches; `is_near`, into the
+    /// first level.
     #[inline(always)]
-    pub(crate) fn prefetch(&self, at: usize, panel: usize) {
-        if !self.stream {
-            let first = self.y.ptr().wrapping_add(at).cast::<u8>();
-            for line in (0..panel * size_of::<T>()).step_by(64) {
-                super::simd::prefetch_to_write(first.wrapping_add(line));
-            }
+    pub(crate) fn prefetch(&self, at: usize, panel: usize, is_near: bool) {
+        if self.stream {
+            return;
+        }
+        if !is_near {
+            return prefetch(self.y, at, panel);
+        }
+        let first = self.y.ptr().wrapping_add(at).cast::<u8>();
+        for line in (0..panel * size_of::<T>()).step_by(64) {
+            super::simd::prefetch_to_write(first.wrapping_add(line));
         }
     }
 }

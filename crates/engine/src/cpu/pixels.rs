@@ -10,31 +10,66 @@ use super::pool::Pool;
 use super::simd::{Element, Isa, Job, Level};
 use crate::{MEAN, Pixels, STD};
 
+/// Three values over and over.
+const fn repeated(of: [f32; 3]) -> [f32; 48] {
+    let mut all = [0.0; 48];
+    let mut i = 0;
+    while i < 48 {
+        all[i] = of[i % 3];
+        i += 1;
+    }
+    all
+}
+
+const MEANS: [f32; 48] = repeated(MEAN);
+const SCALES: [f32; 48] = repeated([1.0 / STD[0], 1.0 / STD[1], 1.0 / STD[2]]);
+
+/// Normalises values of three channels.
+struct Normalise<'a, T: Element> {
+    pixels: Pixels<'a>,
+    y: &'a mut [T],
+}
+
+impl<T: Element> Job for Normalise<'_, T> {
+    #[inline(always)]
+    unsafe fn run<I: Isa>(self) {
+        let Self { pixels, y } = self;
+        let whole = y.len() / (3 * I::LANES) * 3 * I::LANES;
+        for i in (0..whole).step_by(I::LANES) {
+            let phase = i % (3 * I::LANES);
+            // SAFETY: a vector lies before `whole`, and a phase in the constants.
+            unsafe {
+                let x = match pixels {
+                    Pixels::U8(p) => I::load_u8(p[i..i + I::LANES].as_ptr()),
+                    Pixels::F32(p) => I::load(p[i..i + I::LANES].as_ptr()),
+                };
+                let centred = I::sub(x, I::load(MEANS[phase..phase + I::LANES].as_ptr()));
+                let scale = I::load(SCALES[phase..phase + I::LANES].as_ptr());
+                T::store::<I>(y[i..i + I::LANES].as_mut_ptr(), I::mul(centred, scale));
+            }
+        }
+        for i in whole..y.len() {
+            y[i] = T::from_f32((pixels.get(i) - MEANS[i % 3]) * SCALES[i % 3]);
+        }
+    }
+}
+
 /// y = (pixels - mean) / std.
 pub(crate) fn input<T: Element>(
     pool: &mut Pool,
+    level: Level,
     pixels: Pixels<'_>,
     images: usize,
     y: Span<'_, T>,
 ) {
     let per_image = pixels.len() / images;
-    let inv: [f32; 3] = STD.map(|s| 1.0 / s);
     pool.run(images, |_, image| {
         let range = image * per_image..(image + 1) * per_image;
-        // SAFETY: tasks write disjoint images of y.
-        let y = unsafe { y.part(range.clone()).get_mut() };
-        let set = |y: &mut [T], x: [f32; 3]| {
-            (0..3).for_each(|c| y[c] = T::from_f32((x[c] - MEAN[c]) * inv[c]));
-        };
-        let rows = y.chunks_exact_mut(3);
-        match pixels {
-            Pixels::U8(p) => {
-                rows.zip(p[range].chunks_exact(3))
-                    .for_each(|(y, x)| set(y, [x[0], x[1], x[2]].map(f32::from)));
-            }
-            Pixels::F32(p) => rows
-                .zip(p[range].chunks_exact(3))
-                .for_each(|(y, x)| set(y, [x[0], x[1], x[2]])),
+        // SAFETY: tasks write disjoint images of y; the engine has the level's instructions.
+        unsafe {
+            let y = y.part(range.clone()).get_mut();
+            let pixels = pixels.slice(range);
+            level.call(Normalise { pixels, y });
         }
     });
 }
@@ -57,6 +92,9 @@ fn visit(plane: Plane, index: usize) -> (usize, Range<usize>) {
     (index / blocks, first..(first + rows).min(plane.h))
 }
 
+/// Rows of results of a max-pool that a task makes: neighbours read the same rows.
+const MAX_ROWS: usize = 8;
+
 /// One row of results of a max-pool.
 struct MaxRow<'a, T: Element, S: Read> {
     window: Window,
@@ -71,23 +109,34 @@ impl<T: Element, S: Read> Job for MaxRow<'_, T, S> {
     #[inline(always)]
     unsafe fn run<I: Isa>(self) {
         let channels = self.window.output.c;
-        let mut c = 0;
-        // SAFETY: the row and its windows are inside of the tensors.
-        unsafe {
-            while c + I::LANES <= channels {
-                self.channels::<I, true>(c, I::LANES);
-                c += I::LANES;
-            }
-            if c < channels {
-                self.channels::<I, false>(c, channels - c);
+        for ow in 0..self.window.output.w {
+            let mut c = 0;
+            // SAFETY: the row and its windows are inside of the tensors.
+            unsafe {
+                while c + I::LANES <= channels {
+                    match self.argmax {
+                        Some(_) => self.channels::<I, true, true>(ow, c, I::LANES),
+                        None => self.channels::<I, true, false>(ow, c, I::LANES),
+                    }
+                    c += I::LANES;
+                }
+                if c < channels {
+                    self.channels::<I, false, true>(ow, c, channels - c);
+                }
             }
         }
     }
 }
 
 impl<T: Element, S: Read> MaxRow<'_, T, S> {
+    /// `WINS`: the winner is asked for.
     #[inline(always)]
-    unsafe fn channels<I: Isa, const FULL: bool>(&self, c: usize, n: usize) {
+    unsafe fn channels<I: Isa, const FULL: bool, const WINS: bool>(
+        &self,
+        ow: usize,
+        c: usize,
+        n: usize,
+    ) {
         let Window {
             input,
             output,
@@ -95,38 +144,38 @@ impl<T: Element, S: Read> MaxRow<'_, T, S> {
             stride,
             pad_before,
         } = self.window;
-        for ow in 0..output.w {
-            // SAFETY: as in `run`.
-            unsafe {
-                let mut best = I::splat(f32::NEG_INFINITY);
-                let mut winner = I::zero();
-                for kh in 0..kernel {
-                    let h = (self.row * stride + kh).wrapping_sub(pad_before);
-                    for kw in 0..kernel {
-                        let w = (ow * stride + kw).wrapping_sub(pad_before);
-                        if h < input.h && w < input.w {
-                            let at = ((self.image * input.h + h) * input.w + w) * input.c;
-                            let v = if FULL {
-                                self.source.full::<I>(at, c)
-                            } else {
-                                self.source.part::<I>(at, c, n)
-                            };
+        // SAFETY: as in `run`.
+        unsafe {
+            let mut best = I::splat(f32::NEG_INFINITY);
+            let mut winner = I::zero();
+            for kh in 0..kernel {
+                let h = (self.row * stride + kh).wrapping_sub(pad_before);
+                for kw in 0..kernel {
+                    let w = (ow * stride + kw).wrapping_sub(pad_before);
+                    if h < input.h && w < input.w {
+                        let at = ((self.image * input.h + h) * input.w + w) * input.c;
+                        let v = if FULL {
+                            self.source.full::<I>(at, c)
+                        } else {
+                            self.source.part::<I>(at, c, n)
+                        };
+                        if WINS {
                             let tap = I::splat((kh * kernel + kw) as f32);
                             winner = I::select(I::gt(v, best), tap, winner);
-                            // A maximum of NaN stays; one that comes now is `v`.
-                            best = I::select(I::eq(best, best), I::max(best, v), best);
                         }
+                        // A maximum of NaN stays; one that comes now is `v`.
+                        best = I::select(I::eq(best, best), I::max(best, v), best);
                     }
                 }
-                let to = ((self.image * output.h + self.row) * output.w + ow) * output.c + c;
-                if FULL {
-                    T::store::<I>(self.y.ptr().add(to), best);
-                } else {
-                    T::store_part::<I>(self.y.ptr().add(to), best, n);
-                }
-                if let Some(argmax) = self.argmax {
-                    I::store_u8(argmax.ptr().add(to), winner, n);
-                }
+            }
+            let to = ((self.image * output.h + self.row) * output.w + ow) * output.c + c;
+            if FULL {
+                T::store::<I>(self.y.ptr().add(to), best);
+            } else {
+                T::store_part::<I>(self.y.ptr().add(to), best, n);
+            }
+            if let Some(argmax) = self.argmax {
+                I::store_u8(argmax.ptr().add(to), winner, n);
             }
         }
     }
@@ -147,11 +196,14 @@ pub(crate) fn max_pool<T: Element>(
         "the tensors hold their planes"
     );
     let rows = window.output.h;
-    pool.run(images * rows, |_, task| {
-        let (image, row) = (task / rows, task % rows);
-        // SAFETY: nobody writes x in this region; tasks write disjoint rows of y and argmax.
-        unsafe {
-            read_as!(x, source => level.call(MaxRow { window, source, image, row, y, argmax }));
+    let blocks = rows.div_ceil(MAX_ROWS);
+    pool.run(images * blocks, |_, task| {
+        let (image, first) = (task / blocks, task % blocks * MAX_ROWS);
+        for row in first..(first + MAX_ROWS).min(rows) {
+            // SAFETY: nobody writes x in this region; tasks write disjoint rows of y and argmax.
+            unsafe {
+                read_as!(x, source => level.call(MaxRow { window, source, image, row, y, argmax }));
+            }
         }
     });
 }

@@ -1908,17 +1908,18 @@ fn check_input<T: Element>(pool: &mut Pool, seed: u64) {
         .map(|b| f32::from(*b) + r.real() as f32)
         .collect();
     let wide: Vec<f32> = bytes.iter().map(|b| f32::from(*b)).collect();
-    for (pixels, levels) in [(Pixels::U8(&bytes), &wide), (Pixels::F32(&floats), &floats)] {
+    let sources = [(Pixels::U8(&bytes), &wide), (Pixels::F32(&floats), &floats)];
+    for (level, (pixels, values)) in levels().flat_map(|l| sources.map(|s| (l, s))) {
         let y = Guarded::<T>::unset(images * per_image);
-        pixels::input(pool, pixels, images, y.span());
+        pixels::input(pool, level, pixels, images, y.span());
         let normal = |(i, p): (usize, &f32)| {
             (f64::from(*p) - f64::from(MEAN[i % 3])) / f64::from(STD[i % 3])
         };
-        let expected: Vec<f64> = levels.iter().enumerate().map(normal).collect();
+        let expected: Vec<f64> = values.iter().enumerate().map(normal).collect();
         // The difference, 1 / std and the product are rounded.
         let rounding = 2.0 * EPS + if is_bf16::<T>() { BF16 } else { 0.0 };
         check_all(
-            || format!("seed {seed}"),
+            || format!("seed {seed}, {level:?}"),
             &y.to_f64(),
             &expected,
             |i| rounding * expected[i].abs(),
