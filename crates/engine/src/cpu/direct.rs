@@ -362,8 +362,8 @@ impl AllRows {
         self.firsts.push([self.runs.len(), self.segments.len()]);
     }
 
-    /// Runs that go on over the ends of rows, whose borders are no results: `image` and `row` are the first ones, and
-    /// there are so many of both.
+    /// Tiles of `q` runs of `length` packed positions that go on over the ends of rows; what lies on the borders is no
+    /// result. `rows` are those of each image.
     fn flowing(
         plan: &Plan,
         phase: &Phase,

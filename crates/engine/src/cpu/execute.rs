@@ -471,6 +471,21 @@ impl Cpu {
         let slot = |block, id| layout.slot(block, id);
         // SAFETY of the sources and epilogues below: a kernel that reads the state of a normalisation does not write
         // it, but for `close`, which sets a, b and c when the kernel's last region is over.
+        // What visits every pixel of a plane and closes a value.
+        macro_rules! visit {
+            ($plane:expr, $dx:expr, $close:expr, $partials:expr, |$out:ident, $epilogue:ident, $sums:ident| $run:expr) => {{
+                let (plane, close) = ($plane, $close);
+                let $out = buffers.out($dx, plane.c, added(&close));
+                let $sums = partials($partials, plane.c);
+                // SAFETY: see above.
+                let $epilogue = unsafe { buffers.epilogue::<T>(close) };
+                $run;
+                let rows = n * plane.pixels();
+                set_gradients(
+                    pool, layout, grads, graph, close, &buffers, $sums, rows, part,
+                );
+            }};
+        }
         match *kernel {
             Kernel::Fold { .. } => unreachable!("setup is not among the kernels"),
             Kernel::NormBackward { .. } => unreachable!("convolutions normalise what they read"),
@@ -653,17 +668,10 @@ impl Cpu {
                 dx,
                 close,
                 partials: id,
-            } => {
-                let (out, sums) = (buffers.out(dx, plane.c, None), partials(id, plane.c));
-                // SAFETY: see above.
-                let epilogue = unsafe { buffers.epilogue::<T>(close) };
+            } => visit!(plane, dx, close, id, |out, epilogue, sums| {
                 let rest = (buffers.get(d), buffers.left(dropped));
-                squares::backward(pool, level, plane, n, rest, out, epilogue, sums);
-                let rows = n * plane.pixels();
-                set_gradients(
-                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
-                );
-            }
+                squares::backward(pool, level, plane, n, rest, out, epilogue, sums)
+            }),
             Kernel::MaxPool {
                 window,
                 x,
@@ -725,40 +733,36 @@ impl Cpu {
                 dx,
                 close,
                 partials: id,
-            } => {
-                let (out, sums) = (
-                    buffers.out(dx, plane.c, added(&close)),
-                    partials(id, plane.c),
-                );
-                // SAFETY: see above.
-                let epilogue = unsafe { buffers.epilogue::<T>(close) };
-                let d = buffers.get(d);
-                pixels::avg_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
-                let rows = n * plane.pixels();
-                set_gradients(
-                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
-                );
-            }
+            } => visit!(plane, dx, close, id, |out, epilogue, sums| {
+                pixels::avg_pool_backward(
+                    pool,
+                    level,
+                    plane,
+                    n,
+                    buffers.get(d),
+                    out,
+                    epilogue,
+                    sums,
+                )
+            }),
             Kernel::HalfPoolBackward {
                 plane,
                 d,
                 dx,
                 close,
                 partials: id,
-            } => {
-                let (out, sums) = (
-                    buffers.out(dx, plane.c, added(&close)),
-                    partials(id, plane.c),
-                );
-                // SAFETY: see above.
-                let epilogue = unsafe { buffers.epilogue::<T>(close) };
-                let d = buffers.get(d);
-                pixels::half_pool_backward(pool, level, plane, n, d, out, epilogue, sums);
-                let rows = n * plane.pixels();
-                set_gradients(
-                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
-                );
-            }
+            } => visit!(plane, dx, close, id, |out, epilogue, sums| {
+                pixels::half_pool_backward(
+                    pool,
+                    level,
+                    plane,
+                    n,
+                    buffers.get(d),
+                    out,
+                    epilogue,
+                    sums,
+                )
+            }),
             Kernel::MaxPoolBackward {
                 window,
                 argmax,
@@ -766,21 +770,10 @@ impl Cpu {
                 dx,
                 close,
                 partials: id,
-            } => {
-                let plane = window.input;
-                let (out, sums) = (
-                    buffers.out(dx, plane.c, added(&close)),
-                    partials(id, plane.c),
-                );
-                // SAFETY: see above.
-                let epilogue = unsafe { buffers.epilogue::<T>(close) };
+            } => visit!(window.input, dx, close, id, |out, epilogue, sums| {
                 let (argmax, d) = (buffers.get(argmax), buffers.get(d));
-                pixels::max_pool_backward(pool, level, window, n, argmax, d, out, epilogue, sums);
-                let rows = n * plane.pixels();
-                set_gradients(
-                    pool, layout, grads, graph, close, &buffers, sums, rows, part,
-                );
-            }
+                pixels::max_pool_backward(pool, level, window, n, argmax, d, out, epilogue, sums)
+            }),
             Kernel::ConvBackwardInput {
                 geometry,
                 weight,
