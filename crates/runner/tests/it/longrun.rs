@@ -195,6 +195,78 @@ fn a_directory_that_cannot_be_written_is_refused_at_once() {
     );
 }
 
+/// Stands between a program and the clock on the wall, which is set by a day forwards or back at every eighth reading.
+const JUMPS: &str = r#"
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <time.h>
+
+int clock_gettime(clockid_t which, struct timespec *at) {
+    static int (*real)(clockid_t, struct timespec *);
+    static unsigned readings;
+    if (!real) real = (int (*)(clockid_t, struct timespec *))dlsym(RTLD_NEXT, "clock_gettime");
+    int answer = real(which, at);
+    if (answer == 0 && which == CLOCK_REALTIME) {
+        unsigned seen = __sync_fetch_and_add(&readings, 1);
+        at->tv_sec += seen / 8 % 2 ? 86400 : -86400;
+    }
+    return answer;
+}
+"#;
+
+/// Nothing that is computed, counted or resumed depends on the time of day.
+#[test]
+fn a_clock_that_jumps_changes_nothing() {
+    let (straight, home) = (Home::new(), Home::new());
+    let (code, library) = (
+        home.dir.path().join("jumps.c"),
+        home.dir.path().join("jumps.so"),
+    );
+    fs::write(&code, JUMPS).unwrap();
+    let mut cc = Command::new("cc");
+    cc.args(["-shared", "-fPIC", "-o"])
+        .arg(&library)
+        .arg(&code)
+        .arg("-ldl");
+    if !cc.status().is_ok_and(|status| status.success()) {
+        eprintln!("skipped: there is no C compiler for a clock that jumps");
+        return;
+    }
+    let jumping = |mut command: Command| {
+        command.env("LD_PRELOAD", &library);
+        command
+    };
+    let mut date = Command::new("date");
+    date.arg("+%s");
+    let told = jumping(date).output().unwrap().stdout;
+    let told: u64 = text(&told).trim().parse().unwrap();
+    let now = std::time::SystemTime::now();
+    let now = now.duration_since(std::time::UNIX_EPOCH).unwrap().as_secs();
+    assert!((now - told).abs_diff(86_400) < 60, "{told} {now}");
+
+    let length = sets(&["train.length=12 steps"]);
+    straight.check(&length, 0);
+    let args = home.args(&length);
+    let args: Vec<&str> = args.iter().map(AsRef::as_ref).collect();
+    let begin = || {
+        let mut command = jumping(runner(&args));
+        command.stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut child = begin();
+    let checkpoint = home.path().join("checkpoints/step-0000000004.safetensors");
+    while !checkpoint.exists() && child.try_wait().unwrap().is_none() {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let output = begin().wait_with_output().unwrap();
+    let said = text(&output.stderr);
+    assert_eq!(output.status.code(), Some(0), "{said}");
+    assert!(!said.contains("failed"), "{said}");
+    assert_same(&home.path(), &straight.path());
+}
+
 #[test]
 fn a_run_that_diverges_goes_back_names_the_images_and_gives_up() {
     let home = Home::new();
