@@ -361,7 +361,7 @@ impl Report {
             None => "this system does not say what was resident".into(),
         };
         line(format!(
-            "memory      {} planned, {resident}",
+            "memory      {} planned for training, {resident}",
             mib(self.planned_bytes)
         ));
         if let (Some(rows), Some(accounted)) = (&self.kernels, self.accounted) {
