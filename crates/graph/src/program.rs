@@ -1587,8 +1587,7 @@ impl<'a> Planner<'a> {
                 Step::AvgPool { x, y } => {
                     let (d, plane) = (self.grad(y), self.graph.plane(x));
                     let (dx, close) = self.close(x);
-                    let needs = self.needs(self.caps.visit(plane, self.batch));
-                    let partials = self.buffer(needs.partials);
+                    let partials = self.visited(plane);
                     self.kernels.push(Kernel::AvgPoolBackward {
                         plane,
                         d,
@@ -1600,8 +1599,7 @@ impl<'a> Planner<'a> {
                 Step::HalfPool { x, y } => {
                     let (d, plane) = (self.grad(y), self.graph.plane(x));
                     let (dx, close) = self.close(x);
-                    let needs = self.needs(self.caps.visit(plane, self.batch));
-                    let partials = self.buffer(needs.partials);
+                    let partials = self.visited(plane);
                     self.kernels.push(Kernel::HalfPoolBackward {
                         plane,
                         d,
@@ -1640,8 +1638,7 @@ impl<'a> Planner<'a> {
                 } => {
                     let d = self.grad(y);
                     let (dx, close) = self.close(x);
-                    let needs = self.needs(self.caps.visit(window.input, self.batch));
-                    let partials = self.buffer(needs.partials);
+                    let partials = self.visited(window.input);
                     self.kernels.push(Kernel::MaxPoolBackward {
                         window,
                         argmax,
@@ -1689,6 +1686,12 @@ impl<'a> Planner<'a> {
         }
     }
 
+    /// Room for the sums of a kernel that visits a plane.
+    fn visited(&mut self, plane: Plane) -> BufferId {
+        let needs = self.needs(self.caps.visit(plane, self.batch));
+        self.buffer(needs.partials)
+    }
+
     /// What reaches `to` of a gradient, closed for a normalisation perhaps.
     fn drop_block_backward(
         &mut self,
@@ -1707,8 +1710,7 @@ impl<'a> Planner<'a> {
             },
             None => Close::Open { add: None },
         };
-        let needs = self.needs(self.caps.visit(plane, self.batch));
-        let partials = self.buffer(needs.partials);
+        let partials = self.visited(plane);
         self.kernels.push(Kernel::DropBlockBackward {
             plane,
             dropped,

@@ -82,8 +82,11 @@ impl Confusion {
     /// # Errors
     /// If the disk refuses.
     pub fn write(&self, dir: &Path, labels: Option<&[String]>) -> Result<(), store::Error> {
-        let texts = [self.classes_csv(labels), self.matrix_csv()];
-        for (name, text) in FILES.iter().zip(texts) {
+        let files = [
+            ("classes.csv", self.classes_csv(labels)),
+            ("confusion.csv", self.matrix_csv()),
+        ];
+        for (name, text) in files {
             store::write_atomic(&dir.join(name), &[text.as_bytes()])?;
         }
         Ok(())
@@ -98,9 +101,6 @@ impl Confusion {
         })
     }
 }
-
-/// What [`Confusion::write`] makes.
-const FILES: [&str; 2] = ["classes.csv", "confusion.csv"];
 
 fn share(part: u64, whole: u64) -> String {
     match whole {

@@ -490,7 +490,7 @@ fn evaluate(
     let started = Instant::now();
     // What the run has come to, class by class.
     let is_last = at.step == job.plan.steps;
-    let mut classes = is_last.then(|| Confusion::new(config.classes));
+    let mut classes = None;
     let mut score = |engine: &mut dyn Engine, trackers: &mut Trackers| {
         classes = is_last.then(|| Confusion::new(config.classes));
         pace.part(

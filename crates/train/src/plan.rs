@@ -31,8 +31,6 @@ pub struct Plan {
     phases: Vec<(u64, usize)>,
     shape: Shape,
     average: Option<Average>,
-    /// Rate and seed.
-    /// Rates of channels and of branches, and the seed.
     /// What is dropped at the end of the run.
     dropout: Dropout,
     hyper: Hyper,

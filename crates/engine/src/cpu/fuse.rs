@@ -281,7 +281,7 @@ fn prefetch<T: Element>(from: Span<'_, T>, at: usize, panel: usize) {
 
 /// A vector or part of one.
 #[inline(always)]
-unsafe fn vector<I: Isa, T: Element>(p: *const T, n: usize, full: bool) -> I::V {
+pub(super) unsafe fn vector<I: Isa, T: Element>(p: *const T, n: usize, full: bool) -> I::V {
     // SAFETY: the caller's word.
     unsafe {
         if full {

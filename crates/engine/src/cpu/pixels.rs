@@ -403,14 +403,8 @@ impl<T: Element> Gradient for Won<'_, T> {
                         let won = I::load_u8(self.argmax.ptr().add(at));
                         (won, T::load::<I>(self.d.ptr().add(at)))
                     } else {
-                        let mut all = [0u8; 16];
-                        std::ptr::copy_nonoverlapping(
-                            self.argmax.ptr().add(at),
-                            all.as_mut_ptr(),
-                            n,
-                        );
                         (
-                            I::load_u8(all.as_ptr()),
+                            I::load_u8_part(self.argmax.ptr().add(at), n),
                             T::load_part::<I>(self.d.ptr().add(at), n),
                         )
                     };

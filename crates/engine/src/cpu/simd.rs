@@ -189,6 +189,16 @@ pub(crate) unsafe trait Isa: Copy + Send + Sync + 'static {
         }
     }
     unsafe fn load_u8(p: *const u8) -> Self::V;
+    /// The first `n` of them; the other lanes are zero.
+    #[inline(always)]
+    unsafe fn load_u8_part(p: *const u8, n: usize) -> Self::V {
+        let mut all = [0u8; 16];
+        // SAFETY: the caller's word; the longest vector has sixteen lanes.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, all.as_mut_ptr(), n);
+            Self::load_u8(all.as_ptr())
+        }
+    }
     /// The first `n` lanes as whole numbers below 256.
     unsafe fn store_u8(p: *mut u8, v: Self::V, n: usize);
     unsafe fn eq(a: Self::V, b: Self::V) -> Self::M;

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use graph::{DropBlock, Plane};
 
-use super::fuse::{Epilogue, Out, Partials, Raw, Read, Source, read_as};
+use super::fuse::{Epilogue, Out, Partials, Raw, Read, Source, read_as, vector};
 use super::memory::Span;
 use super::pixels::{Gradient, visit_all};
 use super::pool::Pool;
@@ -28,14 +28,13 @@ impl Left<'_> {
     /// They are inside, and nobody writes them.
     #[inline(always)]
     unsafe fn factor<I: Isa, const FULL: bool>(&self, at: usize, n: usize) -> I::V {
-        // SAFETY: the caller's word; the longest vector has sixteen lanes.
+        // SAFETY: the caller's word.
         unsafe {
+            let p = self.mask.ptr().add(at);
             let mask = if FULL {
-                I::load_u8(self.mask.ptr().add(at))
+                I::load_u8(p)
             } else {
-                let mut all = [0u8; 16];
-                std::ptr::copy_nonoverlapping(self.mask.ptr().add(at), all.as_mut_ptr(), n);
-                I::load_u8(all.as_ptr())
+                I::load_u8_part(p, n)
             };
             I::mul(mask, I::splat(self.scale.ptr().read()))
         }
@@ -219,12 +218,7 @@ impl<T: Element> Gradient for Rest<'_, T> {
         let at = ((image * self.plane.h + h) * self.plane.w + w) * self.plane.c + c;
         // SAFETY: the caller's word.
         unsafe {
-            let p = self.d.ptr().add(at);
-            let d = if FULL {
-                T::load::<I>(p)
-            } else {
-                T::load_part::<I>(p, n)
-            };
+            let d = vector::<I, T>(self.d.ptr().add(at), n, FULL);
             I::mul(d, self.left.factor::<I, FULL>(at, n))
         }
     }
