@@ -1,6 +1,7 @@
-//! One sample becomes one image and its label.
+//! Samples become images and their labels.
 
 use std::cell::RefCell;
+use std::time::{Duration, Instant};
 
 use store::tfrecord::Record;
 
@@ -10,7 +11,7 @@ use crate::error::Reason;
 use crate::example::{self, Example};
 use crate::index::Index;
 use crate::jpeg::Like;
-use crate::jpeg::fast::{self, Photo, Seek, Target};
+use crate::jpeg::fast::{self, Job, Photo, Photos, Seek, Target};
 use crate::order::{Content, Label, Sample};
 use crate::random::{Purpose, Random};
 use crate::{Config, Crop, Decode, Pixels, Resize, Source};
@@ -94,15 +95,86 @@ impl From<u32> for Made {
     }
 }
 
-/// Writes the image into its slot, which is black.
-pub(crate) fn decode(
+/// An image to be made.
+pub(crate) struct Task<'a> {
+    pub(crate) label: u32,
+    pub(crate) encoded: &'a [u8],
+    pub(crate) seek: Seek<'a>,
+    /// Draws its crop, and what is changed of its pixels.
+    pub(crate) random: [Random; 2],
+    pub(crate) slot: Slot<'a>,
+}
+
+/// Time that the fast decoder had no part in.
+pub(crate) struct Spent {
+    /// Checksums, and the walk to the image.
+    pub(crate) parse: Duration,
+    /// The exact decoder, from header to pixels.
+    pub(crate) exact: Duration,
+}
+
+/// What a sample comes to.
+enum Opened<'a> {
+    Made(Made),
+    Task(Task<'a>),
+}
+
+/// Writes the images of samples into their slots, which are black, as they come; says of each number what came of it.
+pub(crate) fn decode<'a>(
     config: &Config,
     mode: Mode,
-    sample: &Sample,
-    slot: Slot<'_>,
-) -> Result<Made, Reason> {
+    samples: impl FnMut() -> Option<(usize, &'a Sample, Slot<'a>)>,
+    done: impl FnMut(usize, Result<Made, Reason>),
+) {
+    FAST.with_borrow_mut(|decoder| decode_with(decoder, config, mode, samples, done));
+}
+
+/// The same with this decoder; says what was spent beside it.
+pub(crate) fn decode_with<'a>(
+    decoder: &mut fast::Decoder,
+    config: &Config,
+    mode: Mode,
+    mut samples: impl FnMut() -> Option<(usize, &'a Sample, Slot<'a>)>,
+    done: impl FnMut(usize, Result<Made, Reason>),
+) -> Spent {
+    let mut parse = Duration::ZERO;
+    let next = || {
+        let (number, sample, slot) = samples()?;
+        let start = Instant::now();
+        let opened = open(config, mode, sample, slot);
+        parse += start.elapsed();
+        Some((number, opened))
+    };
+    let mut images = Images {
+        config,
+        mode,
+        next,
+        done,
+        exact: Duration::ZERO,
+    };
+    decoder.decode(&mut images);
+    let exact = images.exact;
+    Spent { parse, exact }
+}
+
+fn open<'a>(
+    config: &Config,
+    mode: Mode,
+    sample: &'a Sample,
+    slot: Slot<'a>,
+) -> Result<Opened<'a>, Reason> {
+    let task = |label, encoded, seek, (shard, record): (_, &Record), slot| {
+        let random = draws(config, sample.epoch, shard, record);
+        Ok(Opened::Task(Task {
+            label,
+            encoded,
+            seek,
+            random,
+            slot,
+        }))
+    };
     match &sample.content {
-        Content::Zeros => Ok(0.into()),
+        Content::Zeros => Ok(Opened::Made(0.into())),
         Content::Fake { index } => {
             let purpose = Purpose::Fake {
                 index: *index,
@@ -115,78 +187,149 @@ pub(crate) fn decode(
                 Slot::U8(pixels) => random.fill(pixels),
                 Slot::F32(_) => unreachable!("noise is made in u8"),
             }
-            Ok(label.into())
+            Ok(Opened::Made(label.into()))
         }
         Content::Record(found) => {
             let (example, label) = parsed(config, &found.record, &found.label)?;
-            let mut noted = None;
             let notes =
                 || mode == Mode::Train && config.index.as_ref().is_some_and(Index::is_writable);
             let seek = match &found.points {
                 Some(points) => Seek::Points(points),
-                None if notes() => Seek::Note(&mut noted),
+                None if notes() => Seek::Note,
                 None => Seek::Start,
             };
             let which = (found.shard, &found.record);
-            draw(
-                config,
-                mode,
-                sample.epoch,
-                which,
-                (example.encoded, seek),
-                slot,
-            )?;
-            Ok(Made { label, noted })
+            task(label, example.encoded, seek, which, slot)
         }
         Content::File { class, record } => {
             let label = folder::label(*class, config.classes)?;
-            let image = (&record.bytes[..], Seek::Start);
-            draw(config, mode, sample.epoch, (0, record), image, slot)?;
-            Ok(label.into())
+            task(label, &record.bytes, Seek::Start, (0, record), slot)
         }
     }
 }
 
-/// Makes the image of a record, which with its shard says what is drawn.
-fn draw(
-    config: &Config,
+/// Images as they come, and what came of them.
+struct Images<'c, N, D> {
+    config: &'c Config,
     mode: Mode,
-    epoch: u64,
-    (shard, record): (usize, &Record),
-    image: (&[u8], Seek<'_>),
-    mut slot: Slot<'_>,
-) -> Result<(), Reason> {
-    let random = augmentation(config, epoch, shard, record);
-    FAST.with_borrow_mut(|decoder| render(config, mode, image, &random, &mut slot, decoder))?;
-    if mode == Mode::Train {
-        let record = record.index;
-        let mut random = Random::new(config.seed, epoch, Purpose::Change { shard, record });
-        augment(&config.augment, config.resolution, &mut random, &mut slot);
-    }
-    Ok(())
+    next: N,
+    done: D,
+    /// What the exact decoder took.
+    exact: Duration,
 }
 
-/// What becomes of an image file in training, as record `number`, and in evaluation.
+impl<'a, N, D> Images<'_, N, D>
+where
+    N: FnMut() -> Option<(usize, Result<Opened<'a>, Reason>)>,
+    D: FnMut(usize, Result<Made, Reason>),
+{
+    /// Where the image cannot be made from a photo, the exact decoder makes it, which has the last word on errors.
+    fn finish(
+        &mut self,
+        (number, mut task): (usize, Task<'a>),
+        is_made: bool,
+        noted: Option<Vec<u8>>,
+    ) {
+        let (config, mode) = (self.config, self.mode);
+        let mut made = Ok(());
+        if !is_made {
+            let start = Instant::now();
+            made = exact(config, mode, task.encoded, &task.random[0], &mut task.slot);
+            self.exact += start.elapsed();
+        }
+        if made.is_ok() && mode == Mode::Train {
+            let [_, random] = &mut task.random;
+            augment(&config.augment, config.resolution, random, &mut task.slot);
+        }
+        let label = task.label;
+        (self.done)(number, made.map(|()| Made { label, noted }));
+    }
+}
+
+impl<'a, N, D> Photos<'a> for Images<'_, N, D>
+where
+    N: FnMut() -> Option<(usize, Result<Opened<'a>, Reason>)>,
+    D: FnMut(usize, Result<Made, Reason>),
+{
+    type Of = (usize, Task<'a>);
+
+    fn next(&mut self) -> Option<Job<'a, Self::Of>> {
+        loop {
+            let (number, opened) = (self.next)()?;
+            match opened {
+                Ok(Opened::Task(mut task)) => match photo(self.config, self.mode, &task) {
+                    Some((photo, target)) => {
+                        return Some(Job {
+                            photo,
+                            target: Some(target),
+                            seek: std::mem::replace(&mut task.seek, Seek::Start),
+                            of: (number, task),
+                        });
+                    }
+                    None => self.finish((number, task), false, None),
+                },
+                Ok(Opened::Made(made)) => (self.done)(number, Ok(made)),
+                Err(reason) => (self.done)(number, Err(reason)),
+            }
+        }
+    }
+
+    fn row(&mut self, (_, task): &mut Self::Of, y: usize, row: &[u8]) {
+        match &mut task.slot {
+            Slot::U8(out) => out[y * row.len()..][..row.len()].copy_from_slice(row),
+            Slot::F32(out) => {
+                for (out, &value) in out[y * row.len()..].iter_mut().zip(row) {
+                    *out = f32::from(value);
+                }
+            }
+        }
+    }
+
+    fn done(&mut self, of: Self::Of, is_whole: bool, noted: Option<Vec<u8>>) {
+        self.finish(of, is_whole, noted);
+    }
+}
+
+/// What becomes of an image file in training, twice side by side, as record `number`, and in evaluation.
 #[cfg(fuzzing)]
 pub fn fuzz(config: &Config, number: u64, file: &[u8]) {
-    let record = Record {
+    let record = |index| Record {
         offset: 0,
-        index: number,
+        index,
         bytes: vec![],
         crc: 0,
     };
     let len = 3 * config.resolution.pow(2);
     for mode in [Mode::Train, Mode::Eval] {
-        let mut pixels = Pixels::new(config, len);
-        for slot in pixels.slots(len, 0) {
+        let mut pixels = Pixels::new(config, 2 * len);
+        let mut slots = pixels.slots(len, 0).into_iter().enumerate();
+        let next = || {
+            let (i, slot) = slots.next()?;
+            let number = number.wrapping_add(i as u64);
             // Whatever the points are.
-            let points = &file[..file.len().min(10 * number as usize)];
-            let seek = match number {
-                0..128 => Seek::Start,
+            let points = &file[..file.len().min(10 * (number & 255) as usize)];
+            let seek = match number & 255 {
+                0..64 => Seek::Start,
+                64..128 => Seek::Note,
                 _ => Seek::Points(points),
             };
-            let _ = draw(config, mode, 0, (0, &record), (file, seek), slot);
-        }
+            let task = Task {
+                label: 0,
+                encoded: file,
+                seek,
+                random: draws(config, 0, 0, &record(number)),
+                slot,
+            };
+            Some((i, Ok(Opened::Task(task))))
+        };
+        let mut images = Images {
+            config,
+            mode,
+            next,
+            done: |_, _| (),
+            exact: Duration::ZERO,
+        };
+        FAST.with_borrow_mut(|decoder| decoder.decode(&mut images));
     }
 }
 
@@ -198,16 +341,17 @@ pub(crate) fn image(config: &Config, file: &[u8], mut slot: Slot<'_>) -> Result<
         is_eval: true,
     };
     let random = Random::new(config.seed, 0, purpose);
-    FAST.with_borrow_mut(|decoder| {
-        let image = (file, Seek::Start);
-        render(config, Mode::Eval, image, &random, &mut slot, decoder).map(|_| ())
-    })
+    exact(config, Mode::Eval, file, &random, &mut slot)
 }
 
-/// The draws of a record in an epoch.
-pub(crate) fn augmentation(config: &Config, epoch: u64, shard: usize, record: &Record) -> Random {
+/// The draws of a record in an epoch: for its crop, and for what is changed of its pixels.
+fn draws(config: &Config, epoch: u64, shard: usize, record: &Record) -> [Random; 2] {
     let record = record.index;
-    Random::new(config.seed, epoch, Purpose::Augment { shard, record })
+    [
+        Purpose::Augment { shard, record },
+        Purpose::Change { shard, record },
+    ]
+    .map(|purpose| Random::new(config.seed, epoch, purpose))
 }
 
 /// What a record holds, and its class.
@@ -228,66 +372,56 @@ pub(crate) fn parsed<'a>(
     Ok((example, class))
 }
 
-/// Decodes, crops, resizes and flips; says whether the fast decoder did it.
-pub(crate) fn render(
+/// What is seen of an image of this size, and whether left becomes right. Whoever decodes, the draws are the same.
+fn view(config: &Config, mode: Mode, width: usize, height: usize, random: &Random) -> (Rect, bool) {
+    let mut random = random.clone();
+    let crop = match mode {
+        Mode::Train => train_crop(config, width, height, &mut random),
+        Mode::Eval => crop::centre(width, height, config.crop_ratio),
+    };
+    let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
+    (crop, flip)
+}
+
+/// What the fast decoder is to make of an image. None if that is not for it.
+fn photo<'a>(config: &Config, mode: Mode, task: &Task<'a>) -> Option<(Photo<'a>, Target)> {
+    if (mode, config.decode) != (Mode::Train, Decode::Fast) {
+        return None;
+    }
+    let photo = Photo::open(task.encoded)?;
+    let (width, height) = photo.size();
+    let (crop, flip) = view(config, mode, width, height, &task.random[0]);
+    let target = Target {
+        crop,
+        resize: config.resize,
+        size: config.resolution,
+        flip,
+    };
+    Some((photo, target))
+}
+
+/// Decodes, crops, resizes and flips exactly.
+fn exact(
     config: &Config,
     mode: Mode,
-    (encoded, seek): (&[u8], Seek<'_>),
+    encoded: &[u8],
     random: &Random,
     slot: &mut Slot<'_>,
-    decoder: &mut fast::Decoder,
-) -> Result<bool, Reason> {
-    // Whoever decodes, the draws are the same.
-    let view = |width, height| {
-        let mut random = random.clone();
-        let crop = match mode {
-            Mode::Train => train_crop(config, width, height, &mut random),
-            Mode::Eval => crop::centre(width, height, config.crop_ratio),
-        };
-        let flip = mode == Mode::Train && config.flip && random.below(2) == 1;
-        (crop, flip)
-    };
+) -> Result<(), Reason> {
     let size = config.resolution;
-    if (mode, config.decode) == (Mode::Train, Decode::Fast)
-        && let Some(photo) = Photo::open(encoded)
-    {
-        let (width, height) = photo.size();
-        let (crop, flip) = view(width, height);
-        let resize = config.resize;
-        let target = Target {
-            crop,
-            resize,
-            size,
-            flip,
-        };
-        let is_done = match slot {
-            Slot::U8(out) => decoder.decode(&photo, &target, seek, |y, row| {
-                out[y * row.len()..][..row.len()].copy_from_slice(row);
-            }),
-            Slot::F32(out) => decoder.decode(&photo, &target, seek, |y, row| {
-                for (out, &value) in out[y * row.len()..].iter_mut().zip(row) {
-                    *out = f32::from(value);
-                }
-            }),
-        };
-        if is_done {
-            return Ok(true);
-        }
-    }
-    // What is odd or damaged comes here too: this decoder has the last word on errors.
     let like = match config.resize {
         Resize::Pillow => Like::Pillow,
         Resize::Tf | Resize::Tf1 => Like::TensorFlow,
     };
     let image = picture::decode(encoded, like).map_err(Reason::Image)?;
-    let (rect, flip) = view(image.width, image.height);
+    let (rect, flip) = view(config, mode, image.width, image.height, random);
     match (config.resize, slot) {
         (Resize::Pillow, Slot::U8(out)) => resize::pillow(&image, rect, size, flip, out),
         (Resize::Tf, Slot::F32(out)) => resize::tf(&image, rect, size, flip, out),
         (Resize::Tf1, Slot::F32(out)) => resize::tf1(&image, rect, size, flip, out),
         _ => unreachable!("Pixels::new chose the type by the resize mode"),
     }
-    Ok(false)
+    Ok(())
 }
 
 thread_local! {

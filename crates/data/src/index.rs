@@ -218,7 +218,7 @@ fn points(decoder: &mut Decoder, record: &Record) -> Option<Vec<u8>> {
         return None;
     }
     let example = example::parse(&record.bytes).ok()?;
-    decoder.note(&Photo::open(example.encoded)?)
+    decoder.note(Photo::open(example.encoded)?)
 }
 
 impl Writer {

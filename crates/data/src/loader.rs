@@ -2,9 +2,9 @@
 
 use std::collections::VecDeque;
 use std::panic;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,11 @@ pub struct Loader {
 struct Making {
     all: AtomicU64,
     reading: AtomicU64,
+}
+
+/// What a lock guards; a panic while it was held ends the batch anyway.
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn add(total: &AtomicU64, time: Duration) {
@@ -312,25 +317,36 @@ impl Producer {
                 break;
             }
             let slots = pixels.slots(len, first);
-            let (mut decoded, mut decoded_at) = (Vec::new(), Instant::now());
+            let jobs = Mutex::new(samples.iter().zip(slots).enumerate());
+            let decoded = Mutex::new(Vec::with_capacity(samples.len()));
+            let decoded_at = Mutex::new(began);
+            // Each thread takes the next sample when it has room for one: it decodes two at a time.
+            let work = || {
+                let next = || {
+                    held(&jobs)
+                        .next()
+                        .map(|(i, (sample, slot))| (i, sample, slot))
+                };
+                decode(config, mode, next, |i, made| held(&decoded).push((i, made)));
+                *held(&decoded_at) = Instant::now();
+            };
             // This thread, which is not of the pool, reads meanwhile.
             let read_at = self.pool.in_place_scope(|scope| {
-                scope.spawn(|_| {
-                    decoded = samples
-                        .par_iter()
-                        .zip(slots)
-                        .map(|(sample, slot)| decode(config, mode, sample, slot))
-                        .collect();
-                    decoded_at = Instant::now();
-                });
+                for _ in 0..self.pool.current_num_threads() {
+                    scope.spawn(|_| work());
+                }
                 reader.read_ahead(size.min(READ_AHEAD));
                 Instant::now()
             });
+            let decoded_at = *held(&decoded_at);
             add(
                 &self.making.reading,
                 read_at.saturating_duration_since(decoded_at),
             );
-            for (i, (sample, made)) in samples.into_iter().zip(decoded).enumerate() {
+            let mut decoded = std::mem::take(&mut *held(&decoded));
+            decoded.sort_unstable_by_key(|&(i, _)| i);
+            drop(jobs);
+            for (sample, (i, made)) in samples.into_iter().zip(decoded) {
                 self.cursor.advance(&sample.step);
                 match made {
                     Ok(Made { label, noted: new }) => {

@@ -2,9 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use crate::decode::{self, Mode};
-use crate::jpeg::fast::{Decoder, Level, Seek, Times};
-use crate::order::{Content, Cursor, Order};
+use crate::decode::{Mode, decode_with};
+use crate::jpeg::fast::{Decoder, Level, Times};
+use crate::order::{Cursor, Order};
 use crate::{Config, Error, Pixels};
 
 /// What the stages of some images took.
@@ -42,8 +42,8 @@ pub fn level() -> &'static str {
     }
 }
 
-/// Makes training images on this thread, one after the other, and says what each stage took. Bad records and made-up
-/// examples are passed over.
+/// Makes training images on this thread and says what each stage took. Bad records count as images; made-up examples take
+/// no time.
 ///
 /// # Errors
 /// As for [`crate::train`].
@@ -51,49 +51,33 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
     let mut order = Order::train(config, Cursor::default())?;
     let mut decoder = Decoder::new(Level::detect());
     let len = 3 * config.resolution * config.resolution;
-    let mut pixels = Pixels::new(config, len);
     let mut stages = Stages::default();
-    for _ in 0..images {
+    while stages.images < images {
         let start = Instant::now();
-        let Some(sample) = order.next()? else { break };
+        let mut samples = Vec::with_capacity(config.batch_size);
+        while samples.len() < config.batch_size.min(images - stages.images)
+            && let Some(sample) = order.next()?
+        {
+            samples.push(sample);
+        }
         stages.read += start.elapsed();
-        let Content::Record(found) = &sample.content else {
-            continue;
-        };
-        let start = Instant::now();
-        let Ok((example, _)) = decode::parsed(config, &found.record, &found.label) else {
-            continue;
-        };
-        stages.parse += start.elapsed();
-        let random = decode::augmentation(config, sample.epoch, found.shard, &found.record);
-        let seek = match &found.points {
-            Some(points) => Seek::Points(points),
-            None => Seek::Start,
-        };
-        let Some(mut slot) = pixels.slots(len, 0).pop() else {
+        if samples.is_empty() {
             break;
-        };
+        }
+        let mut pixels = Pixels::new(config, samples.len() * len);
+        let mut jobs = samples.iter().zip(pixels.slots(len, 0)).enumerate();
+        let next = || jobs.next().map(|(i, (sample, slot))| (i, sample, slot));
         decoder.times = Some(Times::default());
         let start = Instant::now();
-        let is_fast = decode::render(
-            config,
-            Mode::Train,
-            (example.encoded, seek),
-            &random,
-            &mut slot,
-            &mut decoder,
-        );
+        let spent = decode_with(&mut decoder, config, Mode::Train, next, |_, _| ());
         let took = start.elapsed();
-        match (is_fast, decoder.times) {
-            (Ok(true), Some(times)) => {
-                stages.entropy += took.saturating_sub(times.idct + times.resample);
-                stages.idct += times.idct;
-                stages.resample += times.resample;
-            }
-            (Ok(_), _) => stages.exact += took,
-            (Err(_), _) => continue,
-        }
-        stages.images += 1;
+        let Times { idct, resample } = decoder.times.unwrap_or_default();
+        stages.parse += spent.parse;
+        stages.exact += spent.exact;
+        stages.idct += idct;
+        stages.resample += resample;
+        stages.entropy += took.saturating_sub(spent.parse + spent.exact + idct + resample);
+        stages.images += samples.len();
     }
     Ok(stages)
 }

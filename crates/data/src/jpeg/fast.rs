@@ -1,5 +1,5 @@
-//! Training crops of ordinary photographs, fast: only what the crop needs is decoded, and planes are resampled to the
-//! target size before colours are converted.
+//! Training crops of ordinary photographs, fast: only what the crop needs is decoded, two images at a time, and planes
+//! are resampled to the target size before colours are converted.
 //!
 //! Nothing here is trusted: lengths are checked, entropy-coded data are read by safe code, and whatever is odd or
 //! damaged is left to the exact decoder, which has the last word on errors. The luma samples are libjpeg's `islow` to
@@ -16,29 +16,26 @@ mod header;
 mod idct;
 mod points;
 mod resample;
+mod scan;
 mod simd;
 
+pub(crate) use scan::Seek;
 pub(crate) use simd::{Level, widely};
 
 use std::array::from_fn;
-use std::ops::Range;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::Resize;
 use crate::crop::Rect;
-use entropy::{AcTable, Bits, DcTable, Group};
+use entropy::Pair;
 use header::Header;
-use points::{Maker, Points};
-use resample::{Axis, Between, Filter, Plane, ROWS, Span, Spread};
+use resample::{Axis, Between, Filter, Plane, Span, Spread};
+use scan::{Region, Scan};
 use simd::Vector;
 
 /// Huffman tables that are remembered: most files have the standard's.
 const TABLES: usize = 8;
-/// Units that are decoded before their samples are made: so many blocks side by side fill a group, and few enough
-/// coefficients stay next to the tables in the first-level cache.
-const TOGETHER: usize = 4;
-/// Groups of so many units at most: two by two of each of three components.
-const GROUPS: usize = 12;
 /// Memory of a plane beyond this, in bytes, is not kept for the next image.
 const KEPT: usize = 16 << 20;
 
@@ -54,13 +51,9 @@ pub(crate) struct Decoder {
     /// Kept only where it is asked for: a clock is read twice for each row of units.
     pub(crate) times: Option<Times>,
     level: Level,
-    dc: Tables<DcTable>,
-    ac: Tables<AcTable>,
-    /// The entropy-coded data without stuffing.
-    data: Vec<u8>,
-    /// [`TOGETHER`] units, component by component.
-    groups: [Group; GROUPS],
-    planes: [Plane; 3],
+    tables: Tables,
+    /// Two images that are read in turn.
+    scans: [Scan; 2],
     between: [Between; 3],
     /// Across and down.
     filters: [Filter; 2],
@@ -69,33 +62,25 @@ pub(crate) struct Decoder {
     line: Vec<u8>,
 }
 
-/// Huffman tables by what a file says; the last used is last.
-struct Tables<T>(Vec<(Vec<u8>, T)>);
+/// Huffman tables by what a file says of first and other coefficients; the last used is last.
+struct Tables(Vec<([Vec<u8>; 2], Arc<Pair>)>);
 
-impl<T> Tables<T> {
-    /// Makes a table if it is not here yet. False if it is damaged.
-    fn keep(&mut self, listed: &[u8], make: fn(&[u8]) -> Option<T>) -> bool {
-        let known = self.0.iter().position(|(known, _)| known == listed);
-        let entry = match known {
+impl Tables {
+    /// Those that are known, or new ones. None if they are damaged.
+    fn get(&mut self, listed: [&[u8]; 2]) -> Option<Arc<Pair>> {
+        let entry = match self.0.iter().position(|(known, _)| *known == listed) {
             Some(i) => self.0.remove(i),
             None => {
-                let Some(table) = make(listed) else {
-                    return false;
-                };
-                // A file uses three at most.
+                let pair = Arc::new(Pair::new(listed[0], listed[1])?);
                 if self.0.len() == TABLES {
                     self.0.remove(0);
                 }
-                (listed.to_vec(), table)
+                (listed.map(<[u8]>::to_vec), pair)
             }
         };
+        let pair = Arc::clone(&entry.1);
         self.0.push(entry);
-        true
-    }
-
-    fn get(&self, listed: &[u8]) -> Option<&T> {
-        let known = self.0.iter().find(|(known, _)| known == listed);
-        known.map(|(_, table)| table)
+        Some(pair)
     }
 }
 
@@ -127,54 +112,54 @@ pub(crate) struct Target {
     pub(crate) flip: bool,
 }
 
-/// Where decoding begins.
-pub(crate) enum Seek<'a> {
-    /// At the beginning.
-    Start,
-    /// At the points before what the crop needs: what [`Seek::Note`] has noted of the same file. Pixels are the same.
-    Points(&'a [u8]),
-    /// At the beginning, and on to the end, to note points. Nothing is noted of a file that is damaged.
-    Note(&'a mut Option<Vec<u8>>),
+/// A photo that is to be decoded.
+pub(crate) struct Job<'a, T> {
+    pub(crate) photo: Photo<'a>,
+    /// None if no pixels are wanted.
+    pub(crate) target: Option<Target>,
+    pub(crate) seek: Seek<'a>,
+    /// Whatever the caller needs to know of it.
+    pub(crate) of: T,
 }
 
-/// Units that the crop needs, from the first to before the last.
-#[derive(Clone, Copy)]
-struct Region {
-    x: [usize; 2],
-    y: [usize; 2],
-    /// Units in a row of the image.
-    row: usize,
-    /// And in all of it.
-    all: usize,
+/// Where photos come from and their pixels go.
+pub(crate) trait Photos<'a> {
+    type Of;
+
+    /// The next one, if there is one.
+    fn next(&mut self) -> Option<Job<'a, Self::Of>>;
+
+    /// A row of the target, in RGB.
+    fn row(&mut self, of: &mut Self::Of, y: usize, row: &[u8]);
+
+    /// All rows have been given, and what was noted where that was asked for; or the file is damaged, or is nothing for
+    /// this decoder after all, and rows mean nothing.
+    fn done(&mut self, of: Self::Of, is_whole: bool, noted: Option<Vec<u8>>);
 }
 
-impl Region {
-    fn new(header: &Header<'_>, crop: Rect) -> Self {
-        // Upsampling looks at the sample beside a pixel's own, which is at most two pixels away.
-        let margin = |factor: usize| if factor > 1 { 2 } else { 0 };
-        let range = |begin: usize, length: usize, image: usize, factor: usize| {
-            let first = begin.saturating_sub(margin(factor)) / (8 * factor);
-            let end = (begin + length + margin(factor)).min(image);
-            [first, end.div_ceil(8 * factor)]
-        };
-        let row = header.width.div_ceil(8 * header.across);
-        Self {
-            x: range(crop.x, crop.w, header.width, header.across),
-            y: range(crop.y, crop.h, header.height, header.down),
-            row,
-            all: row * header.height.div_ceil(8 * header.down),
-        }
+/// Points of one photo.
+struct Noted<'a> {
+    photo: Option<Photo<'a>>,
+    points: Option<Vec<u8>>,
+}
+
+impl<'a> Photos<'a> for Noted<'a> {
+    type Of = ();
+
+    fn next(&mut self) -> Option<Job<'a, ()>> {
+        Some(Job {
+            photo: self.photo.take()?,
+            target: None,
+            seek: Seek::Note,
+            of: (),
+        })
     }
-}
 
-/// A component in the region's memory.
-#[derive(Clone, Copy)]
-struct Layout {
-    /// Blocks in a unit.
-    across: usize,
-    down: usize,
-    /// Of its groups; there are `across` for each of its rows of blocks.
-    first: usize,
+    fn row(&mut self, (): &mut (), _: usize, _: &[u8]) {}
+
+    fn done(&mut self, (): (), _: bool, noted: Option<Vec<u8>>) {
+        self.points = noted;
+    }
 }
 
 impl Decoder {
@@ -182,11 +167,8 @@ impl Decoder {
         Self {
             times: None,
             level,
-            dc: Tables(vec![]),
-            ac: Tables(vec![]),
-            data: vec![],
-            groups: [Group::ZERO; GROUPS],
-            planes: Default::default(),
+            tables: Tables(vec![]),
+            scans: [Scan::new(), Scan::new()],
             between: Default::default(),
             filters: Default::default(),
             axes: Default::default(),
@@ -194,26 +176,87 @@ impl Decoder {
         }
     }
 
-    /// Gives the target's rows in turn: its number and RGB. False if the file is damaged, or is nothing for this decoder
-    /// after all; then some rows may have been given, and mean nothing.
-    pub(crate) fn decode(
+    /// Decodes photos, two at a time, as they come.
+    pub(crate) fn decode<'a>(&mut self, photos: &mut impl Photos<'a>) {
+        let mut current = [const { None }; 2];
+        loop {
+            for (which, current) in current.iter_mut().enumerate() {
+                self.advance(which, current, photos);
+            }
+            let [first, second] = &mut self.scans;
+            let (a, b) = match current {
+                [Some(_), Some(_)] => (first, Some(second)),
+                [Some(_), None] => (first, None),
+                [None, Some(_)] => (second, None),
+                [None, None] => return,
+            };
+            let b = b.map(|scan| &mut scan.stream);
+            // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
+            unsafe { entropy::read(self.level, &mut a.stream, b) };
+        }
+    }
+
+    /// Where something that was to be read has been, makes of it what it is, and finds what is to be read next; of
+    /// another photo, when one is done. None if there are no more.
+    fn advance<'a, P: Photos<'a>>(
         &mut self,
-        photo: &Photo<'_>,
-        target: &Target,
-        seek: Seek<'_>,
-        mut row: impl FnMut(usize, &[u8]),
-    ) -> bool {
-        let header = &photo.0;
-        let region = Region::new(header, target.crop);
-        let is_whole = self.prepare(header) && self.samples(header, region, seek);
-        let start = self.times.map(|_| Instant::now());
-        if is_whole {
-            self.resample(header, region, target, &mut row);
+        which: usize,
+        current: &mut Option<Job<'a, P::Of>>,
+        photos: &mut P,
+    ) {
+        if current.is_some() && !self.scans[which].stream.is_done() {
+            return;
         }
-        if let (Some(times), Some(start)) = (&mut self.times, start) {
-            times.resample += start.elapsed();
+        // SAFETY: the level is available.
+        let mut is_good = current.is_none() || unsafe { self.scans[which].finish(self.level) };
+        loop {
+            if current.is_some() && is_good && self.scans[which].next() {
+                return;
+            }
+            if let Some(mut job) = current.take() {
+                if is_good && let Some(target) = &job.target {
+                    let start = self.times.map(|_| Instant::now());
+                    let row = &mut |y: usize, row: &[u8]| photos.row(&mut job.of, y, row);
+                    self.resample(which, &job.photo.0, target, row);
+                    if let (Some(times), Some(start)) = (&mut self.times, start) {
+                        times.resample += start.elapsed();
+                        times.idct += self.scans[which].idct.unwrap_or_default();
+                    }
+                }
+                let noted = self.scans[which].noted().filter(|_| is_good);
+                self.tidy(which);
+                photos.done(job.of, is_good, noted);
+            }
+            let Some(job) = photos.next() else { return };
+            is_good = self.start(which, &job);
+            *current = Some(job);
         }
-        for (plane, between) in self.planes.iter_mut().zip(&mut self.between) {
+    }
+
+    /// False if the file is damaged.
+    fn start<T>(&mut self, which: usize, job: &Job<'_, T>) -> bool {
+        let header = &job.photo.0;
+        let region = match &job.target {
+            Some(target) => Region::new(header, target.crop),
+            None => Region::nothing(header),
+        };
+        let pairs = self.pairs(header);
+        let scan = &mut self.scans[which];
+        scan.idct = self.times.map(|_| Duration::ZERO);
+        pairs.is_some_and(|pairs| scan.start(header, &pairs, region, &job.seek))
+    }
+
+    /// The tables of each component. None if some are missing or damaged.
+    fn pairs(&mut self, header: &Header<'_>) -> Option<Vec<Arc<Pair>>> {
+        let components = header.components[..header.count].iter();
+        let pair = |component| self.tables.get(header.tables(component)?);
+        components.map(pair).collect()
+    }
+
+    /// Gives back memory of large images.
+    fn tidy(&mut self, which: usize) {
+        let planes = &mut self.scans[which].planes;
+        for (plane, between) in planes.iter_mut().zip(&mut self.between) {
             if plane.samples.len() > KEPT {
                 *plane = Plane::default();
             }
@@ -221,140 +264,36 @@ impl Decoder {
                 *between = Between::default();
             }
         }
-        is_whole
     }
 
     /// Notes a photo's points and decodes nothing. None if it is damaged.
-    pub(crate) fn note(&mut self, photo: &Photo<'_>) -> Option<Vec<u8>> {
-        let header = &photo.0;
-        let nothing = Rect {
-            x: 0,
-            y: 0,
-            w: 0,
-            h: 0,
+    pub(crate) fn note(&mut self, photo: Photo<'_>) -> Option<Vec<u8>> {
+        let mut noted = Noted {
+            photo: Some(photo),
+            points: None,
         };
-        let region = Region {
-            x: [0, 0],
-            y: [0, 0],
-            ..Region::new(header, nothing)
-        };
-        let mut noted = None;
-        let is_whole = self.prepare(header) && self.samples(header, region, Seek::Note(&mut noted));
-        noted.filter(|_| is_whole)
-    }
-
-    /// Makes the tables that are not there yet and takes the data out of the file.
-    fn prepare(&mut self, header: &Header<'_>) -> bool {
-        for component in &header.components[..header.count] {
-            let (Some(dc), Some(ac)) = (header.dc[component.dc], header.ac[component.ac]) else {
-                return false;
-            };
-            if !self.dc.keep(dc, DcTable::new) || !self.ac.keep(ac, AcTable::new) {
-                return false;
-            }
-        }
-        entropy::unstuff(header.data, &mut self.data)
-    }
-
-    /// Decodes the region into the planes.
-    fn samples(&mut self, header: &Header<'_>, region: Region, mut seek: Seek<'_>) -> bool {
-        let units = [region.x[1] - region.x[0], region.y[1] - region.y[0]];
-        let mut total = 0;
-        let mut layouts = [Layout {
-            across: 1,
-            down: 1,
-            first: 0,
-        }; 3];
-        for (i, component) in header.components[..header.count].iter().enumerate() {
-            layouts[i] = Layout {
-                across: component.across,
-                down: component.down,
-                first: total,
-            };
-            total += component.across * component.down;
-            let plane = &mut self.planes[i];
-            plane.pairs = 16 * units[0].div_ceil(TOGETHER) * component.across;
-            plane.stride = 2 * (8 * units[1] * component.down).next_multiple_of(ROWS);
-            let bytes = plane.pairs * plane.stride;
-            plane.samples.resize(bytes.max(plane.samples.len()), 0);
-        }
-        let components = &header.components[..header.count];
-        let mut tables = Vec::with_capacity(3);
-        let mut quantisation = [[0; 64]; 3];
-        for (i, component) in components.iter().enumerate() {
-            let dc = header.dc[component.dc].and_then(|listed| self.dc.get(listed));
-            let ac = header.ac[component.ac].and_then(|listed| self.ac.get(listed));
-            let (Some(dc), Some(ac), Some(scales)) = (dc, ac, header.quantisation[component.table])
-            else {
-                return false;
-            };
-            tables.push((dc, ac));
-            quantisation[i] = scales.map(|scale| scale as i16);
-        }
-        // A unit has as many blocks as there are groups.
-        let step = points::step(total);
-        let bits = 8 * (self.data.len() - entropy::PADDING);
-        let points = match seek {
-            Seek::Points(bytes) => Points::of_bytes(bytes, header.count)
-                .filter(|points| points.fit(region.all, step, bits)),
-            Seek::Start | Seek::Note(_) => None,
-        };
-        let mut scan = Scan {
-            points: &points.unwrap_or_default(),
-            step,
-            maker: Maker::new(matches!(seek, Seek::Note(_)), step),
-            data: &self.data,
-            tables: &tables,
-            layouts: &layouts[..header.count],
-            region,
-            groups: &mut self.groups[..total],
-            planes: &mut self.planes,
-            quantisation: &quantisation,
-            idct: self.times.map(|_| Duration::ZERO),
-        };
-        let is_whole = match self.level {
-            Level::Portable => scan.run_portably(),
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => {
-                // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
-                unsafe { scan.run_avx2() }
-            }
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => {
-                // SAFETY: as above.
-                unsafe { scan.run_avx512() }
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => unreachable!("no other level is available"),
-        };
-        if let (Some(times), Some(idct)) = (&mut self.times, scan.idct) {
-            times.idct += idct;
-        }
-        if let Seek::Note(noted) = &mut seek {
-            let points = scan.maker.finish().filter(|_| is_whole);
-            **noted = points.map(|points| points.to_bytes(header.count));
-        }
-        is_whole
+        self.decode(&mut noted);
+        noted.points
     }
 
     fn resample(
         &mut self,
+        which: usize,
         header: &Header<'_>,
-        region: Region,
         target: &Target,
         row: &mut impl FnMut(usize, &[u8]),
     ) {
         match self.level {
             // SAFETY: it needs no instructions but the target's.
             Level::Portable => unsafe {
-                self.resample_as::<simd::Portable>(header, region, target, row);
+                self.resample_as::<simd::Portable>(which, header, target, row);
             },
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: as in `samples`.
-            Level::Avx2 => unsafe { self.resample_avx2(header, region, target, row) },
+            // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
+            Level::Avx2 => unsafe { self.resample_avx2(which, header, target, row) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
-            Level::Avx512 => unsafe { self.resample_avx512(header, region, target, row) },
+            Level::Avx512 => unsafe { self.resample_avx512(which, header, target, row) },
             #[cfg(not(target_arch = "x86_64"))]
             _ => unreachable!("no other level is available"),
         }
@@ -364,26 +303,26 @@ impl Decoder {
     #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
     fn resample_avx2(
         &mut self,
+        which: usize,
         header: &Header<'_>,
-        region: Region,
         target: &Target,
         row: &mut impl FnMut(usize, &[u8]),
     ) {
         // SAFETY: the instructions are there, as the caller says.
-        unsafe { self.resample_as::<simd::x86::Avx2>(header, region, target, row) }
+        unsafe { self.resample_as::<simd::x86::Avx2>(which, header, target, row) }
     }
 
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,bmi1,bmi2,lzcnt")]
     fn resample_avx512(
         &mut self,
+        which: usize,
         header: &Header<'_>,
-        region: Region,
         target: &Target,
         row: &mut impl FnMut(usize, &[u8]),
     ) {
         // SAFETY: as above.
-        unsafe { self.resample_as::<simd::x86::Avx512>(header, region, target, row) }
+        unsafe { self.resample_as::<simd::x86::Avx512>(which, header, target, row) }
     }
 
     /// # Safety
@@ -391,12 +330,14 @@ impl Decoder {
     #[inline(always)]
     unsafe fn resample_as<V: Vector>(
         &mut self,
+        which: usize,
         header: &Header<'_>,
-        region: Region,
         target: &Target,
         row: &mut impl FnMut(usize, &[u8]),
     ) {
         let (crop, size) = (target.crop, target.size);
+        let region = Region::new(header, crop);
+        let planes = &self.scans[which].planes;
         self.filters[0].set(target.resize, crop.w, size);
         self.filters[1].set(target.resize, crop.h, size);
         let factors = |i: usize| (header.components[i].across, header.components[i].down);
@@ -405,7 +346,7 @@ impl Decoder {
             3 if factors(0) != factors(1) => 2,
             _ => 1,
         };
-        for kind in 0..kinds {
+        for (kind, plane) in planes.iter().enumerate().take(kinds) {
             let component = &header.components[kind];
             let (x, y) = (
                 header.across / component.across,
@@ -420,7 +361,6 @@ impl Decoder {
                 (_, false) => Spread::Triangle,
                 (_, true) => Spread::Twice,
             };
-            let plane = &self.planes[kind];
             let [across, down] = &mut self.axes[kind];
             let span = Span {
                 crop: crop.x,
@@ -441,7 +381,7 @@ impl Decoder {
         }
         self.line.resize(3 * size.next_multiple_of(64), 0);
         let between = &mut self.between[..header.count];
-        for (i, (plane, between)) in self.planes.iter().zip(&mut *between).enumerate() {
+        for (i, (plane, between)) in planes.iter().zip(&mut *between).enumerate() {
             let [across, down] = &self.axes[i.min(kinds - 1)];
             // SAFETY: the caller's word.
             unsafe { resample::across::<V>(plane, across, down, between) };
@@ -451,158 +391,6 @@ impl Decoder {
             // SAFETY: the same axes made `between`; `line` has room for outputs rounded up to the widest block, 64.
             unsafe { resample::down::<V>(between, down, y, self.line.as_mut_ptr()) };
             row(y, &self.line[..3 * size]);
-        }
-    }
-}
-
-/// From bits to planes.
-struct Scan<'a> {
-    /// Empty if there are none.
-    points: &'a Points,
-    /// Units from a point to the next.
-    step: usize,
-    maker: Maker,
-    data: &'a [u8],
-    tables: &'a [(&'a DcTable, &'a AcTable)],
-    layouts: &'a [Layout],
-    region: Region,
-    groups: &'a mut [Group],
-    planes: &'a mut [Plane; 3],
-    quantisation: &'a [[i16; 64]; 3],
-    /// What the inverse DCT took, if that is asked for.
-    idct: Option<Duration>,
-}
-
-impl Scan<'_> {
-    fn run_portably(&mut self) -> bool {
-        // SAFETY: it needs no instructions but the target's.
-        unsafe { self.run::<simd::Portable>() }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
-    fn run_avx2(&mut self) -> bool {
-        // SAFETY: the instructions are there, as the caller says.
-        unsafe { self.run::<simd::x86::Avx2>() }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,bmi1,bmi2,lzcnt")]
-    fn run_avx512(&mut self) -> bool {
-        // SAFETY: as above.
-        unsafe { self.run::<simd::x86::Avx512>() }
-    }
-
-    /// False if the data are damaged or cut off.
-    ///
-    /// # Safety
-    /// The CPU has the vector's instructions.
-    #[inline(always)]
-    unsafe fn run<V: Vector>(&mut self) -> bool {
-        let Region { x, y, row, all } = self.region;
-        // These stay in registers, which they would not as fields.
-        let mut bits = Bits::new(self.data, 0);
-        let mut previous = [0; 3];
-        // The unit that begins here.
-        let mut at = 0;
-        for unit_y in 0..y[1] - y[0] {
-            let first = (y[0] + unit_y) * row + x[0];
-            if let Some((unit, point)) = self.points.before(first, self.step)
-                && unit > at
-            {
-                bits = Bits::new(self.data, point.bit());
-                previous = point.previous();
-                at = unit;
-            }
-            if !self.pass(&mut bits, &mut previous, at..first) {
-                return false;
-            }
-            at = first;
-            for begin in (x[0]..x[1]).step_by(TOGETHER) {
-                self.groups.fill(Group::ZERO);
-                for unit in 0..TOGETHER.min(x[1] - begin) {
-                    self.maker.see(at, &bits, previous);
-                    at += 1;
-                    let mut is_good = true;
-                    for ((layout, &tables), previous) in
-                        self.layouts.iter().zip(self.tables).zip(&mut previous)
-                    {
-                        for y in 0..layout.down {
-                            for x in unit * layout.across..(unit + 1) * layout.across {
-                                let group = layout.first + y * layout.across + x / 4;
-                                let group = &mut self.groups[group];
-                                is_good &=
-                                    entropy::block(&mut bits, tables, previous, group, 8 * (x % 4));
-                            }
-                        }
-                    }
-                    if !is_good {
-                        return false;
-                    }
-                }
-                let start = self.idct.map(|_| Instant::now());
-                // SAFETY: the caller's word.
-                unsafe { self.render::<V>((begin - x[0]) / TOGETHER, unit_y) };
-                if let (Some(idct), Some(start)) = (&mut self.idct, start) {
-                    *idct += start.elapsed();
-                }
-            }
-            if bits.is_over() {
-                return false;
-            }
-        }
-        if self.maker.is_wanted() {
-            let is_good = self.pass(&mut bits, &mut previous, at..all) && !bits.is_over();
-            self.maker.keep(is_good);
-        }
-        true
-    }
-
-    /// Reads units that are not needed. False if they are damaged.
-    #[inline(always)]
-    fn pass(&mut self, bits: &mut Bits<'_>, previous: &mut [i32; 3], units: Range<usize>) -> bool {
-        for unit in units {
-            self.maker.see(unit, bits, *previous);
-            let mut is_good = true;
-            for ((layout, &tables), previous) in
-                self.layouts.iter().zip(self.tables).zip(&mut *previous)
-            {
-                for _ in 0..layout.across * layout.down {
-                    is_good &= entropy::skip(bits, tables, previous);
-                }
-            }
-            if !is_good {
-                return false;
-            }
-        }
-        true
-    }
-
-    /// Writes the samples of [`TOGETHER`] units.
-    ///
-    /// # Safety
-    /// The CPU has the vector's instructions.
-    #[inline(always)]
-    unsafe fn render<V: Vector>(&mut self, begin: usize, unit_y: usize) {
-        for ((layout, plane), scales) in self
-            .layouts
-            .iter()
-            .zip(&mut *self.planes)
-            .zip(self.quantisation)
-        {
-            for y in 0..layout.down {
-                let top = 2 * 8 * (unit_y * layout.down + y);
-                let groups = &self.groups[layout.first + y * layout.across..][..layout.across];
-                for (i, group) in groups.iter().enumerate() {
-                    // Sixteen pairs of columns a group, as `samples` has made the plane.
-                    let column = 16 * (begin * layout.across + i);
-                    let out =
-                        &mut plane.samples[column * plane.stride..][..16 * plane.stride][top..];
-                    assert!(top + 16 <= plane.stride);
-                    // SAFETY: each of the 16 columns has 16 bytes from `top` on, as asserted.
-                    unsafe { idct::inverse::<V>(group, scales, out.as_mut_ptr(), plane.stride) };
-                }
-            }
         }
     }
 }
@@ -651,16 +439,69 @@ mod tests {
         size: usize,
         seek: Seek<'_>,
     ) -> Option<Vec<u8>> {
-        let photo = Photo::open(file)?;
-        let target = Target {
+        views(decoder, vec![(file, target(crop, flip, size), seek)])
+            .pop()?
+            .map(|(pixels, _)| pixels)
+    }
+
+    fn target(crop: Rect, flip: bool, size: usize) -> Target {
+        Target {
             crop,
             resize: Resize::Pillow,
             size,
             flip,
+        }
+    }
+
+    /// Pixels, and what was noted.
+    type View = Option<(Vec<u8>, Option<Vec<u8>>)>;
+
+    struct Views<'a> {
+        next: std::vec::IntoIter<(&'a [u8], Target, Seek<'a>)>,
+        taken: usize,
+        done: Vec<(usize, View)>,
+    }
+
+    impl<'a> Photos<'a> for Views<'a> {
+        type Of = (usize, Vec<u8>);
+
+        fn next(&mut self) -> Option<Job<'a, Self::Of>> {
+            loop {
+                let (file, target, seek) = self.next.next()?;
+                let number = self.taken;
+                self.taken += 1;
+                let Some(photo) = Photo::open(file) else {
+                    self.done.push((number, None));
+                    continue;
+                };
+                return Some(Job {
+                    photo,
+                    target: Some(target),
+                    seek,
+                    of: (number, vec![0; 3 * target.size * target.size]),
+                });
+            }
+        }
+
+        fn row(&mut self, (_, pixels): &mut Self::Of, y: usize, row: &[u8]) {
+            pixels[y * row.len()..][..row.len()].copy_from_slice(row);
+        }
+
+        fn done(&mut self, (i, pixels): Self::Of, is_whole: bool, noted: Option<Vec<u8>>) {
+            self.done.push((i, is_whole.then_some((pixels, noted))));
+        }
+    }
+
+    /// All of them side by side, in order.
+    fn views(decoder: &mut Decoder, of: Vec<(&[u8], Target, Seek<'_>)>) -> Vec<View> {
+        let mut views = Views {
+            next: of.into_iter(),
+            taken: 0,
+            done: vec![],
         };
-        let mut pixels = vec![0; 3 * size * size];
-        let row = |y: usize, row: &[u8]| pixels[y * row.len()..][..row.len()].copy_from_slice(row);
-        decoder.decode(&photo, &target, seek, row).then_some(pixels)
+        decoder.decode(&mut views);
+        views.done.sort_by_key(|&(i, _)| i);
+        views.done.into_iter().map(|(_, view)| view).collect()
     }
 
     fn psnr(a: &[u8], b: &[u8]) -> f64 {
@@ -848,7 +689,6 @@ mod tests {
     }
 
     fn noted(file: &[u8]) -> Option<Vec<u8>> {
-        let mut noted = None;
         let mut decoder = Decoder::new(Level::detect());
         let (width, height) = Photo::open(file)?.size();
         let corner = Rect {
@@ -857,15 +697,8 @@ mod tests {
             w: width.div_ceil(9),
             h: height.div_ceil(9),
         };
-        sought(
-            &mut decoder,
-            file,
-            corner,
-            false,
-            32,
-            Seek::Note(&mut noted),
-        )?;
-        noted
+        let view = (file, target(corner, false, 32), Seek::Note);
+        views(&mut decoder, vec![view]).pop()??.1
     }
 
     #[test]
@@ -885,12 +718,13 @@ mod tests {
                 let mut view = |seek| sought(&mut decoder, &file, crop, false, 48, seek).unwrap();
                 let expected = view(Seek::Start);
                 assert!(view(Seek::Points(&points)) == expected, "{name} {crop:?}");
-                let mut again = None;
-                assert!(view(Seek::Note(&mut again)) == expected, "{name} {crop:?}");
+                let note = (&file[..], target(crop, false, 48), Seek::Note);
+                let (pixels, again) = views(&mut decoder, vec![note]).pop().unwrap().unwrap();
+                assert!(pixels == expected, "{name} {crop:?}");
                 // Where they are does not depend on what is seen meanwhile.
                 assert_eq!(again.as_ref(), Some(&points), "{name} {crop:?}");
             }
-            assert_eq!(decoder.note(&Photo::open(&file).unwrap()), Some(points));
+            assert_eq!(decoder.note(Photo::open(&file).unwrap()), Some(points));
         }
         assert!(bytes > 5_000, "{bytes}");
     }
@@ -986,6 +820,64 @@ mod tests {
         }
     }
 
+    /// Whatever is read beside it, and however much longer that takes, an image is the same; and so is what is noted.
+    #[test]
+    fn two_at_a_time_change_nothing() {
+        let photos = photos();
+        let mut random = Random::new(5, 0, Purpose::Shards);
+        let mut damaged: Vec<Vec<u8>> = vec![];
+        for (_, file) in &photos {
+            let mut file = file.clone();
+            let end = file.len();
+            random.fill(&mut file[end / 2..end - 2]);
+            damaged.push(file);
+        }
+        let files = photos.iter().map(|(_, file)| file).chain(&damaged);
+        let files: Vec<&Vec<u8>> = files.filter(|f| Photo::open(f).is_some()).collect();
+        for level in levels() {
+            let mut decoder = Decoder::new(level);
+            let mut jobs = vec![];
+            for i in 0..3 * files.len() {
+                let file = &files[random.below(files.len() as u64) as usize][..];
+                let (width, height) = Photo::open(file).unwrap().size();
+                let [area, aspect] = [[0.01, 1.0], [0.3, 3.0]];
+                let crop = crate::crop::torchvision(width, height, area, aspect, &mut random);
+                jobs.push((file, target(crop, i % 2 == 0, [48, 9][i % 2]), i % 3 == 0));
+            }
+            let job = |&(file, target, notes): &(_, _, _)| match notes {
+                true => (file, target, Seek::Note),
+                false => (file, target, Seek::Start),
+            };
+            let alone = jobs
+                .iter()
+                .map(|of| views(&mut decoder, vec![job(of)]).remove(0));
+            let alone: Vec<View> = alone.collect();
+            let together = views(&mut decoder, jobs.iter().map(job).collect());
+            assert!(together == alone, "{level:?}");
+            let whole = alone.iter().filter(|view| view.is_some()).count();
+            assert!(whole > jobs.len() / 4 && whole < jobs.len(), "{whole}");
+        }
+    }
+
+    /// Photos whose pixels nobody keeps.
+    struct Unseen<'a>(std::vec::IntoIter<Job<'a, ()>>);
+
+    impl<'a> Photos<'a> for Unseen<'a> {
+        type Of = ();
+
+        fn next(&mut self) -> Option<Job<'a, ()>> {
+            self.0.next()
+        }
+
+        fn row(&mut self, (): &mut (), _: usize, row: &[u8]) {
+            std::hint::black_box(row);
+        }
+
+        fn done(&mut self, (): (), is_whole: bool, _: Option<Vec<u8>>) {
+            assert!(is_whole);
+        }
+    }
+
     /// Of the photographs here, or of those in the directory that the variable names.
     #[test]
     #[ignore = "a measurement"]
@@ -1006,30 +898,29 @@ mod tests {
         let mut best = [f64::INFINITY; 3];
         for _ in 0..7 {
             let start = Instant::now();
-            let note = |file: &&Vec<u8>| decoder.note(&Photo::open(file).unwrap()).unwrap();
+            let note = |file: &&Vec<u8>| decoder.note(Photo::open(file).unwrap()).unwrap();
             points = files.iter().map(note).collect();
             best[0] = best[0].min(start.elapsed().as_secs_f64());
             for is_sought in [false, true] {
                 let mut random = Random::new(3, 0, Purpose::Shards);
-                let start = Instant::now();
-                for (file, points) in files.iter().zip(&points) {
-                    let photo = Photo::open(file).unwrap();
-                    let (width, height) = photo.size();
+                let jobs = files.iter().zip(&points).map(|(file, points)| {
+                    let (width, height) = Photo::open(file).unwrap().size();
                     let [area, aspect] = [[0.08, 1.0], [0.75, 1.3]];
-                    let target = Target {
-                        crop: crate::crop::torchvision(width, height, area, aspect, &mut random),
-                        resize: Resize::Pillow,
-                        size: 224,
-                        flip: false,
-                    };
+                    let crop = crate::crop::torchvision(width, height, area, aspect, &mut random);
                     let seek = match is_sought {
                         true => Seek::Points(points),
                         false => Seek::Start,
                     };
-                    assert!(decoder.decode(&photo, &target, seek, |_, row| {
-                        std::hint::black_box(row);
-                    }));
-                }
+                    Job {
+                        photo: Photo::open(file).unwrap(),
+                        target: Some(target(crop, false, 224)),
+                        seek,
+                        of: (),
+                    }
+                });
+                let jobs = jobs.collect::<Vec<_>>().into_iter();
+                let start = Instant::now();
+                decoder.decode(&mut Unseen(jobs));
                 let best = &mut best[1 + usize::from(is_sought)];
                 *best = best.min(start.elapsed().as_secs_f64());
             }

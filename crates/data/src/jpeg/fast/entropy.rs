@@ -1,17 +1,34 @@
-//! Entropy-coded data, without stuffing: bits, Huffman tables that know two coefficients at a time, and blocks.
+//! Entropy-coded data, without stuffing: bits, Huffman tables that know coefficients with their numbers, and blocks of
+//! two images at once.
 //!
-//! Indices are masked or checked, bits beyond the end are zeros, and a block ends after 64 symbols at the latest,
+//! Each look at a table waits for the one before, so two images take turns, and one works while the other waits. And
+//! nothing depends on a guess: where a block ends is chosen between two tables, not branched on, so the CPU need not take
+//! back what it did, for either of them. Bits beyond the end are zeros, and a block ends after 64 symbols at the latest,
 //! whatever the bytes.
 
-use super::super::scan::ZIGZAG;
+use std::hint::select_unpredictable as select;
+use std::mem::replace;
+use std::ops::Range;
+use std::sync::Arc;
 
-/// Bits that one look at a table resolves. The more, the more often two coefficients are found at once; but the
-/// tables of two components have to stay in the first-level cache, and all entries are as likely.
+use super::super::scan::ZIGZAG;
+use super::simd::Level;
+
+/// Bits that one look at a table resolves. The more, the more is found at once; but the tables of two components have to
+/// stay in the first-level cache.
 const LOOK: u32 = 11;
-/// What the end of a block adds to the position.
-const END: u32 = 128;
-/// What an entry adds that has to be looked at more closely.
-const CLOSER: u32 = 255;
+/// Looks between two fills, which make sure of 56 bits.
+const LOOKS: u32 = 3;
+/// Bits that a look may take beyond its own: the end of a number whose sign is within them.
+const TAIL: u32 = 56 / LOOKS - LOOK;
+/// Before the first coefficient of a block.
+const BEFORE: u32 = u32::MAX;
+/// The last coefficient.
+const LAST: u32 = 63;
+/// What the end of a block adds to the index of its last coefficient. It comes after any but the last.
+const END: u8 = 129;
+/// This bit of an index says that the block is over before what was found, or that a look was not enough.
+const ODD: u8 = 64;
 /// Zeros after the data, so that a whole word can be read up to their last bit.
 pub(super) const PADDING: usize = 64;
 
@@ -27,38 +44,26 @@ struct Symbol {
 }
 
 impl Symbol {
-    /// A code that is in no table goes past the end of any block, and past where a block may end.
-    const BAD: Self = Self {
-        length: 1,
-        run: 64,
-        size: 1,
-    };
-
     #[inline(always)]
     fn bits(self) -> u32 {
         self.length + self.size
     }
 
-    /// Coefficients that it stands for, where it is not a first one.
+    /// Coefficients that it stands for; none for the end of a block, where it is not a first one.
     #[inline(always)]
-    fn goes(self) -> u32 {
+    fn goes(self, is_dc: bool) -> Option<u8> {
         match (self.run, self.size) {
-            (15, 0) => 16,
-            (_, 0) => END,
-            (run, _) => run + 1,
+            _ if is_dc => Some(1),
+            (15, 0) => Some(16),
+            (_, 0) => None,
+            (run, _) => Some(run as u8 + 1),
         }
-    }
-
-    /// The number that follows it.
-    #[inline(always)]
-    fn number(self, held: u64) -> i32 {
-        number(held, self.length, self.size)
     }
 }
 
 /// The codes of a Huffman table: all that there is to know, slowly.
 struct Codes {
-    /// By length: one more than the greatest code of it, moved up to 16 bits; 0 if there is none.
+    /// By length: one more than the greatest code of it, or of less, moved up to 16 bits.
     ends: [u32; 17],
     /// By length: what, added to a code, gives the index of its symbol.
     offsets: [i32; 17],
@@ -95,260 +100,567 @@ impl Codes {
             if index as usize > listed.len() || count > 0 && code >= 1 << length {
                 return None;
             }
-            if count > 0 {
-                codes.ends[length] = code << (16 - length);
-            }
+            codes.ends[length] = match count {
+                0 => codes.ends[length - 1],
+                _ => code << (16 - length),
+            };
             code <<= 1;
         }
         Some(codes)
     }
 
-    /// The symbol that the next bits begin with, whose code has at least so many of them.
-    fn symbol(&self, held: u64, least: u32) -> Option<Symbol> {
+    /// The symbol that the next bits begin with.
+    #[inline]
+    fn symbol(&self, held: u64) -> Option<Symbol> {
         let next = (held >> 48) as u32;
-        let length = (least..=16).find(|&length| next < self.ends[length as usize])?;
-        let index = (next >> (16 - length)) as i32 + self.offsets[length as usize];
+        // Ends never fall from a length to the next, so counting is searching.
+        let shorter = self.ends[1..].iter().map(|&end| usize::from(end <= next));
+        let length = 1 + shorter.sum::<usize>();
+        let index = (next >> (16 - length.min(16))) as i32 + self.offsets.get(length)?;
         let symbol = self.symbols[(index & 255) as usize];
         let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
         let run = if self.is_dc { 0 } else { run };
+        let length = length as u32;
         Some(Symbol { length, run, size })
     }
 
-    /// The same in the middle of decoding.
-    #[cold]
-    #[inline(never)]
-    fn rare(&self, held: u64, least: u32) -> Symbol {
-        self.symbol(held, least).unwrap_or(Symbol::BAD)
-    }
-
     /// What the next [`LOOK`] bits hold, if it is a whole code: by those bits, in order.
-    fn singles(&self) -> Vec<Option<Symbol>> {
-        let looked = |bits: u64| self.symbol(bits << (64 - LOOK), 1);
+    fn singles(&self) -> Singles {
+        let looked = |bits: u64| self.symbol(bits << (64 - LOOK));
         let fits = |symbol: &Symbol| symbol.length <= LOOK;
-        (0..1 << LOOK)
-            .map(|bits| looked(bits).filter(fits))
-            .collect()
-    }
-}
-
-/// Where in the next [`LOOK`] bits a code can follow so many others, and which one: bits beyond those that are known
-/// count as zeros, so only a code that fits means anything.
-fn following(singles: &[Option<Symbol>], bits: usize, used: u32) -> Option<Symbol> {
-    if used >= LOOK {
-        return None;
-    }
-    singles[(bits << used) & ((1 << LOOK) - 1)].filter(|next| used + next.length <= LOOK)
-}
-
-/// A table for first coefficients, which are differences.
-pub(super) struct DcTable {
-    /// By the next [`LOOK`] bits: the code's length, and 8 bits up the number's size; 0 for a code that is longer.
-    sizes: Box<[u16; 1 << LOOK]>,
-    codes: Codes,
-}
-
-impl DcTable {
-    /// As the file has it. None if it is damaged.
-    pub(super) fn new(table: &[u8]) -> Option<Self> {
-        let codes = Codes::new(table, true)?;
-        let mut sizes = Box::new([0; 1 << LOOK]);
-        for (size, symbol) in sizes.iter_mut().zip(codes.singles()) {
-            *size = symbol.map_or(0, |symbol| (symbol.length | symbol.size << 8) as u16);
+        Singles {
+            codes: (0..1 << LOOK)
+                .map(|bits| looked(bits).filter(fits))
+                .collect(),
+            is_dc: self.is_dc,
         }
-        Some(Self { sizes, codes })
     }
 }
 
-/// Up to two coefficients that the next [`LOOK`] bits hold, numbers and all. From the lowest: how many bits they take
-/// (8 bits), how far they go together (8), how far the first goes (8), whether there are two (8), and their values (16
-/// each). Where there is one, the second is at the same place.
-///
-/// The bits taken are lowest because shifts look at 6 bits of their count and no more: the next look at a table
-/// waits for a load and a shift, and for nothing in between.
-///
-/// What is not all in those bits goes [`CLOSER`]; then the rest is a [`Symbol`], or 0 for a code that is longer.
+/// What the next [`LOOK`] bits hold: coefficients with their numbers, and the end of a block. Each field is loaded where it
+/// is needed, which takes less than shifts.
 #[derive(Clone, Copy)]
-struct Step(u64);
+struct Step {
+    way: Way,
+    found: Found,
+}
+
+/// What the next look waits for: little enough to stay in the first-level cache.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Way {
+    /// Taken.
+    bits: u8,
+    /// Coefficients, and [`END`].
+    goes: u8,
+}
+
+/// What nothing waits for.
+#[derive(Clone, Copy)]
+#[repr(C, align(8))]
+struct Found {
+    /// To the first and the last coefficient that is found.
+    first_goes: u8,
+    last_goes: u8,
+    /// The bits to be read, moved down by this, and `last` make the last coefficient: bits beyond those that were looked
+    /// at belong to it.
+    shift: u8,
+    /// The first coefficient, if it is not the last.
+    first: i8,
+    last: i16,
+}
 
 impl Step {
-    fn new(bits: usize, first: Symbol, second: Option<Symbol>) -> Self {
+    /// What takes nothing, and goes on where nobody reads.
+    const STAY: Self = Self {
+        way: Way { bits: 0, goes: 1 },
+        found: Found {
+            first_goes: 1,
+            last_goes: 1,
+            shift: 0,
+            first: 0,
+            last: 0,
+        },
+    };
+    /// From wherever in a block, it is [`ODD`].
+    const CLOSER: Self = Self {
+        way: Way {
+            bits: 0,
+            goes: ODD + 1,
+        },
+        ..Self::STAY
+    };
+
+    /// These coefficients, as the bits have them.
+    fn new(symbols: &Symbols, ends: bool, held: u64) -> Self {
+        let shift = 64 - LOOK - symbols.tail;
+        Self {
+            way: Way {
+                bits: symbols.used as u8,
+                goes: symbols.goes + if ends { END } else { 0 },
+            },
+            found: Found {
+                // The end alone is a zero where nothing is yet.
+                first_goes: symbols.first_goes.max(1),
+                last_goes: symbols.last_goes.max(1),
+                shift: shift as u8,
+                first: symbols.first as i8,
+                last: symbols.last.wrapping_sub((held >> shift) as i16),
+            },
+        }
+    }
+
+    /// One symbol, of any length, with its number.
+    fn of(symbol: Symbol, held: u64, is_dc: bool) -> Self {
+        let goes = symbol.goes(is_dc);
+        let value = number(held, symbol.length, symbol.size) as i16;
+        let symbols = Symbols {
+            used: symbol.bits(),
+            goes: goes.unwrap_or(0),
+            first_goes: goes.unwrap_or(0),
+            last_goes: goes.unwrap_or(0),
+            first: value,
+            last: value,
+            ..Symbols::default()
+        };
+        Self::new(&symbols, goes.is_none(), held)
+    }
+
+    /// As many symbols as these bits hold, with two coefficients at most that are needed, or as many as there are, of which
+    /// the first means something.
+    fn gather(singles: [&Singles; 2], bits: usize, is_needed: bool) -> Self {
         let held = (bits as u64) << (64 - LOOK);
-        let fits = |used: u32, symbol: &Symbol| used + symbol.bits() <= LOOK;
-        if !fits(0, &first) {
-            let symbol = first.length | first.size << 8 | first.run << 16;
-            return Self(u64::from(CLOSER) << 8 | u64::from(symbol) << 32);
-        }
-        let second = second.filter(|second| fits(first.bits(), second));
-        let value = |symbol: Symbol, held: u64| u64::from(symbol.number(held) as i16 as u16);
-        // The end of a block is a zero somewhere further on, where nothing is yet.
-        let mut step = u64::from(first.goes()) << 16 | value(first, held) << 32;
-        let (mut bits, mut goes) = (first.bits(), first.goes());
-        if let Some(second) = second {
-            step |= 1 << 24 | value(second, held << bits) << 48;
-            bits += second.bits();
-            goes += second.goes();
-        }
-        step |= u64::from(bits) | u64::from(goes) << 8;
-        Self(step)
-    }
-
-    #[inline(always)]
-    fn goes(self) -> u32 {
-        (self.0 >> 8) as u32 & 255
-    }
-
-    #[inline(always)]
-    fn first_goes(self) -> u32 {
-        (self.0 >> 16) as u32 & 255
-    }
-
-    #[inline(always)]
-    fn is_pair(self) -> bool {
-        self.0 >> 24 & 1 == 1
-    }
-
-    #[inline(always)]
-    fn first(self) -> i16 {
-        (self.0 >> 32) as i16
-    }
-
-    #[inline(always)]
-    fn second(self) -> i16 {
-        (self.0 >> 48) as i16
-    }
-
-    /// What goes [`CLOSER`].
-    #[inline(always)]
-    fn symbol(self) -> Option<Symbol> {
-        let field = |at: u32| (self.0 >> at) as u32 & 255;
-        let (length, size, run) = (field(32), field(40), field(48));
-        (length > 0).then_some(Symbol { length, run, size })
-    }
-}
-
-/// As many coefficients as begin in the next [`LOOK`] bits, to be stepped over. From the lowest: how many bits they take
-/// (8 bits), how far they go (8), and how far all but the last go (8). [`CLOSER`] for a code that is longer.
-#[derive(Clone, Copy)]
-struct Leap(u32);
-
-impl Leap {
-    fn new(singles: &[Option<Symbol>], bits: usize) -> Self {
-        let (mut used, mut goes, mut before) = (0, 0, 0);
-        while let Some(next) = following(singles, bits, used)
-            && goes < END
-            && goes + next.goes() < CLOSER
-        {
-            before = goes;
-            goes += next.goes();
-            used += next.bits();
-        }
-        match goes {
-            0 => Self(CLOSER << 8),
-            _ => Self(used | goes << 8 | before << 16),
-        }
-    }
-
-    #[inline(always)]
-    fn goes(self) -> u32 {
-        self.0 >> 8 & 255
-    }
-
-    #[inline(always)]
-    fn before(self) -> u32 {
-        self.0 >> 16
-    }
-}
-
-/// A table for the coefficients after the first.
-pub(super) struct AcTable {
-    /// By the next [`LOOK`] bits.
-    steps: Box<[Step; 1 << LOOK]>,
-    leaps: Box<[Leap; 1 << LOOK]>,
-    codes: Codes,
-}
-
-impl AcTable {
-    /// As the file has it. None if it is damaged.
-    pub(super) fn new(table: &[u8]) -> Option<Self> {
-        let codes = Codes::new(table, false)?;
-        let singles = codes.singles();
-        let mut steps = Box::new([Step(u64::from(CLOSER) << 8); 1 << LOOK]);
-        let mut leaps = Box::new([Leap(0); 1 << LOOK]);
-        for (bits, (step, leap)) in steps.iter_mut().zip(leaps.iter_mut()).enumerate() {
-            *leap = Leap::new(&singles, bits);
-            if let Some(first) = singles[bits] {
-                let second = match first.goes() {
-                    END => None,
-                    _ => following(&singles, bits, first.bits()),
-                };
-                *step = Step::new(bits, first, second);
+        let mask = (1 << LOOK) - 1;
+        let begins = singles[0].is_dc;
+        let mut symbols = Symbols::default();
+        let mut count = 0;
+        while symbols.used < LOOK {
+            let used = symbols.used;
+            let table = singles[usize::from(count > 0)];
+            let Some(symbol) = table.codes[(bits << used) & mask] else {
+                break;
+            };
+            if used + symbol.length > LOOK {
+                break;
             }
+            let Some(goes) = symbol.goes(begins && count == 0) else {
+                symbols.used += symbol.length;
+                return Self::new(&symbols, true, held);
+            };
+            let tail = (used + symbol.bits()).saturating_sub(LOOK);
+            let has_sign = symbol.size == 0 || used + symbol.length < LOOK;
+            let is_kept = i8::try_from(symbols.first).is_ok();
+            let is_full = is_needed && (count == 2 || !is_kept);
+            if is_full || symbols.goes + goes > 63 || tail > TAIL || !has_sign {
+                break;
+            }
+            // Bits beyond those looked at count as zeros here, and are added when they are known.
+            let value = number(held << used, symbol.length, symbol.size) as i16;
+            if count == 0 {
+                (symbols.first_goes, symbols.first) = (goes, value);
+            }
+            if count == 0 || is_needed {
+                (symbols.last, symbols.last_goes, symbols.tail) =
+                    (value, symbols.goes + goes, tail);
+            }
+            symbols.goes += goes;
+            symbols.used += symbol.bits();
+            count += 1;
         }
+        match count {
+            0 => Self::CLOSER,
+            _ => Self::new(&symbols, false, held),
+        }
+    }
+}
+
+/// What some bits hold, on the way to a [`Step`].
+#[derive(Default)]
+struct Symbols {
+    /// Bits of all symbols.
+    used: u32,
+    /// And those of them that were not looked at.
+    tail: u32,
+    goes: u8,
+    first_goes: u8,
+    last_goes: u8,
+    first: i16,
+    last: i16,
+}
+
+/// A table by the next [`LOOK`] bits.
+struct Table {
+    ways: [Way; 1 << LOOK],
+    found: [Found; 1 << LOOK],
+}
+
+/// What leads nowhere, after the last block.
+static STAY: Table = Table {
+    ways: [Step::STAY.way; 1 << LOOK],
+    found: [Step::STAY.found; 1 << LOOK],
+};
+
+/// Single codes by the next [`LOOK`] bits, where they fit.
+struct Singles {
+    codes: Vec<Option<Symbol>>,
+    is_dc: bool,
+}
+
+/// How blocks of a component begin and go on.
+struct Tables {
+    first: Box<Table>,
+    rest: Box<Table>,
+}
+
+impl Tables {
+    fn new(dc: &Singles, ac: &Singles, is_needed: bool) -> Self {
+        let table = |begin| {
+            let mut table = Box::new(Table { ..STAY });
+            let Table { ways, found } = &mut *table;
+            for (bits, (way, found)) in ways.iter_mut().zip(found).enumerate() {
+                let step = Step::gather([begin, ac], bits, is_needed);
+                (*way, *found) = (step.way, step.found);
+            }
+            table
+        };
+        Self {
+            first: table(dc),
+            rest: table(ac),
+        }
+    }
+}
+
+/// The codes of a component, for first coefficients, which are differences, and the others.
+pub(super) struct Pair {
+    dc: Codes,
+    ac: Codes,
+    steps: Tables,
+    /// For what is not needed but for its first coefficients: more at once.
+    leaps: Tables,
+}
+
+impl Pair {
+    /// As the file has them. None if they are damaged.
+    pub(super) fn new(dc: &[u8], ac: &[u8]) -> Option<Self> {
+        let (dc, ac) = (Codes::new(dc, true)?, Codes::new(ac, false)?);
+        let (firsts, others) = (dc.singles(), ac.singles());
         Some(Self {
-            steps,
-            leaps,
-            codes,
+            steps: Tables::new(&firsts, &others, true),
+            leaps: Tables::new(&firsts, &others, false),
+            dc,
+            ac,
         })
     }
+
+    /// What is next, whatever its length.
+    #[cold]
+    #[inline(never)]
+    fn closer(&self, held: u64, is_dc: bool) -> Step {
+        let codes = if is_dc { &self.dc } else { &self.ac };
+        let symbol = codes.symbol(held);
+        symbol.map_or(Step::CLOSER, |symbol| Step::of(symbol, held, is_dc))
+    }
 }
 
-/// The bits of a scan.
-pub(super) struct Bits<'a> {
-    /// Ends with [`PADDING`] zeros.
-    bytes: &'a [u8],
-    /// Of the next byte to be taken into `held`.
+/// A block to come, as it is read.
+#[derive(Clone, Copy)]
+struct Place {
+    first: *const Table,
+    rest: *const Table,
+    /// Where the block's first coefficient goes; the others are at their [`PLACES`] from there.
+    at: *mut i16,
+}
+
+/// A block to come, as it was asked for.
+struct Turn {
+    pair: Arc<Pair>,
+    /// Where its first coefficient goes.
     at: usize,
-    /// The next bits, from the top.
-    held: u64,
-    /// How many of them there are, in its lowest 6 bits; what is above means nothing.
-    count: u32,
 }
 
-impl<'a> Bits<'a> {
-    /// From this bit on.
-    #[inline(always)]
-    pub(super) fn new(bytes: &'a [u8], bit: usize) -> Self {
-        let mut bits = Self {
-            bytes,
-            at: bit / 8,
-            held: 0,
-            count: 0,
-        };
-        bits.fill();
-        bits.skip(bit as u32 % 8);
-        bits
+/// The blocks of a scan, some at a time.
+pub(super) struct Stream {
+    /// Ends with [`PADDING`] zeros.
+    pub(super) data: Vec<u8>,
+    /// The byte that `held` began with.
+    at: usize,
+    /// The next bits, from the top, and a one in place of the 64th that it began with, which tells how many were taken.
+    held: u64,
+    /// The last coefficient of the block that is known.
+    k: u32,
+    /// Blocks of each component in a unit.
+    unit: Vec<usize>,
+    /// Those that are decoded and those that are passed over.
+    turns: Vec<Turn>,
+    /// Of those that are passed over, the first.
+    passed: usize,
+    /// One for each turn, and two more.
+    places: Vec<Place>,
+    /// Where reading is, and where it stays.
+    place: usize,
+    end: usize,
+    /// What would be there.
+    replaced: Option<Place>,
+    is_good: bool,
+    /// What is decoded, and one more group for what means nothing.
+    groups: Vec<Group>,
+}
+
+impl Stream {
+    /// Of nothing yet.
+    pub(super) fn new() -> Self {
+        Self {
+            data: vec![0; PADDING],
+            at: 0,
+            held: 1,
+            k: BEFORE,
+            unit: vec![],
+            turns: vec![],
+            passed: 0,
+            places: vec![],
+            place: 0,
+            end: 0,
+            replaced: None,
+            is_good: true,
+            groups: vec![],
+        }
     }
 
-    /// Makes sure of 56 bits.
-    #[inline(always)]
-    fn fill(&mut self) {
-        let next = match self.bytes.get(self.at..).and_then(<[u8]>::first_chunk) {
-            Some(&next) => u64::from_be_bytes(next),
-            None => 0,
+    /// Begins with the data that have been put here. Blocks come in units, so many of each component with these tables, as
+    /// many as there are groups in all: some to be decoded to these groups, one of four there, and as many units as are
+    /// passed over at once.
+    pub(super) fn start(
+        &mut self,
+        unit: &[(Arc<Pair>, usize)],
+        needed: impl Iterator<Item = (usize, usize)>,
+        passed: usize,
+    ) {
+        self.unit.clear();
+        self.unit.extend(unit.iter().map(|&(_, count)| count));
+        let groups = self.unit.iter().sum::<usize>();
+        self.groups.resize(groups + 1, Group::ZERO);
+        let blocks = || {
+            let unit = unit.iter().cycle();
+            unit.flat_map(|(pair, count)| std::iter::repeat_n(pair, *count))
         };
-        let count = self.count & 63;
-        self.held |= next >> count;
-        self.at += (63 - count as usize) >> 3;
-        self.count = count | 56;
+        let turn = |(pair, at): (&Arc<Pair>, usize)| Turn {
+            pair: Arc::clone(pair),
+            at,
+        };
+        let needed = needed.map(|(group, x)| 256 * group + 8 * x);
+        self.turns.clear();
+        self.turns.extend(blocks().zip(needed).map(turn));
+        self.passed = self.turns.len();
+        // Their first coefficients go side by side, each over what was written of the block before.
+        let passed = blocks().zip(0..passed * groups).map(turn);
+        self.turns.extend(passed);
+        let coefficients: *mut i16 = self.groups.as_mut_ptr().cast();
+        self.places.clear();
+        for (i, turn) in self.turns.iter().enumerate() {
+            let tables = match i < self.passed {
+                true => &turn.pair.steps,
+                false => &turn.pair.leaps,
+            };
+            assert!(turn.at + usize::from(PLACES[64]) < 256 * self.groups.len());
+            self.places.push(Place {
+                first: &raw const *tables.first,
+                rest: &raw const *tables.rest,
+                // SAFETY: as asserted.
+                at: unsafe { coefficients.add(turn.at) },
+            });
+        }
+        let stay = self.stay();
+        self.places.extend([stay; 2]);
+        (self.place, self.replaced) = (0, None);
+        self.seek(0);
     }
 
-    /// Takes as many bits as the lowest 6 of `count` say.
-    #[inline(always)]
-    fn skip(&mut self, count: u32) {
-        self.held = self.held.wrapping_shl(count);
-        self.count = self.count.wrapping_sub(count);
+    /// What stands after the last block, and writes zeros to where nobody reads.
+    fn stay(&mut self) -> Place {
+        let unread = self.groups.len() - 1;
+        Place {
+            first: &raw const STAY,
+            rest: &raw const STAY,
+            // SAFETY: the last of them.
+            at: unsafe { self.groups.as_mut_ptr().add(unread) }.cast(),
+        }
+    }
+
+    /// Goes on from this bit, where a unit begins.
+    pub(super) fn seek(&mut self, bit: usize) {
+        (self.at, self.held, self.k) = (bit / 8, 1 << (bit % 8), BEFORE);
     }
 
     /// Of the next bit.
-    #[inline(always)]
     pub(super) fn position(&self) -> usize {
-        8 * self.at - (self.count & 63) as usize
+        8 * self.at + self.held.trailing_zeros() as usize
+    }
+
+    /// Makes sure of 56 bits, of what is held.
+    #[inline(always)]
+    fn fill(&mut self, held: u64) -> u64 {
+        let taken = held.trailing_zeros();
+        self.at += (taken / 8) as usize;
+        let next = match self.at <= self.data.len() - 8 {
+            // SAFETY: eight bytes before the end at least.
+            true => unsafe { self.data.as_ptr().add(self.at).cast::<[u8; 8]>().read() },
+            false => [0; 8],
+        };
+        (u64::from_be_bytes(next) | 1) << (taken % 8)
     }
 
     /// Whether bits were taken that the data do not have.
-    #[inline(always)]
     pub(super) fn is_over(&self) -> bool {
-        self.position() > 8 * (self.bytes.len() - PADDING)
+        self.position() > 8 * (self.data.len() - PADDING)
+    }
+
+    /// Blocks that are decoded come from now on, into groups of zeros.
+    pub(super) fn clear(&mut self) {
+        self.groups.fill(Group::ZERO);
+    }
+
+    /// What is to be read next: of the blocks that are decoded or of those that are passed over, these.
+    pub(super) fn begin(&mut self, is_needed: bool, blocks: Range<usize>) {
+        let from = if is_needed { 0 } else { self.passed };
+        self.k = BEFORE;
+        (self.place, self.end) = (from + blocks.start, from + blocks.end);
+        let stay = self.stay();
+        self.replaced = Some(replace(&mut self.places[self.end], stay));
+    }
+
+    /// Whether what is read is decoded.
+    #[inline(always)]
+    fn is_needed(&self) -> bool {
+        self.end <= self.passed
+    }
+
+    /// Whether all of that has been read. False as well where it is damaged.
+    pub(super) fn is_done(&self) -> bool {
+        self.place == self.end || !self.is_good
+    }
+
+    /// Adds up the first coefficients of what was read, which are differences. False if it is damaged.
+    pub(super) fn finish(&mut self, blocks: usize, previous: &mut [i32; 3]) -> bool {
+        if let Some(place) = self.replaced.take() {
+            self.places[self.end] = place;
+        }
+        let coefficients = Group::flat(&mut self.groups);
+        let turns = &self.turns[self.end - blocks..self.end];
+        let all = self.unit.iter().sum();
+        let mut first = 0;
+        for (&count, previous) in self.unit.iter().zip(previous) {
+            let mut value = *previous;
+            for unit in turns.chunks_exact(all) {
+                for turn in &unit[first..first + count] {
+                    value = value.wrapping_add(i32::from(coefficients[turn.at]));
+                    coefficients[turn.at] = value as i16;
+                }
+            }
+            *previous = value;
+            first += count;
+        }
+        replace(&mut self.is_good, true)
+    }
+
+    pub(super) fn groups(&self) -> &[Group] {
+        &self.groups
+    }
+}
+
+/// A stream while it is read: what changes with every look, and should stay in registers.
+struct Reader {
+    held: u64,
+    k: u32,
+    table: *const Table,
+    place: *const Place,
+}
+
+impl Reader {
+    #[inline(always)]
+    fn new(stream: &Stream) -> Self {
+        let place = &stream.places[stream.place];
+        Self {
+            held: stream.held,
+            k: stream.k,
+            table: if stream.k == BEFORE {
+                place.first
+            } else {
+                place.rest
+            },
+            place,
+        }
+    }
+
+    /// Leaves the stream where it was read to.
+    #[inline(always)]
+    fn leave(self, stream: &mut Stream) {
+        (stream.held, stream.k) = (self.held, self.k);
+        stream.place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
+    }
+
+    /// Whether nothing more is to be read.
+    #[inline(always)]
+    fn is_done(&self, stream: &Stream) -> bool {
+        self.place == stream.places.as_ptr().wrapping_add(stream.end)
+    }
+
+    /// Takes what the next bits hold. False, and nothing is taken, if a look is not enough.
+    #[inline(always)]
+    fn look<const IS_NEEDED: bool>(&mut self) -> bool {
+        let next = (self.held >> (64 - LOOK)) as usize;
+        // SAFETY: it is one of the stream's, and has a step for as many bits, which is one for this place.
+        unsafe {
+            let Table { ways, found } = &*self.table;
+            self.take::<IS_NEEDED>(&ways[next], &found[next])
+        }
+    }
+
+    /// # Safety
+    /// The step is for this place and for these bits.
+    #[inline(always)]
+    unsafe fn take<const IS_NEEDED: bool>(&mut self, way: &Way, found: &Found) -> bool {
+        let after = self.k.wrapping_add(u32::from(way.goes));
+        if after & u32::from(ODD) != 0 {
+            return false;
+        }
+        // SAFETY: a step that ends a block leads to the next one; there is none where reading stays, behind the last block,
+        // and a place after that. Indices are below 64 before, and what steps add to them to find a place is so too.
+        // There is room for all `PLACES` wherever blocks begin.
+        unsafe {
+            let at = (*self.place).at;
+            let put = |goes: u8, value: i16| {
+                let index = self.k.wrapping_add(u32::from(goes));
+                let place = *PLACES.as_ptr().add(index as usize);
+                at.add(usize::from(place)).write(value);
+            };
+            if IS_NEEDED {
+                put(found.first_goes, i16::from(found.first));
+            }
+            // Where there is one, the last is at the same place.
+            let moved = self.held.wrapping_shr(u32::from(found.shift)) as i16;
+            put(found.last_goes, found.last.wrapping_add(moved));
+            let is_end = after >= LAST;
+            let next = self.place.add(1);
+            let (first, rest) = (known((*next).first), known((*self.place).rest));
+            self.table = select(is_end, first, rest);
+            self.place = select(is_end, next, self.place);
+            self.k = select(is_end, BEFORE, after);
+        }
+        self.held = self.held.wrapping_shl(u32::from(way.bits));
+        true
+    }
+
+    /// Takes the next symbol, whatever its length. False if there is none, or it goes past the end of its block.
+    #[inline(always)]
+    fn closer<const IS_NEEDED: bool>(&mut self, stream: &mut Stream) -> bool {
+        self.held = stream.fill(self.held);
+        let place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
+        let Some(turn) = stream.turns.get(place) else {
+            return false;
+        };
+        let step = turn.pair.closer(self.held, self.k == BEFORE);
+        // SAFETY: it was made for them.
+        unsafe { self.take::<IS_NEEDED>(&step.way, &step.found) }
     }
 }
 
@@ -362,12 +674,12 @@ fn number(held: u64, at: u32, size: u32) -> i32 {
     value - (negative & ((1 << size) - 1))
 }
 
-/// Where coefficient k - 1 belongs in a [`Group`], by k; whatever is past the end goes to the last.
-static PLACES: [u8; 256] = {
-    let mut places = [7 * 32 + 7; 256];
+/// Where coefficients belong in a [`Group`]; whatever is past the last goes there too.
+static PLACES: [u16; 128] = {
+    let mut places = [7 * 32 + 7; 128];
     let mut k = 0;
     while k < 64 {
-        places[k + 1] = ZIGZAG[k] / 8 * 32 + ZIGZAG[k] % 8;
+        places[k] = ZIGZAG[k] as u16 / 8 * 32 + ZIGZAG[k] as u16 % 8;
         k += 1;
     }
     places
@@ -380,140 +692,118 @@ pub(super) struct Group(pub(super) [i16; 256]);
 
 impl Group {
     pub(super) const ZERO: Self = Self([0; 256]);
-}
 
-/// Decodes the first coefficient. False if its code is in no table.
-#[inline(always)]
-fn first(bits: &mut Bits<'_>, dc: &DcTable, previous: &mut i32) -> bool {
-    bits.fill();
-    let entry = u32::from(dc.sizes[(bits.held >> (64 - LOOK)) as usize]);
-    let symbol = match entry {
-        0 => dc.codes.rare(bits.held, LOOK + 1),
-        _ => Symbol {
-            length: entry & 255,
-            run: 0,
-            size: entry >> 8,
-        },
-    };
-    *previous = previous.wrapping_add(symbol.number(bits.held));
-    bits.skip(symbol.bits());
-    symbol.run == 0
-}
-
-/// Whether a block that ended with this k ended well: by its last coefficient or by a code that says so.
-#[inline(always)]
-fn is_end(k: u32) -> bool {
-    k == 64 || k.wrapping_sub(END + 1) < 63
-}
-
-/// Decodes a block into column `x` (0, 8, 16 or 24) of a group that is zero there. False if it goes past the end.
-#[inline(always)]
-pub(super) fn block(
-    bits: &mut Bits<'_>,
-    (dc, ac): (&DcTable, &AcTable),
-    previous: &mut i32,
-    group: &mut Group,
-    x: usize,
-) -> bool {
-    let is_good = first(bits, dc, previous);
-    let x = x & 24;
-    group.0[x] = *previous as i16;
-    let mut put = |k: u32, value: i16| {
-        let place = usize::from(PLACES[(k & 255) as usize]) + x;
-        // SAFETY: places end at 7 * 32 + 7, and x at 24: below 256.
-        unsafe { *group.0.get_unchecked_mut(place) = value };
-    };
-    let mut k = 1;
-    'more: loop {
-        bits.fill();
-        let step = 'ordinary: {
-            // Five times at most LOOK bits of 56.
-            macro_rules! step {
-                () => {{
-                    let step = ac.steps[(bits.held >> (64 - LOOK)) as usize];
-                    let after = k + step.goes();
-                    if after >= 64 {
-                        break 'ordinary step;
-                    }
-                    // In this order: where there is no second, the first is at the same place.
-                    put(after, step.second());
-                    put(k + step.first_goes(), step.first());
-                    bits.skip(step.0 as u32);
-                    k = after;
-                }};
-            }
-            step!();
-            step!();
-            step!();
-            step!();
-            step!();
-            continue 'more;
-        };
-        bits.fill();
-        let symbol = if step.goes() == CLOSER {
-            let symbol = step.symbol();
-            symbol.unwrap_or_else(|| ac.codes.rare(bits.held, LOOK + 1))
-        } else if step.is_pair() && k + step.first_goes() >= 64 {
-            // The block ends with the first: what looks like a second is of the next block.
-            ac.codes.rare(bits.held, 1)
-        } else {
-            put(k + step.first_goes(), step.first());
-            if k + step.goes() == 64 && step.is_pair() {
-                put(64, step.second());
-            }
-            bits.skip(step.0 as u32);
-            return is_good && is_end(k + step.goes());
-        };
-        k += symbol.goes();
-        put(k, symbol.number(bits.held) as i16);
-        bits.skip(symbol.bits());
-        if k >= 64 {
-            return is_good && is_end(k);
-        }
+    /// Coefficients one after the other.
+    fn flat(groups: &mut [Self]) -> &mut [i16] {
+        // SAFETY: a group is 256 of them and nothing else.
+        unsafe { std::slice::from_raw_parts_mut(groups.as_mut_ptr().cast(), 256 * groups.len()) }
     }
 }
 
-/// Steps over a block. False if it goes past its end.
+/// The same, read now: of two that were read one can be chosen at once, while the compiler would rather choose where to
+/// read, and wait for that.
 #[inline(always)]
-pub(super) fn skip(
-    bits: &mut Bits<'_>,
-    (dc, ac): (&DcTable, &AcTable),
-    previous: &mut i32,
-) -> bool {
-    let is_good = first(bits, dc, previous);
-    let mut k = 1;
-    'more: loop {
-        bits.fill();
-        let leap = 'ordinary: {
-            // Twice at most LOOK bits and a number's 10, of 56.
-            macro_rules! leap {
-                () => {{
-                    let leap = ac.leaps[(bits.held >> (64 - LOOK)) as usize];
-                    let after = k + leap.goes();
-                    if after >= 64 {
-                        break 'ordinary leap;
+fn known<T>(mut x: *const T) -> *const T {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: there is no instruction.
+    unsafe {
+        std::arch::asm!("/* {0} */", inout(reg) x, options(pure, readonly, nostack, preserves_flags));
+    }
+    x
+}
+
+/// Decodes blocks of two streams, until one has no more to be read or is damaged; or of one alone.
+///
+/// # Safety
+/// The level is available.
+pub(super) unsafe fn read(level: Level, first: &mut Stream, second: Option<&mut Stream>) {
+    match (level, second) {
+        (Level::Portable, None) => read_one(first),
+        (Level::Portable, Some(second)) => read_two(first, second),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: the caller's word.
+        (Level::Avx2 | Level::Avx512, None) => unsafe { read_one_bmi(first) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        (Level::Avx2 | Level::Avx512, Some(second)) => unsafe { read_two_bmi(first, second) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("no other level is available"),
+    }
+}
+
+/// With shifts that change no flags.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "bmi1,bmi2")]
+fn read_two_bmi(first: &mut Stream, second: &mut Stream) {
+    read_two(first, second);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "bmi1,bmi2")]
+fn read_one_bmi(stream: &mut Stream) {
+    read_one(stream);
+}
+
+#[inline(always)]
+fn read_two(first: &mut Stream, second: &mut Stream) {
+    match (first.is_needed(), second.is_needed()) {
+        (true, true) => both::<true, true>(first, second),
+        (true, false) => both::<true, false>(first, second),
+        (false, true) => both::<true, false>(second, first),
+        (false, false) => both::<false, false>(first, second),
+    }
+}
+
+#[inline(always)]
+fn read_one(stream: &mut Stream) {
+    match stream.is_needed() {
+        true => alone::<true>(stream),
+        false => alone::<false>(stream),
+    }
+}
+
+#[inline(always)]
+fn both<const A: bool, const B: bool>(first: &mut Stream, second: &mut Stream) {
+    let (mut a, mut b) = (Reader::new(first), Reader::new(second));
+    'fill: while !a.is_done(first) && !b.is_done(second) {
+        a.held = first.fill(a.held);
+        b.held = second.fill(b.held);
+        'b: {
+            'a: {
+                for _ in 0..LOOKS {
+                    if !a.look::<A>() {
+                        break 'a;
                     }
-                    bits.skip(leap.0);
-                    k = after;
-                }};
+                    if !b.look::<B>() {
+                        break 'b;
+                    }
+                }
+                continue 'fill;
             }
-            leap!();
-            leap!();
-            continue 'more;
-        };
-        if leap.goes() != CLOSER && k + leap.before() < 64 {
-            bits.skip(leap.0);
-            return is_good && is_end(k + leap.goes());
+            first.is_good = a.closer::<A>(first);
+            if !first.is_good {
+                break 'fill;
+            }
+            continue 'fill;
         }
-        // A long code, or the block ends before the last of them.
-        bits.fill();
-        let symbol = ac.codes.rare(bits.held, 1);
-        k += symbol.goes();
-        bits.skip(symbol.bits());
-        if k >= 64 {
-            return is_good && is_end(k);
+        second.is_good = b.closer::<B>(second);
+        if !second.is_good {
+            break;
         }
     }
+    a.leave(first);
+    b.leave(second);
+}
+
+#[inline(always)]
+fn alone<const A: bool>(stream: &mut Stream) {
+    let mut reader = Reader::new(stream);
+    while stream.is_good && !reader.is_done(stream) {
+        reader.held = stream.fill(reader.held);
+        let is_enough = (0..LOOKS).all(|_| reader.look::<A>());
+        stream.is_good = is_enough || reader.closer::<A>(stream);
+    }
+    reader.leave(stream);
 }
 
 /// Takes the entropy-coded data up to the next marker into `out`, without stuffing and with [`PADDING`] zeros at the

@@ -37,6 +37,11 @@ pub(super) struct Header<'a> {
 }
 
 impl<'a> Header<'a> {
+    /// The Huffman tables of a component, for first and other coefficients.
+    pub(super) fn tables(&self, component: &Component) -> Option<[&'a [u8]; 2]> {
+        Some([self.dc[component.dc]?, self.ac[component.ac]?])
+    }
+
     /// None for a file that is damaged, or not simple.
     pub(super) fn parse(bytes: &'a [u8]) -> Option<Self> {
         let mut header = Self {

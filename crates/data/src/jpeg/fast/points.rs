@@ -4,7 +4,7 @@
 //! point is where a unit begins, in bits of the data without stuffing, and what the first coefficients of its blocks
 //! are differences from. The points of a file are a by-product of reading it once to its end.
 
-use super::entropy::Bits;
+use super::entropy::Stream;
 
 /// Blocks from a point to the next, about: fewer points are smaller, more have less to be read before a crop.
 const BLOCKS: usize = 24;
@@ -115,12 +115,17 @@ impl Maker {
         self.points.is_some()
     }
 
+    /// The unit where the next point is.
+    #[inline(always)]
+    pub(super) fn next(&self) -> usize {
+        self.next
+    }
+
     /// Unit `at` begins here.
     #[inline(always)]
-    pub(super) fn see(&mut self, at: usize, bits: &Bits, previous: [i32; 3]) {
+    pub(super) fn see(&mut self, at: usize, stream: &Stream, previous: [i32; 3]) {
         if at == self.next {
-            // By value: what a call can see of `bits` would not stay in registers.
-            self.note(bits.position(), previous);
+            self.note(stream.position(), previous);
         }
     }
 
@@ -138,7 +143,7 @@ impl Maker {
         self.points.take_if(|_| !is_good);
     }
 
-    pub(super) fn finish(self) -> Option<Points> {
-        self.points
+    pub(super) fn finish(&mut self) -> Option<Points> {
+        self.points.take()
     }
 }
