@@ -1,14 +1,14 @@
 //! Training crops of ordinary photographs, fast: only what the crop needs is decoded, two images at a time, and planes
 //! are resampled to the target size before colours are converted.
 //!
-//! Nothing here is trusted: lengths are checked, entropy-coded data are read by safe code, and whatever is odd or
-//! damaged is left to the exact decoder, which has the last word on errors. The luma samples are libjpeg's `islow` to
-//! the bit; the image differs from the exact one by roundings in between (docs/decisions/0009). Every [`Level`] gives
-//! the same bits.
+//! Nothing here is trusted: lengths are checked, what entropy-coded data can reach is bounded by their tables, and
+//! whatever is odd or damaged is left to the exact decoder, which has the last word on errors. The luma samples are
+//! libjpeg's `islow` to the bit; the image differs from the exact one by roundings in between (docs/decisions/0009).
+//! Every [`Level`] gives the same bits.
 
 #![expect(
     unsafe_code,
-    reason = "vector instructions; entropy-coded data and headers are read by safe code"
+    reason = "vector instructions, and the loop that reads entropy-coded data; headers are read by safe code"
 )]
 
 mod entropy;

@@ -14,8 +14,8 @@ use std::sync::Arc;
 use super::super::scan::ZIGZAG;
 use super::simd::Level;
 
-/// Bits that one look at a table resolves. The more, the more is found at once; but the tables of two components have to
-/// stay in the first-level cache.
+/// Bits that one look at a table resolves. The more, the more is found at once, and the less of the tables is in the
+/// first-level cache.
 const LOOK: u32 = 11;
 /// Looks between two fills, which make sure of 56 bits.
 const LOOKS: u32 = 3;
@@ -636,7 +636,7 @@ impl Reader {
             if IS_NEEDED {
                 put(found.first_goes, i16::from(found.first));
             }
-            // Where there is one, the last is at the same place.
+            // If there is one alone, it is the last, at the same place.
             let moved = self.held.wrapping_shr(u32::from(found.shift)) as i16;
             put(found.last_goes, found.last.wrapping_add(moved));
             let is_end = after >= LAST;
