@@ -8,8 +8,9 @@ use crate::bucket::{self, Blocks, Failure};
 use crate::inflate::{Compression, Inflate};
 use crate::{Cache, Error};
 
-/// A few images at a time; every open stream of a file holds one.
-pub(crate) const BUFFER: usize = 256 << 10;
+/// Small samples come many at a time, and what is larger goes past it: an image is copied once. Every open stream of a
+/// file holds one.
+pub(crate) const BUFFER: usize = 16 << 10;
 /// What shows how a shard is compressed.
 const HEAD: u64 = 12;
 
