@@ -25,8 +25,8 @@ const MAGIC: &[u8; 8] = b"seekpts1";
 /// An entry's head: record, payload's length, payload's checksum, points' length.
 const HEAD: usize = 8 + 8 + 4 + 4;
 const CHECKSUM: usize = 4;
-/// Entries that are written together.
-const TOGETHER: usize = 256;
+/// Records that `data index` holds and whose entries it writes together.
+const TOGETHER: usize = 32;
 /// No image has as many points.
 const MAX_POINTS: usize = 64 << 20;
 
@@ -187,38 +187,43 @@ impl Index {
         let mut decoder = Decoder::new(Level::detect());
         let mut known = self.shard(shard)?;
         let mut filled = Filled::default();
-        let mut found = vec![];
         let shards = [shard.to_path_buf()];
         let mut reader = Reader::open(shard)?;
-        while let Some(record) = reader.next()? {
-            if known.get(&record).is_some() {
-                filled.known += 1;
-                filled.images += 1;
-                continue;
-            }
-            match points(&mut decoder, &record) {
-                Some(points) => {
+        loop {
+            let mut records = vec![];
+            while records.len() < TOGETHER
+                && let Some(record) = reader.next()?
+            {
+                if known.get(&record).is_some() {
+                    filled.known += 1;
                     filled.images += 1;
-                    found.push((0, Entry::new(&record, points)));
+                } else {
+                    records.push(record);
                 }
-                None => filled.others += 1,
             }
-            if found.len() == TOGETHER {
-                self.add(&shards, std::mem::take(&mut found))?;
+            if records.is_empty() {
+                return Ok(filled);
             }
+            let points = decoder.note(records.iter().map(photo));
+            let entries = records.iter().zip(points).filter_map(|(record, points)| {
+                let points = points?;
+                Some((0, Entry::new(record, points)))
+            });
+            let entries: Vec<_> = entries.collect();
+            filled.images += entries.len() as u64;
+            filled.others += (records.len() - entries.len()) as u64;
+            self.add(&shards, entries)?;
         }
-        self.add(&shards, found)?;
-        Ok(filled)
     }
 }
 
 /// Of a `tf.Example`.
-fn points(decoder: &mut Decoder, record: &Record) -> Option<Vec<u8>> {
+fn photo(record: &Record) -> Option<Photo<'_>> {
     if !record.verify() {
         return None;
     }
     let example = example::parse(&record.bytes).ok()?;
-    decoder.note(Photo::open(example.encoded)?)
+    Photo::open(example.encoded)
 }
 
 impl Writer {

@@ -137,28 +137,36 @@ pub(crate) trait Photos<'a> {
     fn done(&mut self, of: Self::Of, is_whole: bool, noted: Option<Vec<u8>>);
 }
 
-/// Points of one photo.
-struct Noted<'a> {
-    photo: Option<Photo<'a>>,
-    points: Option<Vec<u8>>,
+/// Points of photos, in order; none of what is no photo, or damaged.
+struct Noted<I> {
+    photos: I,
+    points: Vec<Option<Vec<u8>>>,
 }
 
-impl<'a> Photos<'a> for Noted<'a> {
-    type Of = ();
+impl<'a, I: Iterator<Item = Option<Photo<'a>>>> Photos<'a> for Noted<I> {
+    /// Which one.
+    type Of = usize;
 
-    fn next(&mut self) -> Option<Job<'a, ()>> {
-        Some(Job {
-            photo: self.photo.take()?,
-            target: None,
-            seek: Seek::Note,
-            of: (),
-        })
+    fn next(&mut self) -> Option<Job<'a, usize>> {
+        loop {
+            let photo = self.photos.next()?;
+            let of = self.points.len();
+            self.points.push(None);
+            if let Some(photo) = photo {
+                return Some(Job {
+                    photo,
+                    target: None,
+                    seek: Seek::Note,
+                    of,
+                });
+            }
+        }
     }
 
-    fn row(&mut self, (): &mut (), _: usize, _: &[u8]) {}
+    fn row(&mut self, _: &mut usize, _: usize, _: &[u8]) {}
 
-    fn done(&mut self, (): (), _: bool, noted: Option<Vec<u8>>) {
-        self.points = noted;
+    fn done(&mut self, of: usize, _: bool, noted: Option<Vec<u8>>) {
+        self.points[of] = noted;
     }
 }
 
@@ -266,11 +274,14 @@ impl Decoder {
         }
     }
 
-    /// Notes a photo's points and decodes nothing. None if it is damaged.
-    pub(crate) fn note(&mut self, photo: Photo<'_>) -> Option<Vec<u8>> {
+    /// Notes photos' points and decodes nothing. None for what is no photo, or damaged.
+    pub(crate) fn note<'a>(
+        &mut self,
+        photos: impl Iterator<Item = Option<Photo<'a>>>,
+    ) -> Vec<Option<Vec<u8>>> {
         let mut noted = Noted {
-            photo: Some(photo),
-            points: None,
+            photos,
+            points: vec![],
         };
         self.decode(&mut noted);
         noted.points
@@ -724,7 +735,8 @@ mod tests {
                 // Where they are does not depend on what is seen meanwhile.
                 assert_eq!(again.as_ref(), Some(&points), "{name} {crop:?}");
             }
-            assert_eq!(decoder.note(Photo::open(&file).unwrap()), Some(points));
+            let file = [Photo::open(&file)].into_iter();
+            assert_eq!(decoder.note(file), [Some(points)]);
         }
         assert!(bytes > 5_000, "{bytes}");
     }
@@ -898,8 +910,8 @@ mod tests {
         let mut best = [f64::INFINITY; 3];
         for _ in 0..7 {
             let start = Instant::now();
-            let note = |file: &&Vec<u8>| decoder.note(Photo::open(file).unwrap()).unwrap();
-            points = files.iter().map(note).collect();
+            let noted = decoder.note(files.iter().map(|file| Photo::open(file)));
+            points = noted.into_iter().map(Option::unwrap).collect();
             best[0] = best[0].min(start.elapsed().as_secs_f64());
             for is_sought in [false, true] {
                 let mut random = Random::new(3, 0, Purpose::Shards);
