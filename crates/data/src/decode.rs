@@ -96,13 +96,13 @@ impl From<u32> for Made {
 }
 
 /// An image to be made.
-pub(crate) struct Task<'a> {
-    pub(crate) label: u32,
-    pub(crate) encoded: &'a [u8],
-    pub(crate) seek: Seek<'a>,
+struct Task<'a> {
+    label: u32,
+    encoded: &'a [u8],
+    seek: Seek<'a>,
     /// Draws its crop, and what is changed of its pixels.
-    pub(crate) random: [Random; 2],
-    pub(crate) slot: Slot<'a>,
+    random: [Random; 2],
+    slot: Slot<'a>,
 }
 
 /// Time that the fast decoder had no part in.
@@ -355,7 +355,7 @@ fn draws(config: &Config, epoch: u64, shard: usize, record: &Record) -> [Random;
 }
 
 /// What a record holds, and its class.
-pub(crate) fn parsed<'a>(
+fn parsed<'a>(
     config: &Config,
     record: &'a Record,
     label: &Label,

@@ -347,8 +347,7 @@ impl Decoder {
         row: &mut impl FnMut(usize, &[u8]),
     ) {
         let (crop, size) = (target.crop, target.size);
-        let region = Region::new(header, crop);
-        let planes = &self.scans[which].planes;
+        let Scan { region, planes, .. } = &self.scans[which];
         self.filters[0].set(target.resize, crop.w, size);
         self.filters[1].set(target.resize, crop.h, size);
         let factors = |i: usize| (header.components[i].across, header.components[i].down);

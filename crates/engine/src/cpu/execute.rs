@@ -471,6 +471,7 @@ impl Cpu {
         let slot = |block, id| layout.slot(block, id);
         // SAFETY of the sources and epilogues below: a kernel that reads the state of a normalisation does not write
         // it, but for `close`, which sets a, b and c when the kernel's last region is over.
+
         // What visits every pixel of a plane and closes a value.
         macro_rules! visit {
             ($plane:expr, $dx:expr, $close:expr, $partials:expr, |$out:ident, $epilogue:ident, $sums:ident| $run:expr) => {{
@@ -485,6 +486,13 @@ impl Cpu {
                     pool, layout, grads, graph, close, &buffers, $sums, rows, part,
                 );
             }};
+        }
+        macro_rules! pool_backward {
+            ($run:ident, $plane:ident, $d:ident, $dx:ident, $close:ident, $partials:ident) => {
+                visit!($plane, $dx, $close, $partials, |out, epilogue, sums| {
+                    pixels::$run(pool, level, $plane, n, buffers.get($d), out, epilogue, sums)
+                })
+            };
         }
         match *kernel {
             Kernel::Fold { .. } => unreachable!("setup is not among the kernels"),
@@ -733,36 +741,14 @@ impl Cpu {
                 dx,
                 close,
                 partials: id,
-            } => visit!(plane, dx, close, id, |out, epilogue, sums| {
-                pixels::avg_pool_backward(
-                    pool,
-                    level,
-                    plane,
-                    n,
-                    buffers.get(d),
-                    out,
-                    epilogue,
-                    sums,
-                )
-            }),
+            } => pool_backward!(avg_pool_backward, plane, d, dx, close, id),
             Kernel::HalfPoolBackward {
                 plane,
                 d,
                 dx,
                 close,
                 partials: id,
-            } => visit!(plane, dx, close, id, |out, epilogue, sums| {
-                pixels::half_pool_backward(
-                    pool,
-                    level,
-                    plane,
-                    n,
-                    buffers.get(d),
-                    out,
-                    epilogue,
-                    sums,
-                )
-            }),
+            } => pool_backward!(half_pool_backward, plane, d, dx, close, id),
             Kernel::MaxPoolBackward {
                 window,
                 argmax,

@@ -88,7 +88,7 @@ pub(super) struct Scan {
     pub(super) planes: [Plane; 3],
     /// What the inverse DCT took, if that is asked for.
     pub(super) idct: Option<Duration>,
-    region: Region,
+    pub(super) region: Region,
     /// Components.
     count: usize,
     layouts: [Layout; 3],
@@ -248,15 +248,14 @@ impl Scan {
     pub(super) unsafe fn finish(&mut self, level: Level) -> bool {
         let blocks = self.blocks * (self.until - self.at);
         let is_good = self.stream.finish(blocks, &mut self.previous);
+        self.at = self.until;
         if self.is_whole() {
             // The image is there all the same.
-            let is_last = self.until == self.region.all;
+            let is_last = self.at == self.region.all;
             self.maker
                 .keep(is_good && !(is_last && self.stream.is_over()));
-            self.at = self.until;
             return true;
         }
-        self.at = self.until;
         let first = self.first();
         let end = first + self.region.width();
         if is_good
