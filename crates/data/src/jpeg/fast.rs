@@ -324,7 +324,7 @@ impl Decoder {
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,bmi1,bmi2,lzcnt")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,bmi1,bmi2,lzcnt")]
     fn resample_avx512(
         &mut self,
         which: usize,
@@ -347,7 +347,7 @@ impl Decoder {
         row: &mut impl FnMut(usize, &[u8]),
     ) {
         let (crop, size) = (target.crop, target.size);
-        let Scan { region, planes, .. } = &self.scans[which];
+        let Scan { region, planes, .. } = &mut self.scans[which];
         self.filters[0].set(target.resize, crop.w, size);
         self.filters[1].set(target.resize, crop.h, size);
         let factors = |i: usize| (header.components[i].across, header.components[i].down);
@@ -356,7 +356,7 @@ impl Decoder {
             3 if factors(0) != factors(1) => 2,
             _ => 1,
         };
-        for (kind, plane) in planes.iter().enumerate().take(kinds) {
+        for kind in 0..kinds {
             let component = &header.components[kind];
             let (x, y) = (
                 header.across / component.across,
@@ -374,24 +374,20 @@ impl Decoder {
             let [across, down] = &mut self.axes[kind];
             let span = Span {
                 crop: crop.x,
-                length: crop.w,
                 samples: wide,
                 begin: 8 * region.x[0] * component.across,
-                held: 2 * plane.pairs,
             };
             across.set(&self.filters[0], span, spread(x), target.flip);
             let span = Span {
                 crop: crop.y,
-                length: crop.h,
                 samples: high,
                 begin: 8 * region.y[0] * component.down,
-                held: plane.stride / 2,
             };
             down.set(&self.filters[1], span, spread(y), false);
         }
         self.line.resize(3 * size.next_multiple_of(64), 0);
         let between = &mut self.between[..header.count];
-        for (i, (plane, between)) in planes.iter().zip(&mut *between).enumerate() {
+        for (i, (plane, between)) in planes.iter_mut().zip(&mut *between).enumerate() {
             let [across, down] = &self.axes[i.min(kinds - 1)];
             // SAFETY: the caller's word.
             unsafe { resample::across::<V>(plane, across, down, between) };

@@ -1,6 +1,7 @@
 //! The accurate inverse DCT (libjpeg's `islow`) of [`Group`]s, in 16 and 32 bits as libjpeg-turbo's vector code has it.
 
 use super::entropy::Group;
+use super::resample::PAIR;
 use super::simd::Vector;
 
 /// 2^13 times x.
@@ -129,17 +130,12 @@ unsafe fn transpose<V: Vector>(x: [V; 8]) -> [V; 8] {
 }
 
 /// Writes the samples of a group's four blocks as sixteen pairs of columns: those of a pair in turn from top to bottom,
-/// the pairs `stride` apart.
+/// the pairs [`PAIR`] apart.
 ///
 /// # Safety
-/// The CPU has the vector's instructions, and `out` is good for 16 bytes at each of 16 places `stride` apart.
+/// The CPU has the vector's instructions, and `out` is good for 16 bytes at each of 16 places [`PAIR`] apart.
 #[inline(always)]
-pub(super) unsafe fn inverse<V: Vector>(
-    group: &Group,
-    quantisation: &[i16; 64],
-    out: *mut u8,
-    stride: usize,
-) {
+pub(super) unsafe fn inverse<V: Vector>(group: &Group, quantisation: &[i16; 64], out: *mut u8) {
     /// Turns eight samples of two columns into eight pairs.
     const PAIRS: [u8; 16] = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15];
     let mut block = 0;
@@ -170,7 +166,7 @@ pub(super) unsafe fn inverse<V: Vector>(
             let mut i = 0;
             while i < 4 {
                 let pairs = columns[2 * i].pack16(columns[2 * i + 1]).shuffle(&PAIRS);
-                pairs.store_parts(out.add((4 * block + i) * stride), 4 * stride);
+                pairs.store_parts(out.add((4 * block + i) * PAIR), 4 * PAIR);
                 i += 1;
             }
         }

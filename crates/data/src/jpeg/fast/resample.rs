@@ -28,82 +28,137 @@ pub(super) enum Spread {
 const FINE: u32 = 18;
 const FINER: u32 = FINE + 2;
 
+/// A table with a row for each tap or sample and a column for each output: loops run along the rows, many outputs at a
+/// time.
+#[derive(Default)]
+struct Grid<T> {
+    values: Vec<T>,
+    width: usize,
+}
+
+impl<T: Copy + Default> Grid<T> {
+    /// Of this size; what is in it is whatever was there.
+    #[inline(always)]
+    fn set(&mut self, rows: usize, width: usize) {
+        self.values.resize(rows * width, T::default());
+        self.width = width;
+    }
+
+    #[inline(always)]
+    fn row(&self, i: usize) -> &[T] {
+        &self.values[i * self.width..][..self.width]
+    }
+
+    #[inline(always)]
+    fn row_mut(&mut self, i: usize) -> &mut [T] {
+        &mut self.values[i * self.width..][..self.width]
+    }
+}
+
 /// The weights of a resize along one axis, of pixels: what [`crate::resize`] uses, in fixed point.
 #[derive(Default)]
 pub(super) struct Filter {
     /// The first pixel of each output.
-    first: Vec<usize>,
-    /// As many for each output; those that are not needed are 0.
-    weights: Vec<i32>,
-    count: usize,
+    first: Vec<u32>,
+    /// How many pixels each has.
+    taps: Vec<u32>,
+    /// By tap and output; what an output has not is 0.
+    weights: Grid<i32>,
+    /// The same before they are scaled; what they have to be multiplied with; and where the first pixel is from the
+    /// middle.
+    exact: Grid<f32>,
+    totals: Vec<f32>,
+    offsets: Vec<f32>,
+    zeros: Vec<i32>,
 }
 
 impl Filter {
-    pub(super) fn outputs(&self) -> usize {
-        self.first.len()
+    /// The most pixels that an output has.
+    #[inline(always)]
+    fn count(&self) -> usize {
+        self.taps.iter().copied().max().unwrap_or(0) as usize
+    }
+
+    /// Weights of a tap, zeros where there is none.
+    #[inline(always)]
+    fn row(&self, tap: isize, count: usize) -> &[i32] {
+        match usize::try_from(tap) {
+            Ok(tap) if tap < count => self.weights.row(tap),
+            _ => &self.zeros,
+        }
     }
 
     /// From so many pixels to so many.
     #[inline(always)]
     pub(super) fn set(&mut self, resize: Resize, from: usize, to: usize) {
         self.first.clear();
-        self.weights.clear();
+        self.taps.clear();
+        self.zeros.resize(to, 0);
         match resize {
             Resize::Pillow => self.set_antialiased(from, to),
             Resize::Tf | Resize::Tf1 => {
                 let taps = crate::resize::unrounded(resize, from, to);
-                self.count = 4;
                 for (first, weights) in taps.iter() {
-                    self.first.push(first);
-                    let fixed = |&weight: &f32| fixed(weight * (1 << FINE) as f32);
-                    self.weights.extend(weights.iter().map(fixed));
-                    self.weights.resize(4 * self.first.len(), 0);
+                    self.first.push(first as u32);
+                    self.taps.push(weights.len() as u32);
+                }
+                self.weights.set(self.count(), to);
+                self.weights.values.fill(0);
+                for (i, (_, weights)) in taps.iter().enumerate() {
+                    for (tap, weight) in weights.iter().enumerate() {
+                        self.weights.row_mut(tap)[i] = fixed(weight * (1 << FINE) as f32);
+                    }
                 }
             }
         }
     }
 
-    /// Pillow's bicubic as `pillow_taps` has it, in f32 and eight taps at a time.
+    /// Pillow's bicubic as `pillow_taps` has it, in f32.
     #[inline(always)]
     fn set_antialiased(&mut self, from: usize, to: usize) {
-        const LANES: usize = 8;
         let scale = from as f64 / to as f64;
         let stretch = scale.max(1.0);
         let support = 2.0 * stretch;
         let narrow = (1.0 / stretch) as f32;
-        self.count = ((2.0 * support) as usize + 2).next_multiple_of(LANES);
-        self.weights.resize(to * self.count, 0);
-        for (i, out) in self.weights.chunks_exact_mut(self.count).enumerate() {
+        self.offsets.clear();
+        for i in 0..to {
             let centre = (i as f64 + 0.5) * scale;
             // The casts truncate, and a negative start becomes 0.
-            let first = (centre - support + 0.5) as usize;
-            let taps = ((centre + support + 0.5) as usize).min(from) - first;
-            let offset = (first as f64 - centre + 0.5) as f32;
+            let first = (centre - support + 0.5) as u32;
             self.first.push(first);
-            let mut exact = [0.0; LANES];
-            let mut total = 0.0;
-            // Once for their sum, once for the weights; few filters have more than eight taps.
-            for pass in 0..2 {
-                for (chunk, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                    if pass == 0 || self.count > LANES {
-                        for (lane, weight) in exact.iter_mut().enumerate() {
-                            let tap = LANES * chunk + lane;
-                            let x = ((offset + tap as f32) * narrow).abs();
-                            let near = (1.5 * x - 2.5) * x * x + 1.0;
-                            let far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0;
-                            let inside = if x < 1.0 { near } else { far };
-                            *weight = if x < 2.0 && tap < taps { inside } else { 0.0 };
-                        }
-                    }
-                    if pass == 0 {
-                        total += exact.iter().sum::<f32>();
-                    } else {
-                        let factor = (1 << FINE) as f32 / total;
-                        for (out, weight) in out.iter_mut().zip(exact) {
-                            *out = fixed(weight * factor);
-                        }
-                    }
-                }
+            let end = ((centre + support + 0.5) as u32).min(from as u32);
+            self.taps.push(end - first);
+            self.offsets.push((f64::from(first) - centre + 0.5) as f32);
+        }
+        let count = self.count();
+        self.exact.set(count, to);
+        self.weights.set(count, to);
+        self.totals.clear();
+        self.totals.resize(to, 0.0);
+        for tap in 0..count {
+            let outputs = self.offsets.iter().zip(&self.taps).zip(&mut self.totals);
+            for (weight, ((offset, &taps), total)) in
+                self.exact.row_mut(tap).iter_mut().zip(outputs)
+            {
+                let x = ((offset + tap as f32) * narrow).abs();
+                let near = (1.5 * x - 2.5) * x * x + 1.0;
+                let far = ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0;
+                let inside = if x < 1.0 { near } else { far };
+                *weight = if (x < 2.0) & ((tap as u32) < taps) {
+                    inside
+                } else {
+                    0.0
+                };
+                *total += *weight;
+            }
+        }
+        for total in &mut self.totals {
+            *total = (1 << FINE) as f32 / *total;
+        }
+        for tap in 0..count {
+            let exact = self.exact.row(tap).iter().zip(&self.totals);
+            for (out, (weight, factor)) in self.weights.row_mut(tap).iter_mut().zip(exact) {
+                *out = fixed(weight * factor);
             }
         }
     }
@@ -116,177 +171,233 @@ fn fixed(value: f32) -> i32 {
     (value + MAGIC).to_bits() as i32 - MAGIC.to_bits() as i32
 }
 
-/// Weights along one axis of one plane: for each output the first pair of samples that it reads, and pairs of weights,
-/// as many for each.
-#[derive(Default)]
-pub(super) struct Axis {
-    first: Vec<u32>,
-    /// The even sample's weight below, the odd one's above.
-    weights: Vec<i32>,
-    /// Pairs of each output.
-    count: usize,
-    /// The weights of an output before they are rounded.
-    fine: Vec<i32>,
-}
-
-/// Where the weights of one output go.
-#[derive(Clone, Copy)]
-struct Place {
-    spread: Spread,
-    /// The first pixel.
-    first: usize,
-    /// The first sample.
-    lowest: usize,
-    /// The plane's last sample, from the first.
-    last: usize,
-    /// Of the first sample in the output's pairs.
-    offset: usize,
-}
-
-impl Place {
-    /// Writes pairs of the samples' weights and returns how many of them are used. `fine` is twice as long as `out`, or
-    /// longer.
-    #[inline(always)]
-    fn set(self, weights: &[i32], fine: &mut [i32], out: &mut [i32]) -> usize {
-        fine.fill(0);
-        let samples = &mut fine[self.offset..];
-        match self.spread {
-            Spread::One => {
-                for (fine, weight) in samples.iter_mut().zip(weights) {
-                    *fine = 4 * weight;
-                }
-            }
-            Spread::Triangle => {
-                for (pixel, weight) in (self.first..).zip(weights) {
-                    let near = pixel / 2 - self.lowest;
-                    let far = match pixel % 2 {
-                        0 => near.saturating_sub(1),
-                        _ => (near + 1).min(self.last),
-                    };
-                    samples[near] += 3 * weight;
-                    samples[far] += weight;
-                }
-            }
-            Spread::Twice => {
-                for (pixel, weight) in (self.first..).zip(weights) {
-                    samples[pixel / 2 - self.lowest] += 4 * weight;
-                }
-            }
-        }
-        // Rounded, and what is then missing from their sum goes to the one in the middle, so that grey stays grey.
-        let round = |fine: i32| (fine + (1 << (FINER - WEIGHT - 1))) >> (FINER - WEIGHT);
-        let (mut total, mut rest) = (0, 0);
-        for fine in fine.iter_mut() {
-            total += *fine;
-            *fine = round(*fine);
-            rest -= *fine;
-        }
-        let middle = match self.spread {
-            Spread::One => weights.len() / 2,
-            _ => weights.len() / 4,
-        };
-        fine[self.offset + middle] += rest + round(total);
-        let mut used = 0;
-        for (j, (out, pair)) in out.iter_mut().zip(fine.as_chunks::<2>().0).enumerate() {
-            *out = pair[0] & 0xffff | pair[1] << 16;
-            if *out != 0 {
-                used = j + 1;
-            }
-        }
-        used
-    }
-}
-
 /// Which samples of a plane there are, along an axis.
 #[derive(Clone, Copy)]
 pub(super) struct Span {
-    /// The crop's first pixel in the image, and how many it has.
+    /// The crop's first pixel in the image.
     pub(super) crop: usize,
-    pub(super) length: usize,
     /// Samples of the plane in the image.
     pub(super) samples: usize,
     /// The first that is in memory, an even number.
     pub(super) begin: usize,
-    /// How many are, an even number.
-    pub(super) held: usize,
+}
+
+/// Weights along one axis of one plane: for each output the first pair of samples that it reads, and pairs of weights.
+#[derive(Default)]
+pub(super) struct Axis {
+    /// As many as there are columns of weights.
+    first: Vec<u32>,
+    /// By pair and output, of which there are [`OUTPUTS`] at a time; the even sample's weight below, the odd one's above.
+    weights: Grid<i32>,
+    /// Pairs of each output.
+    count: usize,
+    outputs: usize,
+    /// By sample and output, before they are rounded.
+    fine: Grid<i32>,
+    /// Where pixels begin at an even one; and samples, from the one before the first pixel's on.
+    even: Grid<i32>,
+    spread: Grid<i32>,
+    /// Of each output: the first sample, from the first in memory on; the sum of weights; what rounding took.
+    starts: Vec<i32>,
+    totals: Vec<i32>,
+    rests: Vec<i32>,
+}
+
+/// Outputs that the first pass does at a time.
+const OUTPUTS: usize = 4;
+
+/// `then` where the number is odd, `otherwise` where it is even.
+#[inline(always)]
+fn by_last_bit(number: i32, then: i32, otherwise: i32) -> i32 {
+    let mask = -(number & 1);
+    then & mask | otherwise & !mask
 }
 
 impl Axis {
     #[inline(always)]
     pub(super) fn set(&mut self, filter: &Filter, span: Span, spread: Spread, is_reversed: bool) {
-        let outputs = filter.outputs();
-        // A window of n pixels spans n / 2 + 2 samples at most, and begins on any side of a pair.
-        let samples = match spread {
-            Spread::One => filter.count,
-            Spread::Triangle | Spread::Twice => filter.count / 2 + 3,
-        };
-        self.count = (samples / 2 + 1).min(span.held / 2);
-        self.first.clear();
-        self.first.resize(outputs, 0);
-        self.weights.clear();
-        self.weights.resize(outputs * self.count, 0);
-        let mut used = 1;
-        // Few filters are wider; the size that the compiler knows makes this twice as fast.
-        let mut narrow = [0; 16];
-        let is_narrow = 2 * self.count <= narrow.len();
-        self.fine.resize(2 * self.count, 0);
-        for (i, (&first, weights)) in filter
-            .first
-            .iter()
-            .zip(filter.weights.chunks_exact(filter.count))
-            .enumerate()
-        {
-            // Only pixels of the crop have weights that are not 0.
-            let weights = &weights[..weights.len().min(span.length - first)];
-            let first = span.crop + first;
-            let lowest = match spread {
-                Spread::One => first,
-                Spread::Triangle | Spread::Twice => (first / 2).saturating_sub(1),
+        self.outputs = filter.first.len();
+        let taps = filter.count();
+        let begin = span.begin as i32;
+        let last = span.samples as i32 - 1;
+        let pixel = |first: &u32| (span.crop + *first as usize) as i32;
+        // Where windows start, and how many samples the widest has from the even one before.
+        self.starts.clear();
+        let mut used = 0;
+        for (first, &taps) in filter.first.iter().zip(&filter.taps) {
+            let (first, end) = (pixel(first), pixel(first) + taps as i32);
+            let (start, end) = match spread {
+                Spread::One => (first, end),
+                // An even pixel has a share of the sample before its own, an odd one of the one after.
+                _ => ((first / 2 - 1).max(0), (end / 2).min(last) + 1),
             };
-            // In pairs, from an even sample on.
-            let start = lowest - span.begin;
-            let pair = (start / 2).min(span.held / 2 - self.count);
-            let offset = start - 2 * pair;
-            let last = span.samples - 1 - lowest;
-            let i = if is_reversed { outputs - 1 - i } else { i };
-            self.first[i] = pair as u32;
-            let out = &mut self.weights[i * self.count..][..self.count];
-            let place = Place {
-                spread,
-                first,
-                lowest,
-                last,
-                offset,
-            };
-            used = used.max(match is_narrow {
-                true => place.set(weights, &mut narrow, out),
-                false => place.set(weights, &mut self.fine, out),
-            });
+            let start = start - begin;
+            self.starts.push(start);
+            used = used.max(end - begin - (start & !1));
         }
-        // What no output needs is not computed.
-        if used < self.count {
-            for i in 0..outputs {
-                self.weights
-                    .copy_within(i * self.count..i * self.count + used, i * used);
+        self.count = (used as usize).div_ceil(2);
+        self.fine.set(2 * self.count, self.outputs);
+        match spread {
+            Spread::One => {
+                for sample in 0..2 * self.count {
+                    let tap = sample as isize;
+                    let (even, odd) = (filter.row(tap, taps), filter.row(tap - 1, taps));
+                    let weights = even.iter().zip(odd).zip(&self.starts);
+                    for (fine, ((even, odd), &start)) in
+                        self.fine.row_mut(sample).iter_mut().zip(weights)
+                    {
+                        *fine = 4 * by_last_bit(start, *odd, *even);
+                    }
+                }
             }
-            self.count = used;
-            self.weights.truncate(outputs * used);
+            Spread::Triangle => self.set_triangle(filter, span, taps),
+            Spread::Twice => {
+                (0..self.outputs).for_each(|i| self.set_single(filter, span, spread, i))
+            }
         }
+        if spread == Spread::Triangle {
+            for (i, (first, &taps)) in filter.first.iter().zip(&filter.taps).enumerate() {
+                // At the edges shares go to the last sample itself.
+                if pixel(first) < 2 || pixel(first) + taps as i32 > 2 * last + 1 {
+                    self.set_single(filter, span, spread, i);
+                }
+            }
+        }
+        // Rounded, and what is then missing from their sum goes to the one in the middle, so that grey stays grey.
+        let round = |fine: i32| (fine + (1 << (FINER - WEIGHT - 1))) >> (FINER - WEIGHT);
+        self.totals.clear();
+        self.totals.resize(self.outputs, 0);
+        self.rests.clear();
+        self.rests.resize(self.outputs, 0);
+        for sample in 0..2 * self.count {
+            let sums = self.totals.iter_mut().zip(&mut self.rests);
+            for (fine, (total, rest)) in self.fine.row_mut(sample).iter_mut().zip(sums) {
+                *total += *fine;
+                *fine = round(*fine);
+                *rest -= *fine;
+            }
+        }
+        for (i, (first, &taps)) in filter.first.iter().zip(&filter.taps).enumerate() {
+            let middle = match spread {
+                Spread::One => pixel(first) + taps as i32 / 2,
+                _ => pixel(first) / 2 + taps as i32 / 4,
+            };
+            let sample = middle - begin - (self.starts[i] & !1);
+            self.fine.row_mut(sample as usize)[i] += self.rests[i] + round(self.totals[i]);
+        }
+        let outputs = self.outputs;
+        self.first.clear();
+        self.first
+            .extend(self.starts.iter().map(|&start| start as u32 / 2));
+        if is_reversed {
+            self.first.reverse();
+        }
+        self.first.resize(outputs.next_multiple_of(OUTPUTS), 0);
+        self.weights.set(self.count, self.first.len());
+        for pair in 0..self.count {
+            let (even, odd) = (self.fine.row(2 * pair), self.fine.row(2 * pair + 1));
+            let pairs = even
+                .iter()
+                .zip(odd)
+                .map(|(even, odd)| even & 0xffff | odd << 16);
+            let (out, rest) = self.weights.row_mut(pair).split_at_mut(outputs);
+            if is_reversed {
+                out.iter_mut()
+                    .rev()
+                    .zip(pairs)
+                    .for_each(|(out, pair)| *out = pair);
+            } else {
+                out.iter_mut()
+                    .zip(pairs)
+                    .for_each(|(out, pair)| *out = pair);
+            }
+            rest.fill(0);
+        }
+    }
+
+    /// Weights of samples of which each stands for two pixels, as if there were no edges.
+    #[inline(always)]
+    fn set_triangle(&mut self, filter: &Filter, span: Span, taps: usize) {
+        // From the even pixel at or before the first.
+        let pixels = taps + 1;
+        self.even.set(pixels, self.outputs);
+        for i in 0..pixels {
+            let (even, odd) = (
+                filter.row(i as isize, taps),
+                filter.row(i as isize - 1, taps),
+            );
+            let weights = even.iter().zip(odd).zip(&filter.first);
+            for (out, ((even, odd), &first)) in self.even.row_mut(i).iter_mut().zip(weights) {
+                *out = by_last_bit(span.crop as i32 + first as i32, *odd, *even);
+            }
+        }
+        let even = |pixel: isize| match usize::try_from(pixel) {
+            Ok(pixel) if pixel < pixels => self.even.row(pixel),
+            _ => &filter.zeros,
+        };
+        self.spread.set(2 * self.count, self.outputs);
+        for sample in 0..2 * self.count {
+            let pixel = 2 * (sample as isize - 1);
+            let far = even(pixel - 1).iter().zip(even(pixel + 2));
+            let near = even(pixel).iter().zip(even(pixel + 1));
+            for (out, (far, near)) in self.spread.row_mut(sample).iter_mut().zip(far.zip(near)) {
+                *out = 3 * (near.0 + near.1) + far.0 + far.1;
+            }
+        }
+        for sample in 0..2 * self.count {
+            let odd = match sample {
+                0 => &filter.zeros,
+                _ => self.spread.row(sample - 1),
+            };
+            let weights = self.spread.row(sample).iter().zip(odd).zip(&self.starts);
+            for (fine, ((even, odd), &start)) in self.fine.row_mut(sample).iter_mut().zip(weights) {
+                *fine = by_last_bit(start, *odd, *even);
+            }
+        }
+    }
+
+    /// Weights of an output, of samples of which each stands for two pixels.
+    #[inline(always)]
+    fn set_single(&mut self, filter: &Filter, span: Span, spread: Spread, i: usize) {
+        for sample in 0..2 * self.count {
+            self.fine.row_mut(sample)[i] = 0;
+        }
+        let start = self.starts[i] as usize & !1;
+        for tap in 0..filter.taps[i] as usize {
+            let weight = filter.weights.row(tap)[i];
+            let pixel = span.crop + filter.first[i] as usize + tap;
+            let near = pixel / 2;
+            let far = match (spread, pixel % 2) {
+                (Spread::Twice, _) => near,
+                (_, 0) => near.saturating_sub(1),
+                _ => (near + 1).min(span.samples - 1),
+            };
+            self.fine.row_mut(near - span.begin - start)[i] += 3 * weight;
+            self.fine.row_mut(far - span.begin - start)[i] += weight;
+        }
+    }
+
+    /// One more than the last pair that is read; the weights of those at the end may all be 0.
+    fn end(&self) -> usize {
+        let last = self.first.iter().copied().max().unwrap_or(0);
+        last as usize + self.count
     }
 }
 
-/// A plane's samples in pairs of columns (see `idct`).
+/// A plane's samples: blocks of [`ROWS`] rows, of which each is pairs of columns from left to right (see `idct`).
 #[derive(Default)]
 pub(super) struct Plane {
     pub(super) samples: Vec<u8>,
-    /// Bytes of a pair of columns: twice the rows, which are a multiple of [`ROWS`].
-    pub(super) stride: usize,
+    /// A multiple of [`ROWS`].
+    pub(super) rows: usize,
     /// Pairs of columns.
     pub(super) pairs: usize,
 }
 
-/// What the rows of planes are a multiple of.
+/// Rows of a plane's block.
 pub(super) const ROWS: usize = 32;
+/// Bytes of a pair of columns in a block: a line of the cache.
+pub(super) const PAIR: usize = 2 * ROWS;
 
 /// What lies between the passes: pairs of rows, each of an output's columns as pairs of i16.
 #[derive(Default)]
@@ -313,56 +424,79 @@ const fn block<V: Vector>() -> usize {
 /// # Safety
 /// The CPU has the vector's instructions.
 #[inline(always)]
-pub(super) unsafe fn across<V: Vector>(plane: &Plane, axis: &Axis, down: &Axis, out: &mut Between) {
+pub(super) unsafe fn across<V: Vector>(
+    plane: &mut Plane,
+    axis: &Axis,
+    down: &Axis,
+    out: &mut Between,
+) {
+    let (rows, pairs, count) = (plane.rows, plane.pairs, axis.count);
     let outputs = axis.first.len();
-    let rows = plane.stride / 2;
     out.stride = outputs.next_multiple_of(block::<V>());
-    out.rows
-        .resize((rows / 2 * out.stride).max(out.rows.len()), 0);
-    let last = |axis: &Axis| {
-        axis.first
-            .iter()
-            .max()
-            .map_or(0, |&first| first as usize + axis.count)
-    };
-    assert!(rows.is_multiple_of(ROWS) && plane.samples.len() >= plane.stride * plane.pairs);
-    assert!(last(axis) <= plane.pairs && axis.weights.len() == outputs * axis.count);
+    // Some windows end past what there is, with weights of 0.
+    let read = (rows / 2).max(down.end()) * out.stride;
+    out.rows.resize(read.max(out.rows.len()), 0);
+    assert!(rows.is_multiple_of(ROWS) && rows > 0 && axis.weights.width == outputs);
+    let read = PAIR * ((rows / ROWS - 1) * pairs + pairs.max(axis.end()));
+    plane.samples.resize(read.max(plane.samples.len()), 0);
     // Rows that the second pass reads.
     let step = 8 * V::PARTS;
-    let begin = 2 * down.first.iter().min().map_or(0, |&first| first as usize) / step * step;
-    let end = (2 * last(down)).next_multiple_of(step).min(rows);
+    let begin = 2 * down.first[..down.outputs]
+        .iter()
+        .min()
+        .map_or(0, |&first| first as usize)
+        / step
+        * step;
+    let end = (2 * down.end()).next_multiple_of(step).min(rows);
+    let weights = axis.weights.values.as_ptr();
     let mut y = begin;
     while y < end {
+        let at = PAIR * pairs * (y / ROWS) + 2 * (y % ROWS);
         let mut x = 0;
         while x < outputs {
-            // SAFETY: of pairs of columns `first + count` are in the plane (checked above), each of `stride` bytes, and
-            // `y + step` rows are in that, as `ROWS` is a multiple of `step`; outputs beyond the last repeat it. `out` has
-            // `rows / 2` pairs of rows of `stride` outputs, a multiple of `block`.
+            // SAFETY: of a block of rows, pairs of columns up to the axis's end are in memory, of `PAIR` bytes each, and
+            // `step` rows from `y` on are in a block, as `ROWS` is a multiple of `step`; there are weights for `count`
+            // pairs of `outputs`, a multiple of `OUTPUTS`. `out` has `rows / 2` pairs of rows of `stride` outputs, a
+            // multiple of `block`.
             unsafe {
-                macro_rules! output {
-                    ($i:literal) => {{
-                        let output = (x + $i).min(outputs - 1);
-                        let first = *axis.first.get_unchecked(output) as usize;
-                        let mut from = plane.samples.as_ptr().add(first * plane.stride + 2 * y);
-                        let mut weight = axis.weights.as_ptr().add(output * axis.count);
-                        let (mut low, mut high) = (
-                            V::splat32(1 << (WEIGHT - FRACTION - 1)),
-                            V::splat32(1 << (WEIGHT - FRACTION - 1)),
-                        );
-                        let mut t = 0;
-                        while t < axis.count {
-                            let weights = V::splat32(*weight);
-                            low = low.add32(V::load_wide(from).madd(weights));
-                            high = high.add32(V::load_wide(from.add(8 * V::PARTS)).madd(weights));
-                            from = from.add(plane.stride);
-                            weight = weight.add(1);
-                            t += 1;
-                        }
-                        low.shift32::<{ WEIGHT - FRACTION }>()
-                            .pack32(high.shift32::<{ WEIGHT - FRACTION }>())
-                    }};
+                let samples = plane.samples.as_ptr().add(at);
+                macro_rules! from {
+                    ($i:literal) => {
+                        samples.add(PAIR * *axis.first.get_unchecked(x + $i) as usize)
+                    };
                 }
-                let o = [output!(0), output!(1), output!(2), output!(3)];
+                let mut from = [from!(0), from!(1), from!(2), from!(3)];
+                let mut weight = weights.add(x);
+                let mut sums = [[V::splat32(1 << (WEIGHT - FRACTION - 1)); 2]; OUTPUTS];
+                let mut pair = 0;
+                while pair < count {
+                    macro_rules! add {
+                        ($i:literal) => {{
+                            let weights = V::splat32(*weight.add($i));
+                            let [low, high] = &mut sums[$i];
+                            *low = low.add_madd(V::load_wide(from[$i]), weights);
+                            *high =
+                                high.add_madd(V::load_wide(from[$i].add(8 * V::PARTS)), weights);
+                            from[$i] = from[$i].add(PAIR);
+                        }};
+                    }
+                    add!(0);
+                    add!(1);
+                    add!(2);
+                    add!(3);
+                    weight = weight.add(outputs);
+                    pair += 1;
+                }
+                let narrow = |[low, high]: [V; 2]| {
+                    low.shift32::<{ WEIGHT - FRACTION }>()
+                        .pack32(high.shift32::<{ WEIGHT - FRACTION }>())
+                };
+                let o = [
+                    narrow(sums[0]),
+                    narrow(sums[1]),
+                    narrow(sums[2]),
+                    narrow(sums[3]),
+                ];
                 // Part p of each holds four rows from 4p on and four from 4 (PARTS + p) on, as two pairs each.
                 let (a, b) = (o[0].low32(o[1]), o[2].low32(o[3]));
                 let (c, d) = (o[0].high32(o[1]), o[2].high32(o[3]));
@@ -377,7 +511,7 @@ pub(super) unsafe fn across<V: Vector>(plane: &Plane, axis: &Axis, down: &Axis, 
                 c.low64(d).store_parts(bytes(2 * V::PARTS), step);
                 c.high64(d).store_parts(bytes(2 * V::PARTS + 1), step);
             }
-            x += 4;
+            x += OUTPUTS;
         }
         y += step;
     }
@@ -413,39 +547,52 @@ pub(super) unsafe fn down<V: Vector>(
         // there.
         unsafe {
             macro_rules! plane {
-                ($c:expr, $half:expr) => {{
+                ($c:expr) => {{
                     let (plane, axis) = (&planes[$c], axes[$c]);
                     let first = *axis.first.get_unchecked(y) as usize;
                     let mut from = plane
                         .rows
                         .as_ptr()
-                        .add(first * plane.stride + x + 8 * V::PARTS * $half)
+                        .add(first * plane.stride + x)
                         .cast::<u8>();
-                    let mut weight = axis.weights.as_ptr().add(y * axis.count);
-                    let (mut low, mut high) =
-                        (V::splat32(1 << (WEIGHT - 1)), V::splat32(1 << (WEIGHT - 1)));
-                    let mut t = 0;
-                    while t < axis.count {
+                    let mut weight = axis.weights.values.as_ptr().add(y);
+                    let mut sums = [V::splat32(1 << (WEIGHT - 1)); 4];
+                    let mut pair = 0;
+                    while pair < axis.count {
                         let weights = V::splat32(*weight);
-                        low = low.add32(V::load(from).madd(weights));
-                        high = high.add32(V::load(from.add(16 * V::PARTS)).madd(weights));
+                        sums[0] = sums[0].add_madd(V::load(from), weights);
+                        sums[1] = sums[1].add_madd(V::load(from.add(16 * V::PARTS)), weights);
+                        sums[2] = sums[2].add_madd(V::load(from.add(32 * V::PARTS)), weights);
+                        sums[3] = sums[3].add_madd(V::load(from.add(48 * V::PARTS)), weights);
                         from = from.add(4 * plane.stride);
-                        weight = weight.add(1);
-                        t += 1;
+                        weight = weight.add(axis.weights.width);
+                        pair += 1;
                     }
-                    low.shift32::<WEIGHT>().pack32(high.shift32::<WEIGHT>())
+                    [
+                        sums[0]
+                            .shift32::<WEIGHT>()
+                            .pack32(sums[1].shift32::<WEIGHT>()),
+                        sums[2]
+                            .shift32::<WEIGHT>()
+                            .pack32(sums[3].shift32::<WEIGHT>()),
+                    ]
                 }};
             }
+            let luma = plane!(0);
+            let [blue, red] = match planes.len() {
+                1 => [[V::splat16(0); 2]; 2],
+                _ => [plane!(1), plane!(2)],
+            };
             macro_rules! colours {
                 ($half:expr) => {{
-                    let luma = plane!(0, $half).add16(V::splat16(1 << (FRACTION - 1)));
+                    let luma = luma[$half].add16(V::splat16(1 << (FRACTION - 1)));
                     if planes.len() == 1 {
                         let grey = luma.shift16::<FRACTION>();
                         [grey, grey, grey]
                     } else {
                         let middle = V::splat16(128 << FRACTION);
-                        let blue = plane!(1, $half).sub16(middle);
-                        let red = plane!(2, $half).sub16(middle);
+                        let blue = blue[$half].sub16(middle);
+                        let red = red[$half].sub16(middle);
                         // BT.601, as JFIF has it; what is beyond 1 or below -1 is in the additions.
                         let r =
                             luma.adds16(red.adds16(red.mul_round16(V::splat16(fraction(0.402)))));

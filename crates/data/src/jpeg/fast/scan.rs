@@ -7,7 +7,7 @@ use super::entropy::{self, Pair, Stream};
 use super::header::Header;
 use super::idct;
 use super::points::{self, Maker, Points};
-use super::resample::{Plane, ROWS};
+use super::resample::{PAIR, Plane, ROWS};
 use super::simd::{self, Level, Vector};
 use crate::crop::Rect;
 
@@ -161,8 +161,8 @@ impl Scan {
             unit.push((Arc::clone(pair), across * down));
             let plane = &mut self.planes[i];
             plane.pairs = 16 * region.width().div_ceil(TOGETHER) * across;
-            plane.stride = 2 * (8 * (region.y[1] - region.y[0]) * down).next_multiple_of(ROWS);
-            let bytes = plane.pairs * plane.stride;
+            plane.rows = (8 * (region.y[1] - region.y[0]) * down).next_multiple_of(ROWS);
+            let bytes = 2 * plane.pairs * plane.rows;
             plane.samples.resize(bytes.max(plane.samples.len()), 0);
         }
         if !entropy::unstuff(header.data, &mut self.stream.data) {
@@ -318,16 +318,20 @@ impl Scan {
             layouts.iter().zip(&mut self.planes).zip(&self.quantisation)
         {
             for y in 0..layout.down {
-                let top = 2 * 8 * (self.row * layout.down + y);
+                let top = 8 * (self.row * layout.down + y);
+                assert!(top + 8 <= plane.rows);
+                let block = top / ROWS * plane.pairs;
                 let groups = &self.stream.groups()[layout.first + y * layout.across..];
                 for (i, group) in groups[..layout.across].iter().enumerate() {
                     // Sixteen pairs of columns a group, as `start` has made the plane.
                     let column = 16 * (begin * layout.across + i);
-                    let out =
-                        &mut plane.samples[column * plane.stride..][..16 * plane.stride][top..];
-                    assert!(top + 16 <= plane.stride);
-                    // SAFETY: each of the 16 columns has 16 bytes from `top` on, as asserted.
-                    unsafe { idct::inverse::<V>(group, scales, out.as_mut_ptr(), plane.stride) };
+                    assert!(column + 16 <= plane.pairs);
+                    let out = &mut plane.samples[PAIR * (block + column)..][..16 * PAIR];
+                    // SAFETY: each of the 16 pairs of columns has 16 bytes from there on.
+                    unsafe {
+                        let out = out.as_mut_ptr().add(2 * (top % ROWS));
+                        idct::inverse::<V>(group, scales, out);
+                    }
                 }
             }
         }

@@ -15,7 +15,7 @@ pub(crate) enum Level {
     Portable,
     /// AVX2 and BMI.
     Avx2,
-    /// AVX-512 F, BW and VL, and the above.
+    /// AVX-512 F, BW, VL and VNNI, and the above.
     Avx512,
 }
 
@@ -33,7 +33,8 @@ impl Level {
         {
             use std::arch::is_x86_feature_detected as has;
             let avx2 = || has!("avx2") && has!("bmi1") && has!("bmi2") && has!("lzcnt");
-            let avx512 = || has!("avx512f") && has!("avx512bw") && has!("avx512vl");
+            let avx512 =
+                || has!("avx512f") && has!("avx512bw") && has!("avx512vl") && has!("avx512vnni");
             match self {
                 Self::Portable => true,
                 Self::Avx2 => avx2(),
@@ -101,6 +102,8 @@ pub(super) trait Vector: Copy {
     unsafe fn shift16<const RIGHT: u32>(self) -> Self;
     /// Sums of the products of neighbours, as i32.
     unsafe fn madd(self, other: Self) -> Self;
+    /// This one, of i32, and the sums of the products of neighbours of the others.
+    unsafe fn add_madd(self, a: Self, b: Self) -> Self;
     unsafe fn add32(self, other: Self) -> Self;
     unsafe fn sub32(self, other: Self) -> Self;
     unsafe fn shift32<const RIGHT: u32>(self) -> Self;
@@ -253,6 +256,10 @@ impl Vector for Portable {
         Self::of_wide([sum(0), sum(1), sum(2), sum(3)])
     }
     #[inline(always)]
+    unsafe fn add_madd(self, a: Self, b: Self) -> Self {
+        unsafe { self.add32(a.madd(b)) }
+    }
+    #[inline(always)]
     unsafe fn add32(self, other: Self) -> Self {
         self.zip32(other, i32::wrapping_add)
     }
@@ -333,7 +340,7 @@ pub(super) mod x86 {
     pub(in super::super) struct Avx512(__m512i);
 
     macro_rules! vector {
-        ($name:ident, $parts:literal, $load:ident, $narrow:ident, $widen:ident, $splat128:ident, $set16:ident,
+        ($name:ident, $parts:literal, $add_madd:expr, $load:ident, $narrow:ident, $widen:ident, $splat128:ident, $set16:ident,
          $set32:ident, $or:ident, $srai16:ident, $srai32:ident, [$($method:ident = $op:ident),*], $store:expr) => {
             impl Vector for $name {
                 const PARTS: usize = $parts;
@@ -360,6 +367,10 @@ pub(super) mod x86 {
                 #[inline(always)]
                 unsafe fn store_parts(self, to: *mut u8, step: usize) {
                     unsafe { $store(self.0, to, step) }
+                }
+                #[inline(always)]
+                unsafe fn add_madd(self, a: Self, b: Self) -> Self {
+                    Self(unsafe { $add_madd(self.0, a.0, b.0) })
                 }
                 #[inline(always)]
                 unsafe fn shift16<const RIGHT: u32>(self) -> Self {
@@ -428,6 +439,7 @@ pub(super) mod x86 {
     vector!(
         Avx2,
         2,
+        |sum, a, b| _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)),
         _mm256_loadu_si256,
         _mm_loadu_si128,
         _mm256_cvtepu8_epi16,
@@ -461,6 +473,7 @@ pub(super) mod x86 {
     vector!(
         Avx512,
         4,
+        _mm512_dpwssd_epi32,
         _mm512_loadu_si512,
         _mm256_loadu_si256,
         _mm512_cvtepu8_epi16,
