@@ -7,6 +7,7 @@
 //! whatever the bytes.
 
 use std::hint::select_unpredictable as select;
+use std::iter::repeat_n;
 use std::mem::replace;
 use std::ops::Range;
 use std::sync::Arc;
@@ -36,17 +37,22 @@ pub(super) const PADDING: usize = 64;
 #[derive(Clone, Copy)]
 struct Symbol {
     /// Of the code, in bits.
-    length: u32,
+    length: u8,
     /// Zeros before the coefficient.
-    run: u32,
+    run: u8,
     /// Of the number that follows, in bits.
-    size: u32,
+    size: u8,
 }
 
 impl Symbol {
     #[inline(always)]
+    fn length(self) -> u32 {
+        self.length.into()
+    }
+
+    #[inline(always)]
     fn bits(self) -> u32 {
-        self.length + self.size
+        u32::from(self.length) + u32::from(self.size)
     }
 
     /// Coefficients that it stands for; none for the end of a block, where it is not a first one.
@@ -56,18 +62,18 @@ impl Symbol {
             _ if is_dc => Some(1),
             (15, 0) => Some(16),
             (_, 0) => None,
-            (run, _) => Some(run as u8 + 1),
+            (run, _) => Some(run + 1),
         }
     }
 }
 
-/// The codes of a Huffman table: all that there is to know, slowly.
+/// The codes of a Huffman table.
 struct Codes {
-    /// By length: one more than the greatest code of it, or of less, moved up to 16 bits.
-    ends: [u32; 17],
-    /// By length: what, added to a code, gives the index of its symbol.
-    offsets: [i32; 17],
-    symbols: [u8; 256],
+    /// By the next [`LOOK`] bits, where they hold a whole code.
+    short: Vec<Option<Symbol>>,
+    /// By the next 16 bits, from those on with which longer codes begin.
+    long: Vec<Option<Symbol>>,
+    begin: usize,
     is_dc: bool,
 }
 
@@ -83,56 +89,48 @@ impl Codes {
         if listed.len() > 256 || listed.iter().any(too_long) {
             return None;
         }
-        let mut codes = Self {
-            ends: [0; 17],
-            offsets: [0; 17],
-            symbols: [0; 256],
-            is_dc,
-        };
-        codes.symbols[..listed.len()].copy_from_slice(listed);
-        let (mut code, mut index) = (0, 0);
-        for length in 1..=16 {
-            let count = u32::from(counts[length - 1]);
-            codes.offsets[length] = index as i32 - code as i32;
-            code += count;
-            index += count;
+        // Codes follow each other by length, so what they begin with does too.
+        let (mut short, mut long) = (vec![], vec![]);
+        let mut listed = listed;
+        let mut code = 0;
+        for (length, &count) in (1..=16).zip(counts) {
+            let (symbols, rest) = listed.split_at_checked(count.into())?;
+            listed = rest;
+            code += u32::from(count);
             // The code of ones alone is never used.
-            if index as usize > listed.len() || count > 0 && code >= 1 << length {
+            if count > 0 && code >= 1 << length {
                 return None;
             }
-            codes.ends[length] = match count {
-                0 => codes.ends[length - 1],
-                _ => code << (16 - length),
-            };
             code <<= 1;
+            for &symbol in symbols {
+                let symbol = Symbol {
+                    length: length as u8,
+                    run: if is_dc { 0 } else { symbol >> 4 },
+                    size: symbol & 15,
+                };
+                match length {
+                    ..=LOOK => short.extend(repeat_n(Some(symbol), 1 << (LOOK - length))),
+                    _ => long.extend(repeat_n(Some(symbol), 1 << (16 - length))),
+                }
+            }
         }
-        Some(codes)
+        let begin = short.len() << (16 - LOOK);
+        short.resize(1 << LOOK, None);
+        Some(Self {
+            short,
+            long,
+            begin,
+            is_dc,
+        })
     }
 
     /// The symbol that the next bits begin with.
     #[inline]
     fn symbol(&self, held: u64) -> Option<Symbol> {
-        let next = (held >> 48) as u32;
-        // Ends never fall from a length to the next, so counting is searching.
-        let shorter = self.ends[1..].iter().map(|&end| usize::from(end <= next));
-        let length = 1 + shorter.sum::<usize>();
-        let index = (next >> (16 - length.min(16))) as i32 + self.offsets.get(length)?;
-        let symbol = self.symbols[(index & 255) as usize];
-        let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
-        let run = if self.is_dc { 0 } else { run };
-        let length = length as u32;
-        Some(Symbol { length, run, size })
-    }
-
-    /// What the next [`LOOK`] bits hold, if it is a whole code: by those bits, in order.
-    fn singles(&self) -> Singles {
-        let looked = |bits: u64| self.symbol(bits << (64 - LOOK));
-        let fits = |symbol: &Symbol| symbol.length <= LOOK;
-        Singles {
-            codes: (0..1 << LOOK)
-                .map(|bits| looked(bits).filter(fits))
-                .collect(),
-            is_dc: self.is_dc,
+        let next = (held >> 48) as usize;
+        match next.checked_sub(self.begin) {
+            None => self.short[next >> (16 - LOOK)],
+            Some(next) => self.long.get(next).copied().flatten(),
         }
     }
 }
@@ -213,7 +211,7 @@ impl Step {
     /// One symbol, of any length, with its number.
     fn of(symbol: Symbol, held: u64, is_dc: bool) -> Self {
         let goes = symbol.goes(is_dc);
-        let value = number(held, symbol.length, symbol.size) as i16;
+        let value = number(held, symbol.length(), symbol.size) as i16;
         let symbols = Symbols {
             used: symbol.bits(),
             goes: goes.unwrap_or(0),
@@ -228,34 +226,34 @@ impl Step {
 
     /// As many symbols as these bits hold, with two coefficients at most that are needed, or as many as there are, of which
     /// the first means something.
-    fn gather(singles: [&Singles; 2], bits: usize, is_needed: bool) -> Self {
+    fn gather(codes: [&Codes; 2], bits: usize, is_needed: bool) -> Self {
         let held = (bits as u64) << (64 - LOOK);
         let mask = (1 << LOOK) - 1;
-        let begins = singles[0].is_dc;
+        let begins = codes[0].is_dc;
         let mut symbols = Symbols::default();
         let mut count = 0;
         while symbols.used < LOOK {
             let used = symbols.used;
-            let table = singles[usize::from(count > 0)];
-            let Some(symbol) = table.codes[(bits << used) & mask] else {
+            let codes = codes[usize::from(count > 0)];
+            let Some(symbol) = codes.short[(bits << used) & mask] else {
                 break;
             };
-            if used + symbol.length > LOOK {
+            if used + symbol.length() > LOOK {
                 break;
             }
             let Some(goes) = symbol.goes(begins && count == 0) else {
-                symbols.used += symbol.length;
+                symbols.used += symbol.length();
                 return Self::new(&symbols, true, held);
             };
             let tail = (used + symbol.bits()).saturating_sub(LOOK);
-            let has_sign = symbol.size == 0 || used + symbol.length < LOOK;
+            let has_sign = symbol.size == 0 || used + symbol.length() < LOOK;
             let is_kept = i8::try_from(symbols.first).is_ok();
             let is_full = is_needed && (count == 2 || !is_kept);
             if is_full || symbols.goes + goes > 63 || tail > TAIL || !has_sign {
                 break;
             }
             // Bits beyond those looked at count as zeros here, and are added when they are known.
-            let value = number(held << used, symbol.length, symbol.size) as i16;
+            let value = number(held << used, symbol.length(), symbol.size) as i16;
             if count == 0 {
                 (symbols.first_goes, symbols.first) = (goes, value);
             }
@@ -300,12 +298,6 @@ static STAY: Table = Table {
     found: [Step::STAY.found; 1 << LOOK],
 };
 
-/// Single codes by the next [`LOOK`] bits, where they fit.
-struct Singles {
-    codes: Vec<Option<Symbol>>,
-    is_dc: bool,
-}
-
 /// How blocks of a component begin and go on.
 struct Tables {
     first: Box<Table>,
@@ -313,7 +305,7 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(dc: &Singles, ac: &Singles, is_needed: bool) -> Self {
+    fn new(dc: &Codes, ac: &Codes, is_needed: bool) -> Self {
         let table = |begin| {
             let mut table = Box::new(Table { ..STAY });
             let Table { ways, found } = &mut *table;
@@ -343,10 +335,9 @@ impl Pair {
     /// As the file has them. None if they are damaged.
     pub(super) fn new(dc: &[u8], ac: &[u8]) -> Option<Self> {
         let (dc, ac) = (Codes::new(dc, true)?, Codes::new(ac, false)?);
-        let (firsts, others) = (dc.singles(), ac.singles());
         Some(Self {
-            steps: Tables::new(&firsts, &others, true),
-            leaps: Tables::new(&firsts, &others, false),
+            steps: Tables::new(&dc, &ac, true),
+            leaps: Tables::new(&dc, &ac, false),
             dc,
             ac,
         })
@@ -441,7 +432,7 @@ impl Stream {
         self.groups.resize(groups + 1, Group::ZERO);
         let blocks = || {
             let unit = unit.iter().cycle();
-            unit.flat_map(|(pair, count)| std::iter::repeat_n(pair, *count))
+            unit.flat_map(|(pair, count)| repeat_n(pair, *count))
         };
         let turn = |(pair, at): (&Arc<Pair>, usize)| Turn {
             pair: Arc::clone(pair),
@@ -666,7 +657,7 @@ impl Reader {
 
 /// The number of `size` bits from bit `at` on; those that begin with a zero are negative.
 #[inline(always)]
-fn number(held: u64, at: u32, size: u32) -> i32 {
+fn number(held: u64, at: u32, size: u8) -> i32 {
     let next = held << at;
     // Two steps, because a shift by 64 is none.
     let value = (next >> 1 >> (63 - size)) as i32;
