@@ -30,6 +30,15 @@ pub(crate) enum Slot<'a> {
     F32(&'a mut [f32]),
 }
 
+impl Slot<'_> {
+    fn blacken(&mut self) {
+        match self {
+            Self::U8(pixels) => pixels.fill(0),
+            Self::F32(pixels) => pixels.fill(0.0),
+        }
+    }
+}
+
 impl Pixels {
     /// Black images of this many values in all, of the type that the configuration gives.
     pub(crate) fn new(config: &Config, values: usize) -> Self {
@@ -39,6 +48,15 @@ impl Pixels {
             }
             _ => Self::U8(vec![0; values]),
         }
+    }
+
+    /// So many values, whatever they are, in the same memory.
+    pub(crate) fn again(mut self, values: usize) -> Self {
+        match &mut self {
+            Self::U8(p) => p.resize(values, 0),
+            Self::F32(p) => p.resize(values, 0.0),
+        }
+        self
     }
 
     /// Size of a whole batch.
@@ -119,7 +137,8 @@ enum Opened<'a> {
     Task(Task<'a>),
 }
 
-/// Writes the images of samples into their slots, which are black, as they come; says of each number what came of it.
+/// Writes the images of samples into their slots as they come; says of each number what came of it. The slot of a sample
+/// that is bad holds nothing that means anything.
 pub(crate) fn decode<'a>(
     config: &Config,
     mode: Mode,
@@ -161,7 +180,7 @@ fn open<'a>(
     config: &Config,
     mode: Mode,
     sample: &'a Sample,
-    slot: Slot<'a>,
+    mut slot: Slot<'a>,
 ) -> Result<Opened<'a>, Reason> {
     let task = |label, encoded, seek, (shard, record): (_, &Record), slot| {
         let random = draws(config, sample.epoch, shard, record);
@@ -174,7 +193,10 @@ fn open<'a>(
         }))
     };
     match &sample.content {
-        Content::Zeros => Ok(Opened::Made(0.into())),
+        Content::Zeros => {
+            slot.blacken();
+            Ok(Opened::Made(0.into()))
+        }
         Content::Fake { index } => {
             let purpose = Purpose::Fake {
                 index: *index,

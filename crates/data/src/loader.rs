@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::panic;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{self, Receiver, SyncSender};
+use std::sync::mpsc::{self, Receiver, Sender, SyncSender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -31,6 +31,7 @@ const MAX_VALUES: usize = 1 << 36;
 pub struct Loader {
     /// Both are present until dropped.
     batches: Option<Receiver<Result<Batch, Error>>>,
+    used: Sender<Pixels>,
     thread: Option<JoinHandle<()>>,
     making: Arc<Making>,
 }
@@ -52,6 +53,13 @@ fn add(total: &AtomicU64, time: Duration) {
 }
 
 impl Loader {
+    /// Takes back the memory of a batch that has been used, for one to come: that spares the system the work of making
+    /// pages for each.
+    pub fn reuse(&self, pixels: Pixels) {
+        // If the thread has ended, nothing comes.
+        let _ = self.used.send(pixels);
+    }
+
     /// Of the time that it took to make batches so far, the share in which nothing could be decoded because records
     /// were still being read, from 0 to 1; 0 before the first batch.
     pub fn reading_share(&self) -> f64 {
@@ -173,6 +181,7 @@ fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {
         .build()
         .map_err(|e| Error::Threads(e.to_string()))?;
     let (sender, batches) = mpsc::sync_channel(AHEAD);
+    let (used, reusable) = mpsc::channel();
     let making = Arc::new(Making::default());
     let producer = Producer {
         making: Arc::clone(&making),
@@ -185,6 +194,7 @@ fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {
             end: None,
         },
         pool,
+        reusable,
         bad: 0,
     };
     let thread = thread::Builder::new()
@@ -193,6 +203,7 @@ fn start(config: &Config, mode: Mode, order: Order) -> Result<Loader, Error> {
         .map_err(|e| Error::Threads(e.to_string()))?;
     Ok(Loader {
         batches: Some(batches),
+        used,
         thread: Some(thread),
         making,
     })
@@ -273,6 +284,8 @@ struct Producer {
     /// After the last sample that went into a batch.
     cursor: Cursor,
     pool: ThreadPool,
+    /// Memory of batches that have been used.
+    reusable: Receiver<Pixels>,
     /// Bad records so far.
     bad: u64,
     making: Arc<Making>,
@@ -298,7 +311,9 @@ impl Producer {
         let (config, mode, reader) = (&self.config, self.mode, &mut self.reader);
         let size = config.batch_size;
         let len = 3 * config.resolution * config.resolution;
-        let mut pixels = Pixels::new(config, size * len);
+        let used = self.reusable.try_recv().ok();
+        let mut pixels =
+            used.map_or_else(|| Pixels::new(config, size * len), |p| p.again(size * len));
         let mut labels = Vec::with_capacity(size);
         let mut ids = Vec::with_capacity(size);
         let mut bad_records = Vec::new();

@@ -358,6 +358,7 @@ fn start(
         trackers.images(0, side, &first_images(&batch, side));
     }
     let step = engine.start_step(&view(&batch, mixed.as_ref()), &job.plan.hyper(done))?;
+    stream.batches.reuse(batch.pixels);
     let (cursor, samples) = (batch.cursor, batch.samples);
     let drawn = Drawn {
         number,
@@ -602,7 +603,8 @@ pub fn score(
     mut note: impl FnMut(&str),
 ) -> Result<Option<Metrics>, Error> {
     let mut total = Metrics::default();
-    for batch in data::eval(config)? {
+    let mut batches = data::eval(config)?;
+    while let Some(batch) = batches.next() {
         if stop.load(Ordering::Relaxed) {
             return Ok(None);
         }
@@ -618,6 +620,7 @@ pub fn score(
         if let Some(classes) = &mut classes {
             classes.add(&logits, view.labels);
         }
+        batches.reuse(batch.pixels);
     }
     match total.images {
         0 => Err(Error::NothingScored),

@@ -131,7 +131,9 @@ impl Report {
             data::train(&config, data::Cursor::default()).map_err(train::Error::from)?;
         let mut next = || -> Result<usize, Failure> {
             let batch = loader.next().expect("training never ends");
-            Ok(batch.map_err(train::Error::from)?.labels.len())
+            let batch = batch.map_err(train::Error::from)?;
+            loader.reuse(batch.pixels);
+            Ok(batch.labels.len())
         };
         for _ in 0..WARM_UP {
             next()?;
