@@ -22,8 +22,11 @@ const LOOK: u32 = 11;
 const LOOKS: u32 = 3;
 /// Bits that a look may take beyond its own: the end of a number whose sign is within them.
 const TAIL: u32 = 56 / LOOKS - LOOK;
-/// Before the first coefficient of a block.
-const BEFORE: u32 = u32::MAX;
+/// In a count, bits that were taken are below this one, and the last coefficient that is known is from it on: one
+/// addition counts both.
+const UP: u32 = 8;
+/// Set in the count of a block whose first coefficient is not known: -1.
+const BEFORE: u32 = u32::MAX << UP;
 /// The last coefficient.
 const LAST: u32 = 63;
 /// What the end of a block adds to the index of its last coefficient. It comes after any but the last.
@@ -143,14 +146,15 @@ struct Step {
     found: Found,
 }
 
-/// What the next look waits for: little enough to stay in the first-level cache.
+/// What the next look waits for, little enough to stay in the first-level cache: what is added to a count, that is bits,
+/// and [`UP`] from them coefficients and [`END`].
 #[derive(Clone, Copy)]
-#[repr(C)]
-struct Way {
-    /// Taken.
-    bits: u8,
-    /// Coefficients, and [`END`].
-    goes: u8,
+struct Way(u16);
+
+impl Way {
+    const fn new(bits: u8, goes: u8) -> Self {
+        Self(bits as u16 | (goes as u16) << UP)
+    }
 }
 
 /// What nothing waits for.
@@ -171,7 +175,7 @@ struct Found {
 impl Step {
     /// What takes nothing, and goes on where nobody reads.
     const STAY: Self = Self {
-        way: Way { bits: 0, goes: 1 },
+        way: Way::new(0, 1),
         found: Found {
             first_goes: 1,
             last_goes: 1,
@@ -182,10 +186,7 @@ impl Step {
     };
     /// From wherever in a block, it is [`ODD`].
     const CLOSER: Self = Self {
-        way: Way {
-            bits: 0,
-            goes: ODD + 1,
-        },
+        way: Way::new(0, ODD + 1),
         ..Self::STAY
     };
 
@@ -193,10 +194,10 @@ impl Step {
     fn new(symbols: &Symbols, ends: bool, held: u64) -> Self {
         let shift = 64 - LOOK - symbols.tail;
         Self {
-            way: Way {
-                bits: symbols.used as u8,
-                goes: symbols.goes + if ends { END } else { 0 },
-            },
+            way: Way::new(
+                symbols.used as u8,
+                symbols.goes + if ends { END } else { 0 },
+            ),
             found: Found {
                 // The end alone is a zero where nothing is yet.
                 first_goes: symbols.first_goes.max(1),
@@ -206,22 +207,6 @@ impl Step {
                 last: symbols.last.wrapping_sub((held >> shift) as i16),
             },
         }
-    }
-
-    /// One symbol, of any length, with its number.
-    fn of(symbol: Symbol, held: u64, is_dc: bool) -> Self {
-        let goes = symbol.goes(is_dc);
-        let value = number(held, symbol.length(), symbol.size) as i16;
-        let symbols = Symbols {
-            used: symbol.bits(),
-            goes: goes.unwrap_or(0),
-            first_goes: goes.unwrap_or(0),
-            last_goes: goes.unwrap_or(0),
-            first: value,
-            last: value,
-            ..Symbols::default()
-        };
-        Self::new(&symbols, goes.is_none(), held)
     }
 
     /// As many symbols as these bits hold, with two coefficients at most that are needed, or as many as there are, of which
@@ -342,15 +327,6 @@ impl Pair {
             ac,
         })
     }
-
-    /// What is next, whatever its length.
-    #[cold]
-    #[inline(never)]
-    fn closer(&self, held: u64, is_dc: bool) -> Step {
-        let codes = if is_dc { &self.dc } else { &self.ac };
-        let symbol = codes.symbol(held);
-        symbol.map_or(Step::CLOSER, |symbol| Step::of(symbol, held, is_dc))
-    }
 }
 
 /// A block to come, as it is read.
@@ -373,12 +349,12 @@ struct Turn {
 pub(super) struct Stream {
     /// Ends with [`PADDING`] zeros.
     pub(super) data: Vec<u8>,
-    /// The byte that `held` began with.
+    /// The byte that `held` goes on with.
     at: usize,
-    /// The next bits, from the top, and a one in place of the 64th that it began with, which tells how many were taken.
+    /// The next bits, from the top: 63, less those that were taken. What is below them is zeros, or comes after them too.
     held: u64,
-    /// The last coefficient of the block that is known.
-    k: u32,
+    /// See [`UP`].
+    count: u32,
     /// Blocks of each component in a unit.
     unit: Vec<usize>,
     /// Those that are decoded and those that are passed over.
@@ -403,8 +379,8 @@ impl Stream {
         Self {
             data: vec![0; PADDING],
             at: 0,
-            held: 1,
-            k: BEFORE,
+            held: 0,
+            count: BEFORE,
             unit: vec![],
             turns: vec![],
             passed: 0,
@@ -479,25 +455,31 @@ impl Stream {
 
     /// Goes on from this bit, where a unit begins.
     pub(super) fn seek(&mut self, bit: usize) {
-        (self.at, self.held, self.k) = (bit / 8, 1 << (bit % 8), BEFORE);
+        let (byte, bits) = (bit / 8, (bit % 8) as u32);
+        let next = self.data.get(byte..).and_then(|data| data.first_chunk());
+        self.held = u64::from_be_bytes(*next.unwrap_or(&[0; 8])) << bits;
+        // As if 56 bits had been held.
+        (self.at, self.count) = (byte + 7, BEFORE | (7 + bits));
     }
 
     /// Of the next bit.
     pub(super) fn position(&self) -> usize {
-        8 * self.at + self.held.trailing_zeros() as usize
+        8 * self.at + (self.count & 63) as usize - 63
     }
 
-    /// Makes sure of 56 bits, of what is held.
+    /// Makes sure of 56 bits. What is added was read from where the last time led, so nothing waits for it.
     #[inline(always)]
-    fn fill(&mut self, held: u64) -> u64 {
-        let taken = held.trailing_zeros();
-        self.at += (taken / 8) as usize;
+    fn fill(&mut self, reader: &mut Reader) {
         let next = match self.at <= self.data.len() - 8 {
             // SAFETY: eight bytes before the end at least.
             true => unsafe { self.data.as_ptr().add(self.at).cast::<[u8; 8]>().read() },
             false => [0; 8],
         };
-        (u64::from_be_bytes(next) | 1) << (taken % 8)
+        let taken = reader.count & 63;
+        reader.held |= u64::from_be_bytes(next).wrapping_shr(!taken);
+        self.at += (taken / 8) as usize;
+        // Whole bytes are not taken any more.
+        reader.count &= !(63 - 7);
     }
 
     /// Whether bits were taken that the data do not have.
@@ -513,7 +495,7 @@ impl Stream {
     /// What is to be read next: of the blocks that are decoded or of those that are passed over, these.
     pub(super) fn begin(&mut self, is_needed: bool, blocks: Range<usize>) {
         let from = if is_needed { 0 } else { self.passed };
-        self.k = BEFORE;
+        self.count |= BEFORE;
         (self.place, self.end) = (from + blocks.start, from + blocks.end);
         let stay = self.stay();
         self.replaced = Some(replace(&mut self.places[self.end], stay));
@@ -561,7 +543,7 @@ impl Stream {
 /// A stream while it is read: what changes with every look, and should stay in registers.
 struct Reader {
     held: u64,
-    k: u32,
+    count: u32,
     table: *const Table,
     place: *const Place,
 }
@@ -572,8 +554,8 @@ impl Reader {
         let place = &stream.places[stream.place];
         Self {
             held: stream.held,
-            k: stream.k,
-            table: if stream.k == BEFORE {
+            count: stream.count,
+            table: if stream.count >= BEFORE {
                 place.first
             } else {
                 place.rest
@@ -582,10 +564,16 @@ impl Reader {
         }
     }
 
+    /// The last coefficient that is known, or -1.
+    #[inline(always)]
+    fn k(&self) -> isize {
+        (self.count as i32 >> UP) as isize
+    }
+
     /// Leaves the stream where it was read to.
     #[inline(always)]
     fn leave(self, stream: &mut Stream) {
-        (stream.held, stream.k) = (self.held, self.k);
+        (stream.held, stream.count) = (self.held, self.count);
         stream.place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
     }
 
@@ -610,8 +598,9 @@ impl Reader {
     /// The step is for this place and for these bits.
     #[inline(always)]
     unsafe fn take<const IS_NEEDED: bool>(&mut self, way: &Way, found: &Found) -> bool {
-        let after = self.k.wrapping_add(u32::from(way.goes));
-        if after & u32::from(ODD) != 0 {
+        let way = u32::from(way.0);
+        let after = self.count.wrapping_add(way);
+        if after & u32::from(ODD) << UP != 0 {
             return false;
         }
         // SAFETY: a step that ends a block leads to the next one; there is none where reading stays, behind the last block,
@@ -619,9 +608,10 @@ impl Reader {
         // There is room for all `PLACES` wherever blocks begin.
         unsafe {
             let at = (*self.place).at;
+            let k = self.k();
             let put = |goes: u8, value: i16| {
-                let index = self.k.wrapping_add(u32::from(goes));
-                let place = *PLACES.as_ptr().add(index as usize);
+                let index = k.wrapping_add(goes.into());
+                let place = *PLACES.as_ptr().offset(index);
                 at.add(usize::from(place)).write(value);
             };
             if IS_NEEDED {
@@ -630,28 +620,55 @@ impl Reader {
             // If there is one alone, it is the last, at the same place.
             let moved = self.held.wrapping_shr(u32::from(found.shift)) as i16;
             put(found.last_goes, found.last.wrapping_add(moved));
-            let is_end = after >= LAST;
+            let is_end = after >= LAST << UP;
             let next = self.place.add(1);
             let (first, rest) = (known((*next).first), known((*self.place).rest));
             self.table = select(is_end, first, rest);
             self.place = select(is_end, next, self.place);
-            self.k = select(is_end, BEFORE, after);
+            self.count = select(is_end, after | BEFORE, after);
         }
-        self.held = self.held.wrapping_shl(u32::from(way.bits));
+        // The lowest six bits of it count.
+        self.held = self.held.wrapping_shl(way);
         true
     }
 
     /// Takes the next symbol, whatever its length. False if there is none, or it goes past the end of its block.
     #[inline(always)]
-    fn closer<const IS_NEEDED: bool>(&mut self, stream: &mut Stream) -> bool {
-        self.held = stream.fill(self.held);
+    fn closer(&mut self, stream: &mut Stream) -> bool {
+        stream.fill(self);
         let place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
         let Some(turn) = stream.turns.get(place) else {
             return false;
         };
-        let step = turn.pair.closer(self.held, self.k == BEFORE);
-        // SAFETY: it was made for them.
-        unsafe { self.take::<IS_NEEDED>(&step.way, &step.found) }
+        let is_dc = self.count >= BEFORE;
+        let codes = if is_dc { &turn.pair.dc } else { &turn.pair.ac };
+        let Some(symbol) = codes.symbol(self.held) else {
+            return false;
+        };
+        let value = number(self.held, symbol.length(), symbol.size) as i16;
+        self.held <<= symbol.bits();
+        let goes = symbol.goes(is_dc);
+        let after = self.k() + isize::from(goes.unwrap_or(0));
+        if after > LAST as isize {
+            return false;
+        }
+        self.count = self
+            .count
+            .wrapping_add(Way::new(symbol.bits() as u8, goes.unwrap_or(0)).0.into());
+        // SAFETY: there is room for all `PLACES` wherever blocks begin; after a block there is another place.
+        unsafe {
+            if goes.is_some() {
+                let place = *PLACES.as_ptr().offset(after);
+                (*self.place).at.add(usize::from(place)).write(value);
+                self.table = (*self.place).rest;
+            }
+            if after == LAST as isize || goes.is_none() {
+                self.place = self.place.add(1);
+                self.table = (*self.place).first;
+                self.count |= BEFORE;
+            }
+        }
+        true
     }
 }
 
@@ -757,8 +774,8 @@ fn read_one(stream: &mut Stream) {
 fn both<const A: bool, const B: bool>(first: &mut Stream, second: &mut Stream) {
     let (mut a, mut b) = (Reader::new(first), Reader::new(second));
     'fill: while !a.is_done(first) && !b.is_done(second) {
-        a.held = first.fill(a.held);
-        b.held = second.fill(b.held);
+        first.fill(&mut a);
+        second.fill(&mut b);
         'b: {
             'a: {
                 for _ in 0..LOOKS {
@@ -771,13 +788,13 @@ fn both<const A: bool, const B: bool>(first: &mut Stream, second: &mut Stream) {
                 }
                 continue 'fill;
             }
-            first.is_good = a.closer::<A>(first);
+            first.is_good = a.closer(first);
             if !first.is_good {
                 break 'fill;
             }
             continue 'fill;
         }
-        second.is_good = b.closer::<B>(second);
+        second.is_good = b.closer(second);
         if !second.is_good {
             break;
         }
@@ -790,9 +807,9 @@ fn both<const A: bool, const B: bool>(first: &mut Stream, second: &mut Stream) {
 fn alone<const A: bool>(stream: &mut Stream) {
     let mut reader = Reader::new(stream);
     while stream.is_good && !reader.is_done(stream) {
-        reader.held = stream.fill(reader.held);
+        stream.fill(&mut reader);
         let is_enough = (0..LOOKS).all(|_| reader.look::<A>());
-        stream.is_good = is_enough || reader.closer::<A>(stream);
+        stream.is_good = is_enough || reader.closer(stream);
     }
     reader.leave(stream);
 }
