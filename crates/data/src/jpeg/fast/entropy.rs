@@ -10,6 +10,7 @@ use std::hint::select_unpredictable as select;
 use std::iter::repeat_n;
 use std::mem::replace;
 use std::ops::Range;
+use std::ptr::null;
 use std::sync::Arc;
 
 use super::super::scan::ZIGZAG;
@@ -26,9 +27,9 @@ const TAIL: u32 = 56 / LOOKS - LOOK;
 /// addition counts both.
 const UP: u32 = 8;
 /// Set in the count of a block whose first coefficient is not known: -1.
-const BEFORE: u32 = u32::MAX << UP;
+const BEFORE: u64 = u64::MAX << UP;
 /// The last coefficient.
-const LAST: u32 = 63;
+const LAST: u64 = 63;
 /// What the end of a block adds to the index of its last coefficient. It comes after any but the last.
 const END: u8 = 129;
 /// This bit of an index says that the block is over before what was found, or that a look was not enough.
@@ -275,12 +276,15 @@ struct Symbols {
 struct Table {
     ways: [Way; 1 << LOOK],
     found: [Found; 1 << LOOK],
+    /// [`PLACES`], at hand.
+    places: [u8; 128],
 }
 
 /// What leads nowhere, after the last block.
 static STAY: Table = Table {
     ways: [Step::STAY.way; 1 << LOOK],
     found: [Step::STAY.found; 1 << LOOK],
+    places: PLACES,
 };
 
 /// How blocks of a component begin and go on.
@@ -293,7 +297,7 @@ impl Tables {
     fn new(dc: &Codes, ac: &Codes, is_needed: bool) -> Self {
         let table = |begin| {
             let mut table = Box::new(Table { ..STAY });
-            let Table { ways, found } = &mut *table;
+            let Table { ways, found, .. } = &mut *table;
             for (bits, (way, found)) in ways.iter_mut().zip(found).enumerate() {
                 let step = Step::gather([begin, ac], bits, is_needed);
                 (*way, *found) = (step.way, step.found);
@@ -334,6 +338,8 @@ impl Pair {
 struct Place {
     first: *const Table,
     rest: *const Table,
+    /// Null where reading stays.
+    pair: *const Pair,
     /// Where the block's first coefficient goes; the others are at their [`PLACES`] from there.
     at: *mut i16,
 }
@@ -354,7 +360,7 @@ pub(super) struct Stream {
     /// The next bits, from the top: 63, less those that were taken. What is below them is zeros, or comes after them too.
     held: u64,
     /// See [`UP`].
-    count: u32,
+    count: u64,
     /// Blocks of each component in a unit.
     unit: Vec<usize>,
     /// Those that are decoded and those that are passed over.
@@ -432,6 +438,7 @@ impl Stream {
             self.places.push(Place {
                 first: &raw const *tables.first,
                 rest: &raw const *tables.rest,
+                pair: Arc::as_ptr(&turn.pair),
                 // SAFETY: as asserted.
                 at: unsafe { coefficients.add(turn.at) },
             });
@@ -448,6 +455,7 @@ impl Stream {
         Place {
             first: &raw const STAY,
             rest: &raw const STAY,
+            pair: null(),
             // SAFETY: the last of them.
             at: unsafe { self.groups.as_mut_ptr().add(unread) }.cast(),
         }
@@ -459,27 +467,12 @@ impl Stream {
         let next = self.data.get(byte..).and_then(|data| data.first_chunk());
         self.held = u64::from_be_bytes(*next.unwrap_or(&[0; 8])) << bits;
         // As if 56 bits had been held.
-        (self.at, self.count) = (byte + 7, BEFORE | (7 + bits));
+        (self.at, self.count) = (byte + 7, BEFORE | (7 + u64::from(bits)));
     }
 
     /// Of the next bit.
     pub(super) fn position(&self) -> usize {
         8 * self.at + (self.count & 63) as usize - 63
-    }
-
-    /// Makes sure of 56 bits. What is added was read from where the last time led, so nothing waits for it.
-    #[inline(always)]
-    fn fill(&mut self, reader: &mut Reader) {
-        let next = match self.at <= self.data.len() - 8 {
-            // SAFETY: eight bytes before the end at least.
-            true => unsafe { self.data.as_ptr().add(self.at).cast::<[u8; 8]>().read() },
-            false => [0; 8],
-        };
-        let taken = reader.count & 63;
-        reader.held |= u64::from_be_bytes(next).wrapping_shr(!taken);
-        self.at += (taken / 8) as usize;
-        // Whole bytes are not taken any more.
-        reader.count &= !(63 - 7);
     }
 
     /// Whether bits were taken that the data do not have.
@@ -540,12 +533,17 @@ impl Stream {
     }
 }
 
-/// A stream while it is read: what changes with every look, and should stay in registers.
+/// A stream while it is read: what changes with every look, and should stay in registers, and what is asked between looks.
 struct Reader {
     held: u64,
-    count: u32,
+    count: u64,
     table: *const Table,
     place: *const Place,
+    /// See [`Stream::at`], and where the last eight bytes begin.
+    at: *const u8,
+    last: *const u8,
+    /// Before which reading ends.
+    end: *const Place,
 }
 
 impl Reader {
@@ -561,26 +559,46 @@ impl Reader {
                 place.rest
             },
             place,
+            at: stream.data.as_ptr().wrapping_add(stream.at),
+            last: &raw const stream.data[stream.data.len() - 8],
+            end: &stream.places[stream.end],
         }
+    }
+
+    /// Leaves the stream where it was read to.
+    #[inline(always)]
+    fn leave(self, stream: &mut Stream, is_good: bool) {
+        (stream.held, stream.count) = (self.held, self.count);
+        stream.at = self.at.addr() - stream.data.as_ptr().addr();
+        stream.place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
+        stream.is_good &= is_good;
+    }
+
+    /// Makes sure of 56 bits. What is added was read from where the last time led, so nothing waits for it.
+    #[inline(always)]
+    fn fill(&mut self) {
+        let next = match self.at <= self.last {
+            // SAFETY: eight bytes before the end at least.
+            true => unsafe { self.at.cast::<[u8; 8]>().read() },
+            false => [0; 8],
+        };
+        let taken = self.count as u32 & 63;
+        self.held |= u64::from_be_bytes(next).wrapping_shr(!taken);
+        self.at = self.at.wrapping_add((taken / 8) as usize);
+        // Whole bytes are not taken any more.
+        self.count &= !(63 - 7);
+    }
+
+    /// Whether nothing more is to be read.
+    #[inline(always)]
+    fn is_done(&self) -> bool {
+        self.place == self.end
     }
 
     /// The last coefficient that is known, or -1.
     #[inline(always)]
     fn k(&self) -> isize {
-        (self.count as i32 >> UP) as isize
-    }
-
-    /// Leaves the stream where it was read to.
-    #[inline(always)]
-    fn leave(self, stream: &mut Stream) {
-        (stream.held, stream.count) = (self.held, self.count);
-        stream.place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
-    }
-
-    /// Whether nothing more is to be read.
-    #[inline(always)]
-    fn is_done(&self, stream: &Stream) -> bool {
-        self.place == stream.places.as_ptr().wrapping_add(stream.end)
+        self.count as isize >> UP
     }
 
     /// Takes what the next bits hold. False, and nothing is taken, if a look is not enough.
@@ -588,38 +606,40 @@ impl Reader {
     fn look<const IS_NEEDED: bool>(&mut self) -> bool {
         let next = (self.held >> (64 - LOOK)) as usize;
         // SAFETY: it is one of the stream's, and has a step for as many bits, which is one for this place.
-        unsafe {
-            let Table { ways, found } = &*self.table;
-            self.take::<IS_NEEDED>(&ways[next], &found[next])
-        }
+        unsafe { self.take::<IS_NEEDED>(next) }
     }
 
     /// # Safety
-    /// The step is for this place and for these bits.
+    /// These are the next bits, and the table is for this place.
     #[inline(always)]
-    unsafe fn take<const IS_NEEDED: bool>(&mut self, way: &Way, found: &Found) -> bool {
-        let way = u32::from(way.0);
+    unsafe fn take<const IS_NEEDED: bool>(&mut self, next: usize) -> bool {
+        // SAFETY: it is one of the stream's, and has a step for as many bits.
+        let table = unsafe { &*self.table };
+        let way = u64::from(table.ways[next].0);
         let after = self.count.wrapping_add(way);
-        if after & u32::from(ODD) << UP != 0 {
+        if after & u64::from(ODD) << UP != 0 {
             return false;
         }
+        let found = &table.found[next];
         // SAFETY: a step that ends a block leads to the next one; there is none where reading stays, behind the last block,
         // and a place after that. Indices are below 64 before, and what steps add to them to find a place is so too.
         // There is room for all `PLACES` wherever blocks begin.
         unsafe {
-            let at = (*self.place).at;
-            let k = self.k();
-            let put = |goes: u8, value: i16| {
-                let index = k.wrapping_add(goes.into());
-                let place = *PLACES.as_ptr().offset(index);
-                at.add(usize::from(place)).write(value);
-            };
-            if IS_NEEDED {
-                put(found.first_goes, i16::from(found.first));
-            }
+            let (at, k) = ((*self.place).at, self.k());
             // If there is one alone, it is the last, at the same place.
             let moved = self.held.wrapping_shr(u32::from(found.shift)) as i16;
-            put(found.last_goes, found.last.wrapping_add(moved));
+            let last = found.last.wrapping_add(moved);
+            if IS_NEEDED {
+                let put = |goes: u8, value: i16| {
+                    let place = *table.places.as_ptr().offset(k.wrapping_add(goes.into()));
+                    at.add(usize::from(place)).write(value);
+                };
+                put(found.first_goes, i16::from(found.first));
+                put(found.last_goes, last);
+            } else {
+                // The first of a block is all that is wanted, at the first place; what follows goes after that.
+                at.offset(k + 1).write(last);
+            }
             let is_end = after >= LAST << UP;
             let next = self.place.add(1);
             let (first, rest) = (known((*next).first), known((*self.place).rest));
@@ -628,20 +648,20 @@ impl Reader {
             self.count = select(is_end, after | BEFORE, after);
         }
         // The lowest six bits of it count.
-        self.held = self.held.wrapping_shl(way);
+        self.held = self.held.wrapping_shl(way as u32);
         true
     }
 
     /// Takes the next symbol, whatever its length. False if there is none, or it goes past the end of its block.
     #[inline(always)]
-    fn closer(&mut self, stream: &mut Stream) -> bool {
-        stream.fill(self);
-        let place = (self.place.addr() - stream.places.as_ptr().addr()) / size_of::<Place>();
-        let Some(turn) = stream.turns.get(place) else {
+    fn closer(&mut self) -> bool {
+        self.fill();
+        // SAFETY: it is one of the stream's.
+        let Some(pair) = (unsafe { (*self.place).pair.as_ref() }) else {
             return false;
         };
         let is_dc = self.count >= BEFORE;
-        let codes = if is_dc { &turn.pair.dc } else { &turn.pair.ac };
+        let codes = if is_dc { &pair.dc } else { &pair.ac };
         let Some(symbol) = codes.symbol(self.held) else {
             return false;
         };
@@ -658,7 +678,7 @@ impl Reader {
         // SAFETY: there is room for all `PLACES` wherever blocks begin; after a block there is another place.
         unsafe {
             if goes.is_some() {
-                let place = *PLACES.as_ptr().offset(after);
+                let place = PLACES[after as usize];
                 (*self.place).at.add(usize::from(place)).write(value);
                 self.table = (*self.place).rest;
             }
@@ -683,11 +703,11 @@ fn number(held: u64, at: u32, size: u8) -> i32 {
 }
 
 /// Where coefficients belong in a [`Group`]; whatever is past the last goes there too.
-static PLACES: [u16; 128] = {
+const PLACES: [u8; 128] = {
     let mut places = [7 * 32 + 7; 128];
     let mut k = 0;
     while k < 64 {
-        places[k] = ZIGZAG[k] as u16 / 8 * 32 + ZIGZAG[k] as u16 % 8;
+        places[k] = ZIGZAG[k] as u8 / 8 * 32 + ZIGZAG[k] as u8 % 8;
         k += 1;
     }
     places
@@ -773,9 +793,10 @@ fn read_one(stream: &mut Stream) {
 #[inline(always)]
 fn both<const A: bool, const B: bool>(first: &mut Stream, second: &mut Stream) {
     let (mut a, mut b) = (Reader::new(first), Reader::new(second));
-    'fill: while !a.is_done(first) && !b.is_done(second) {
-        first.fill(&mut a);
-        second.fill(&mut b);
+    let mut is_good = [true; 2];
+    'fill: while !a.is_done() && !b.is_done() {
+        a.fill();
+        b.fill();
         'b: {
             'a: {
                 for _ in 0..LOOKS {
@@ -788,30 +809,30 @@ fn both<const A: bool, const B: bool>(first: &mut Stream, second: &mut Stream) {
                 }
                 continue 'fill;
             }
-            first.is_good = a.closer(first);
-            if !first.is_good {
+            if !a.closer() {
+                is_good[0] = false;
                 break 'fill;
             }
             continue 'fill;
         }
-        second.is_good = b.closer(second);
-        if !second.is_good {
+        if !b.closer() {
+            is_good[1] = false;
             break;
         }
     }
-    a.leave(first);
-    b.leave(second);
+    a.leave(first, is_good[0]);
+    b.leave(second, is_good[1]);
 }
 
 #[inline(always)]
 fn alone<const A: bool>(stream: &mut Stream) {
     let mut reader = Reader::new(stream);
-    while stream.is_good && !reader.is_done(stream) {
-        stream.fill(&mut reader);
-        let is_enough = (0..LOOKS).all(|_| reader.look::<A>());
-        stream.is_good = is_enough || reader.closer(stream);
+    let mut is_good = true;
+    while is_good && !reader.is_done() {
+        reader.fill();
+        is_good = (0..LOOKS).all(|_| reader.look::<A>()) || reader.closer();
     }
-    reader.leave(stream);
+    reader.leave(stream, is_good);
 }
 
 /// Takes the entropy-coded data up to the next marker into `out`, without stuffing and with [`PADDING`] zeros at the
