@@ -13,7 +13,7 @@ mod scan;
 use bits::{Bits, Huffman};
 use colour::{Inks, Plane, Space};
 use idct::Dct;
-use scan::{Coder, Part, ZIGZAG};
+use scan::{Block, Coder, Part, ZIGZAG};
 
 /// No photograph is larger, and a damaged header must not ask for gigabytes.
 pub(crate) const MAX_PIXELS: usize = 100_000_000;
@@ -104,7 +104,7 @@ struct Component {
     scales: Option<[i32; 64]>,
     plane: Plane,
     /// Coefficients of a progressive file, block rows as long as the plane's.
-    blocks: Vec<[i16; 64]>,
+    blocks: Vec<Block>,
 }
 
 impl Component {
@@ -291,7 +291,7 @@ impl<'a> Decoder<'a> {
                     across: across / h,
                     down: down / v,
                 },
-                blocks: vec![[0; 64]; coefficients],
+                blocks: vec![Block::ZERO; coefficients],
             });
         }
         self.frame = Some(Frame {
@@ -385,7 +385,8 @@ impl<'a> Decoder<'a> {
             }
             let across = component.plane.stride / 8;
             for (i, block) in std::mem::take(&mut component.blocks).iter().enumerate() {
-                component.render(block, i % across, i / across, false, self.dct);
+                let (x, y) = (i % across, i / across);
+                component.render(&block.coefficients, x, y, false, self.dct);
             }
             planes.push(component.plane);
         }
@@ -441,34 +442,37 @@ impl Frame {
                 self.height.div_ceil(8 * self.down),
             ),
         };
-        let mut skip = 0;
-        for unit in 0..units_across * units_down {
-            if restart_interval > 0 && unit > 0 && unit % restart_interval == 0 {
-                bits.restart(((unit / restart_interval - 1) % 8) as u8)?;
-                coders.iter_mut().for_each(|(_, coder)| coder.previous = 0);
-                skip = 0;
-            }
-            let (unit_x, unit_y) = (unit % units_across, unit / units_across);
-            for (index, coder) in &mut *coders {
-                let component = &mut self.components[*index];
-                let (across, down) = if is_interleaved {
-                    (component.across, component.down)
-                } else {
-                    (1, 1)
-                };
-                for i in 0..across * down {
-                    let (x, y) = (unit_x * across + i % across, unit_y * down + i / across);
-                    if self.is_progressive {
-                        let block = &mut component.blocks[y * (component.plane.stride / 8) + x];
-                        coder.progressive(bits, part, &mut skip, block)?;
-                    } else {
-                        let mut block = [0; 64];
-                        let is_flat = !coder.sequential(bits, &mut block)?;
-                        component.render(&block, x, y, is_flat, dct);
+        let (mut skip, mut unit) = (0, 0);
+        for unit_y in 0..units_down {
+            for unit_x in 0..units_across {
+                if restart_interval > 0 && unit > 0 && unit % restart_interval == 0 {
+                    bits.restart(((unit / restart_interval - 1) % 8) as u8)?;
+                    coders.iter_mut().for_each(|(_, coder)| coder.previous = 0);
+                    skip = 0;
+                }
+                unit += 1;
+                for (index, coder) in &mut *coders {
+                    let component = &mut self.components[*index];
+                    let (across, down) = match is_interleaved {
+                        true => (component.across, component.down),
+                        false => (1, 1),
+                    };
+                    for y in unit_y * down..(unit_y + 1) * down {
+                        for x in unit_x * across..(unit_x + 1) * across {
+                            if self.is_progressive {
+                                let place = y * (component.plane.stride / 8) + x;
+                                let block = &mut component.blocks[place];
+                                coder.progressive(bits, part, &mut skip, block)?;
+                            } else {
+                                let mut block = [0; 64];
+                                let is_flat = !coder.sequential(bits, &mut block)?;
+                                component.render(&block, x, y, is_flat, dct);
+                            }
+                        }
                     }
                 }
+                bits.check()?;
             }
-            bits.check()?;
         }
         Ok(())
     }

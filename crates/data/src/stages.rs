@@ -52,6 +52,7 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
     let mut decoder = Decoder::new(Level::detect());
     let len = 3 * config.resolution * config.resolution;
     let mut stages = Stages::default();
+    let mut pixels = Pixels::new(config, config.batch_size * len);
     while stages.images < images {
         let start = Instant::now();
         let mut samples = Vec::with_capacity(config.batch_size);
@@ -64,7 +65,6 @@ pub fn stages(config: &Config, images: usize) -> Result<Stages, Error> {
         if samples.is_empty() {
             break;
         }
-        let mut pixels = Pixels::new(config, samples.len() * len);
         let mut jobs = samples.iter().zip(pixels.slots(len, 0)).enumerate();
         let next = || jobs.next().map(|(i, (sample, slot))| (i, sample, slot));
         decoder.times = Some(Times::default());

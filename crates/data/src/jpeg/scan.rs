@@ -20,6 +20,41 @@ pub(super) struct Part {
     pub(super) low: u32,
 }
 
+/// What is known of a block of a progressive file.
+#[derive(Clone)]
+pub(super) struct Block {
+    pub(super) coefficients: [i16; 64],
+    /// Those that are not zero, but for the first, in the order in which they are stored: bit by bit.
+    seen: u64,
+}
+
+impl Block {
+    pub(super) const ZERO: Self = Self {
+        coefficients: [0; 64],
+        seen: 0,
+    };
+
+    /// Sets the coefficient that is stored k-th.
+    fn set(&mut self, k: usize, value: i16) -> Result<(), String> {
+        self.coefficients[place(k)?] = value;
+        self.seen |= u64::from(value != 0) << k;
+        Ok(())
+    }
+
+    /// Gives each of these its next bit.
+    fn correct(&mut self, bits: &mut Bits<'_>, mut which: u64, bit: i16) {
+        which &= self.seen;
+        while which != 0 {
+            let place = usize::from(ZIGZAG[which.trailing_zeros() as usize]);
+            which &= which - 1;
+            let coefficient = &mut self.coefficients[place];
+            let is_wanted = bits.take(1) == 1 && *coefficient & bit == 0;
+            let away = if *coefficient > 0 { bit } else { -bit };
+            *coefficient = coefficient.wrapping_add(if is_wanted { away } else { 0 });
+        }
+    }
+}
+
 /// A component's tables in a scan, and what goes on from block to block.
 pub(super) struct Coder<'a> {
     pub(super) dc: Option<&'a Huffman>,
@@ -86,11 +121,12 @@ impl Coder<'_> {
         bits: &mut Bits<'_>,
         part: Part,
         skip: &mut u32,
-        block: &mut [i16; 64],
+        block: &mut Block,
     ) -> Result<(), String> {
+        let first = &mut block.coefficients[0];
         match (part.first, part.high) {
-            (0, 0) => block[0] = (self.dc(bits)? << part.low) as i16,
-            (0, _) => block[0] |= (bits.take(1) << part.low) as i16,
+            (0, 0) => *first = (self.dc(bits)? << part.low) as i16,
+            (0, _) => *first |= (bits.take(1) << part.low) as i16,
             (_, 0) => self.begin(bits, part, skip, block)?,
             _ => self.refine(bits, part, skip, block)?,
         }
@@ -102,7 +138,7 @@ impl Coder<'_> {
         bits: &mut Bits<'_>,
         part: Part,
         skip: &mut u32,
-        block: &mut [i16; 64],
+        block: &mut Block,
     ) -> Result<(), String> {
         if *skip > 0 {
             *skip -= 1;
@@ -111,11 +147,17 @@ impl Coder<'_> {
         let ac = table(self.ac)?;
         let mut k = part.first;
         while k <= part.last {
+            if let Some(next) = bits.coefficient(ac) {
+                k += usize::from(next.run);
+                block.set(k, next.value << part.low)?;
+                k += 1;
+                continue;
+            }
             let symbol = bits.symbol(ac)?;
             let (run, size) = (usize::from(symbol >> 4), u32::from(symbol & 15));
             if size > 0 {
                 k += run;
-                block[place(k)?] = (bits.signed(size) << part.low) as i16;
+                block.set(k, (bits.signed(size) << part.low) as i16)?;
                 k += 1;
             } else if run == 15 {
                 k += 16;
@@ -132,21 +174,15 @@ impl Coder<'_> {
         bits: &mut Bits<'_>,
         part: Part,
         skip: &mut u32,
-        block: &mut [i16; 64],
+        block: &mut Block,
     ) -> Result<(), String> {
         let ac = table(self.ac)?;
         let bit = 1i16 << part.low;
-        // A coefficient that is not zero gets its next bit.
-        let correct = |bits: &mut Bits<'_>, coefficient: &mut i16| {
-            if bits.take(1) == 1 && *coefficient & bit == 0 {
-                let away = if *coefficient > 0 { bit } else { -bit };
-                *coefficient = coefficient.wrapping_add(away);
-            }
-        };
-        let mut k = part.first;
-        while *skip == 0 && k <= part.last {
+        // Coefficients that are still to come.
+        let mut rest = u64::MAX << part.first & u64::MAX >> (63 - part.last);
+        while *skip == 0 && rest != 0 {
             let symbol = bits.symbol(ac)?;
-            let (mut run, size) = (symbol >> 4, symbol & 15);
+            let (run, size) = (symbol >> 4, symbol & 15);
             let mut new = 0;
             if size > 0 {
                 new = if bits.take(1) == 1 { bit } else { -bit };
@@ -154,28 +190,21 @@ impl Coder<'_> {
                 *skip = (1 << run) + bits.take(u32::from(run));
                 break;
             }
-            // `run` counts zeros; the coefficient after them is the new one.
-            while k <= part.last {
-                let coefficient = &mut block[place(k)?];
-                k += 1;
-                if *coefficient != 0 {
-                    correct(bits, coefficient);
-                } else if run > 0 {
-                    run -= 1;
-                } else {
-                    *coefficient = new;
-                    break;
-                }
+            // `run` counts zeros; the coefficient after them is the new one. What is not zero gets its next bit.
+            let mut zeros = rest & !block.seen;
+            for _ in 0..run {
+                zeros &= zeros.wrapping_sub(1);
             }
+            let found = zeros & zeros.wrapping_neg();
+            let passed = rest & found.wrapping_sub(1);
+            block.correct(bits, passed, bit);
+            if found != 0 {
+                block.set(found.trailing_zeros() as usize, new)?;
+            }
+            rest &= !(passed | found);
         }
         if *skip > 0 {
-            while k <= part.last {
-                let coefficient = &mut block[place(k)?];
-                k += 1;
-                if *coefficient != 0 {
-                    correct(bits, coefficient);
-                }
-            }
+            block.correct(bits, rest, bit);
             *skip -= 1;
         }
         Ok(())
