@@ -40,28 +40,30 @@ pub(crate) struct Image {
 
 /// Decodes a whole file; grey and CMYK become RGB. A file that is cut off or damaged is an error rather than half grey.
 pub(crate) fn decode(bytes: &[u8], like: Like) -> Result<Image, String> {
-    if !bytes.starts_with(&[0xff, 0xd8]) {
-        return Err("it does not begin as a JPEG does".into());
-    }
-    let mut decoder = Decoder {
-        bytes,
-        at: 2,
-        like,
-        dct: match like {
-            Like::Pillow => Dct::Accurate,
-            Like::TensorFlow => Dct::Fast,
-        },
-        quantisation: [None; 4],
-        dc: [const { None }; 4],
-        ac: [const { None }; 4],
-        restart_interval: 0,
-        has_jfif: false,
-        adobe: None,
-        frame: None,
-        scans: 0,
+    Decoder::read(bytes, like)?.image()
+}
+
+/// A component of a progressive file.
+pub(crate) struct Coefficients {
+    /// As many in a row as there are `across`.
+    blocks: Vec<Block>,
+    across: usize,
+    /// Its quantisation table.
+    scales: [i32; 64],
+}
+
+/// What a progressive file holds, or why [`decode`] would refuse it.
+fn coefficients(bytes: &[u8]) -> Result<Vec<Coefficients>, String> {
+    let frame = Decoder::read(bytes, Like::Pillow)?.frame;
+    let components = frame.into_iter().flat_map(|frame| frame.components);
+    let coefficients = |component: Component| {
+        Ok(Coefficients {
+            across: component.plane.stride / 8,
+            scales: component.scales.ok_or("a component is missing")?,
+            blocks: component.blocks,
+        })
     };
-    while decoder.segment()? {}
-    decoder.image()
+    components.map(coefficients).collect()
 }
 
 /// What the segments so far have said.
@@ -133,6 +135,32 @@ fn short(bytes: &[u8], at: usize) -> Option<usize> {
 }
 
 impl<'a> Decoder<'a> {
+    /// Reads a file to its end.
+    fn read(bytes: &'a [u8], like: Like) -> Result<Self, String> {
+        if !bytes.starts_with(&[0xff, 0xd8]) {
+            return Err("it does not begin as a JPEG does".into());
+        }
+        let mut decoder = Self {
+            bytes,
+            at: 2,
+            like,
+            dct: match like {
+                Like::Pillow => Dct::Accurate,
+                Like::TensorFlow => Dct::Fast,
+            },
+            quantisation: [None; 4],
+            dc: [const { None }; 4],
+            ac: [const { None }; 4],
+            restart_interval: 0,
+            has_jfif: false,
+            adobe: None,
+            frame: None,
+            scans: 0,
+        };
+        while decoder.segment()? {}
+        Ok(decoder)
+    }
+
     /// Reads the next segment; false if the image is complete or the file says that it ends.
     fn segment(&mut self) -> Result<bool, String> {
         let marker = self.marker().ok_or("it ends before its image does")?;

@@ -32,7 +32,7 @@ use entropy::Pair;
 use header::Header;
 use resample::{Axis, Between, Filter, Plane, Span, Spread};
 use scan::{Region, Scan};
-use simd::Vector;
+use simd::{Vector, Work};
 
 /// Huffman tables that are remembered: most files have the standard's.
 const TABLES: usize = 8;
@@ -91,6 +91,11 @@ impl<'a> Photo<'a> {
     /// None if it is not for this decoder.
     pub(crate) fn open(bytes: &'a [u8]) -> Option<Self> {
         Header::parse(bytes).map(Self)
+    }
+
+    /// Whether there can be points in it.
+    fn is_sequential(&self) -> bool {
+        !self.0.is_progressive
     }
 
     /// Width and height.
@@ -152,7 +157,7 @@ impl<'a, I: Iterator<Item = Option<Photo<'a>>>> Photos<'a> for Noted<I> {
             let photo = self.photos.next()?;
             let of = self.points.len();
             self.points.push(None);
-            if let Some(photo) = photo {
+            if let Some(photo) = photo.filter(Photo::is_sequential) {
                 return Some(Job {
                     photo,
                     target: None,
@@ -224,8 +229,15 @@ impl Decoder {
             if let Some(mut job) = current.take() {
                 if is_good && let Some(target) = &job.target {
                     let start = self.times.map(|_| Instant::now());
-                    let row = &mut |y: usize, row: &[u8]| photos.row(&mut job.of, y, row);
-                    self.resample(which, &job.photo.0, target, row);
+                    let work = Resample {
+                        which,
+                        header: &job.photo.0,
+                        target,
+                        row: |y: usize, row: &[u8]| photos.row(&mut job.of, y, row),
+                        decoder: &mut *self,
+                    };
+                    // SAFETY: the level is available.
+                    unsafe { work.decoder.level.run(work) };
                     if let (Some(times), Some(start)) = (&mut self.times, start) {
                         times.resample += start.elapsed();
                         times.idct += self.scans[which].idct.unwrap_or_default();
@@ -248,9 +260,16 @@ impl Decoder {
             Some(target) => Region::new(header, target.crop),
             None => Region::nothing(header),
         };
+        self.scans[which].idct = self.times.map(|_| Duration::ZERO);
+        if header.is_progressive {
+            let components = super::coefficients(header.data);
+            // SAFETY: the level is available.
+            return components.is_ok_and(|components| unsafe {
+                self.scans[which].fill(self.level, header, region, &components)
+            });
+        }
         let pairs = self.pairs(header);
         let scan = &mut self.scans[which];
-        scan.idct = self.times.map(|_| Duration::ZERO);
         pairs.is_some_and(|pairs| scan.start(header, &pairs, region, &job.seek))
     }
 
@@ -286,70 +305,31 @@ impl Decoder {
         self.decode(&mut noted);
         noted.points
     }
+}
 
-    fn resample(
-        &mut self,
-        which: usize,
-        header: &Header<'_>,
-        target: &Target,
-        row: &mut impl FnMut(usize, &[u8]),
-    ) {
-        match self.level {
-            // SAFETY: it needs no instructions but the target's.
-            Level::Portable => unsafe {
-                self.resample_as::<simd::Portable>(which, header, target, row);
-            },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: `level` is available, by `Level::detect` or the tests' check of it.
-            Level::Avx2 => unsafe { self.resample_avx2(which, header, target, row) },
-            #[cfg(target_arch = "x86_64")]
-            // SAFETY: as above.
-            Level::Avx512 => unsafe { self.resample_avx512(which, header, target, row) },
-            #[cfg(not(target_arch = "x86_64"))]
-            _ => unreachable!("no other level is available"),
-        }
-    }
+/// An image at its target's size, from planes.
+struct Resample<'a, R> {
+    decoder: &'a mut Decoder,
+    which: usize,
+    header: &'a Header<'a>,
+    target: &'a Target,
+    row: R,
+}
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
-    fn resample_avx2(
-        &mut self,
-        which: usize,
-        header: &Header<'_>,
-        target: &Target,
-        row: &mut impl FnMut(usize, &[u8]),
-    ) {
-        // SAFETY: the instructions are there, as the caller says.
-        unsafe { self.resample_as::<simd::x86::Avx2>(which, header, target, row) }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,bmi1,bmi2,lzcnt")]
-    fn resample_avx512(
-        &mut self,
-        which: usize,
-        header: &Header<'_>,
-        target: &Target,
-        row: &mut impl FnMut(usize, &[u8]),
-    ) {
-        // SAFETY: as above.
-        unsafe { self.resample_as::<simd::x86::Avx512>(which, header, target, row) }
-    }
-
-    /// # Safety
-    /// The CPU has the vector's instructions.
+impl<R: FnMut(usize, &[u8])> Work for Resample<'_, R> {
     #[inline(always)]
-    unsafe fn resample_as<V: Vector>(
-        &mut self,
-        which: usize,
-        header: &Header<'_>,
-        target: &Target,
-        row: &mut impl FnMut(usize, &[u8]),
-    ) {
+    unsafe fn run<V: Vector>(self) {
+        let Self {
+            decoder,
+            which,
+            header,
+            target,
+            mut row,
+        } = self;
         let (crop, size) = (target.crop, target.size);
-        let Scan { region, planes, .. } = &mut self.scans[which];
-        self.filters[0].set(target.resize, crop.w, size);
-        self.filters[1].set(target.resize, crop.h, size);
+        let Scan { region, planes, .. } = &mut decoder.scans[which];
+        decoder.filters[0].set(target.resize, crop.w, size);
+        decoder.filters[1].set(target.resize, crop.h, size);
         let factors = |i: usize| (header.components[i].across, header.components[i].down);
         let kinds = match header.count {
             3 if factors(1) != factors(2) => unreachable!("the header was checked"),
@@ -371,32 +351,32 @@ impl Decoder {
                 (_, false) => Spread::Triangle,
                 (_, true) => Spread::Twice,
             };
-            let [across, down] = &mut self.axes[kind];
+            let [across, down] = &mut decoder.axes[kind];
             let span = Span {
                 crop: crop.x,
                 samples: wide,
                 begin: 8 * region.x[0] * component.across,
             };
-            across.set(&self.filters[0], span, spread(x), target.flip);
+            across.set(&decoder.filters[0], span, spread(x), target.flip);
             let span = Span {
                 crop: crop.y,
                 samples: high,
                 begin: 8 * region.y[0] * component.down,
             };
-            down.set(&self.filters[1], span, spread(y), false);
+            down.set(&decoder.filters[1], span, spread(y), false);
         }
-        self.line.resize(3 * size.next_multiple_of(64), 0);
-        let between = &mut self.between[..header.count];
+        decoder.line.resize(3 * size.next_multiple_of(64), 0);
+        let between = &mut decoder.between[..header.count];
         for (i, (plane, between)) in planes.iter_mut().zip(&mut *between).enumerate() {
-            let [across, down] = &self.axes[i.min(kinds - 1)];
+            let [across, down] = &decoder.axes[i.min(kinds - 1)];
             // SAFETY: the caller's word.
             unsafe { resample::across::<V>(plane, across, down, between) };
         }
-        let down = from_fn(|i| &self.axes[i.min(kinds - 1)][1]);
+        let down = from_fn(|i| &decoder.axes[i.min(kinds - 1)][1]);
         for y in 0..size {
             // SAFETY: the same axes made `between`; `line` has room for outputs rounded up to the widest block, 64.
-            unsafe { resample::down::<V>(between, down, y, self.line.as_mut_ptr()) };
-            row(y, &self.line[..3 * size]);
+            unsafe { resample::down::<V>(between, down, y, decoder.line.as_mut_ptr()) };
+            row(y, &decoder.line[..3 * size]);
         }
     }
 }
@@ -572,7 +552,6 @@ mod tests {
                 "ycck-420",
             ]
             .contains(&name)
-                || name.contains("progressive")
         };
         for (name, file) in photos() {
             assert_eq!(Photo::open(&file).is_none(), odd(&name), "{name}");
@@ -584,6 +563,18 @@ mod tests {
     fn whole(decoder: &mut Decoder, file: &[u8]) -> Option<Vec<u8>> {
         let (width, height) = Photo::open(file)?.size();
         view(decoder, file, Rect::whole(width, height), false, 32)
+    }
+
+    /// The exact decoder puts their coefficients together, and says what is damaged.
+    #[test]
+    fn progressive_files_are_whole_where_the_exact_decoder_says_so() {
+        let file = include_bytes!("../../tests/goldens/progressive.jpg");
+        let mut decoder = Decoder::new(Level::detect());
+        for end in 0..=file.len() {
+            let file = &file[..end];
+            let is_good = Photo::open(file).is_some() && jpeg::decode(file, Like::Pillow).is_ok();
+            assert_eq!(whole(&mut decoder, file).is_some(), is_good, "{end}");
+        }
     }
 
     #[test]
@@ -713,7 +704,9 @@ mod tests {
         let mut random = Random::new(4, 0, Purpose::Shards);
         let mut bytes = 0;
         for (name, file) in photos() {
-            let Some((width, height)) = Photo::open(&file).map(|photo| photo.size()) else {
+            let photo = Photo::open(&file).filter(Photo::is_sequential);
+            let Some((width, height)) = photo.map(|photo| photo.size()) else {
+                assert_eq!(noted(&file), None);
                 continue;
             };
             let points = noted(&file).unwrap();
@@ -899,7 +892,8 @@ mod tests {
             }
             Err(_) => photos().into_iter().map(|(_, file)| file).collect(),
         };
-        let files: Vec<&Vec<u8>> = files.iter().filter(|f| Photo::open(f).is_some()).collect();
+        let is_fast = |f: &&Vec<u8>| Photo::open(f).is_some_and(|photo| photo.is_sequential());
+        let files: Vec<&Vec<u8>> = files.iter().filter(is_fast).collect();
         let mut decoder = Decoder::new(Level::detect());
         let mut points = vec![];
         let mut best = [f64::INFINITY; 3];

@@ -707,7 +707,7 @@ const PLACES: [u8; 128] = {
     let mut places = [7 * 32 + 7; 128];
     let mut k = 0;
     while k < 64 {
-        places[k] = ZIGZAG[k] as u8 / 8 * 32 + ZIGZAG[k] as u8 % 8;
+        places[k] = ZIGZAG[k] / 8 * 32 + ZIGZAG[k] % 8;
         k += 1;
     }
     places
@@ -720,6 +720,24 @@ pub(super) struct Group(pub(super) [i16; 256]);
 
 impl Group {
     pub(super) const ZERO: Self = Self([0; 256]);
+
+    /// Of four blocks at most, in rows; the others are zeros.
+    #[inline(always)]
+    pub(super) fn of<'a>(blocks: impl Iterator<Item = &'a [i16; 64]>) -> Self {
+        let mut group = Self::ZERO;
+        for (i, block) in blocks.enumerate() {
+            for (to, from) in group
+                .0
+                .as_chunks_mut::<32>()
+                .0
+                .iter_mut()
+                .zip(block.as_chunks().0)
+            {
+                to.as_chunks_mut::<8>().0[i] = *from;
+            }
+        }
+        group
+    }
 
     /// Coefficients one after the other.
     fn flat(groups: &mut [Self]) -> &mut [i16] {

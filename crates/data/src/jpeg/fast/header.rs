@@ -1,5 +1,5 @@
-//! What comes before the scan, for files that are simple enough: one baseline scan of all components, 8 bits, grey or
-//! YCbCr, subsampling by two at most, no restart markers. All else is the exact decoder's.
+//! What comes before the scan, for files that are simple enough: one baseline scan of all components, or progressive ones;
+//! 8 bits, grey or YCbCr, subsampling by two at most, no restart markers in the one scan. All else is the exact decoder's.
 
 use super::super::{MAX_PIXELS, scan::ZIGZAG, short};
 
@@ -32,7 +32,9 @@ pub(super) struct Header<'a> {
     pub(super) quantisation: [Option<[u16; 64]>; 4],
     pub(super) dc: [Option<&'a [u8]>; 4],
     pub(super) ac: [Option<&'a [u8]>; 4],
-    /// The entropy-coded data and whatever follows.
+    /// Coefficients come bit by bit, and the exact decoder puts them together: tables are not looked for here.
+    pub(super) is_progressive: bool,
+    /// The entropy-coded data and whatever follows; all of a progressive file.
     pub(super) data: &'a [u8],
 }
 
@@ -54,9 +56,10 @@ impl<'a> Header<'a> {
             quantisation: [None; 4],
             dc: [None; 4],
             ac: [None; 4],
+            is_progressive: false,
             data: &[],
         };
-        let (mut has_jfif, mut adobe) = (false, None);
+        let (mut has_jfif, mut adobe, mut restarts) = (false, None, false);
         let mut rest = bytes.strip_prefix(&[0xff, 0xd8])?;
         loop {
             let (&[ones, marker], after) = rest.split_first_chunk()?;
@@ -70,16 +73,24 @@ impl<'a> Header<'a> {
             let body = after.get(2..short(after, 0)?)?;
             rest = &after[2 + body.len()..];
             match marker {
-                0xc0 | 0xc1 => header.frame(body)?,
+                0xc0..=0xc2 => {
+                    header.frame(body)?;
+                    header.is_progressive = marker == 0xc2;
+                }
                 0xc4 => header.huffman(body)?,
-                0xc2..=0xcf | 0xd0..=0xd9 | 0x00 | 0x01 => return None,
+                0xc3..=0xcf | 0xd0..=0xd9 | 0x00 | 0x01 => return None,
+                0xda if header.is_progressive => {
+                    header.data = bytes;
+                    break;
+                }
+                0xda if restarts => return None,
                 0xda => {
                     header.scan(body)?;
                     header.data = rest;
                     break;
                 }
                 0xdb => header.quantisation(body)?,
-                0xdd if short(body, 0)? > 0 => return None,
+                0xdd => restarts = short(body, 0)? > 0,
                 0xe0 => has_jfif |= body.starts_with(b"JFIF\0"),
                 0xee if body.starts_with(b"Adobe") => adobe = body.get(11).copied(),
                 _ => {}

@@ -133,15 +133,17 @@ unsafe fn transpose<V: Vector>(x: [V; 8]) -> [V; 8] {
 /// the pairs [`PAIR`] apart.
 ///
 /// # Safety
-/// The CPU has the vector's instructions, and `out` is good for 16 bytes at each of 16 places [`PAIR`] apart.
+/// The CPU has the vector's instructions.
 #[inline(always)]
-pub(super) unsafe fn inverse<V: Vector>(group: &Group, quantisation: &[i16; 64], out: *mut u8) {
+pub(super) unsafe fn inverse<V: Vector>(group: &Group, quantisation: &[i16; 64], out: &mut [u8]) {
     /// Turns eight samples of two columns into eight pairs.
     const PAIRS: [u8; 16] = [0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15];
+    assert!(out.len() >= 15 * PAIR + 16);
+    let out = out.as_mut_ptr();
     let mut block = 0;
     while block < 4 {
-        // SAFETY: a row of the group is 32 coefficients, of which `block` is a multiple of `PARTS` below 4; the rest is
-        // the caller's word.
+        // SAFETY: a row of the group is 32 coefficients, of which `block` is a multiple of `PARTS` below 4; each of 16
+        // places has 16 bytes, as asserted; the rest is the caller's word.
         unsafe {
             let from = group.0.as_ptr().add(8 * block).cast::<u8>();
             let scales = quantisation.as_ptr().cast::<u8>();

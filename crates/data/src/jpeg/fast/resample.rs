@@ -394,6 +394,17 @@ pub(super) struct Plane {
     pub(super) pairs: usize,
 }
 
+impl Plane {
+    /// Where the samples of a group go, the x-th from the left of the y-th row of blocks: of sixteen pairs of columns,
+    /// [`PAIR`] bytes apart, sixteen bytes each.
+    #[inline(always)]
+    pub(super) fn group(&mut self, x: usize, y: usize) -> &mut [u8] {
+        assert!(16 * (x + 1) <= self.pairs && 8 * (y + 1) <= self.rows);
+        let pair = 8 * y / ROWS * self.pairs + 16 * x;
+        &mut self.samples[PAIR * pair + 2 * (8 * y % ROWS)..][..15 * PAIR + 16]
+    }
+}
+
 /// Rows of a plane's block.
 pub(super) const ROWS: usize = 32;
 /// Bytes of a pair of columns in a block: a line of the cache.

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::entropy::{self, Pair, Stream};
+use super::super::Coefficients;
+use super::entropy::{self, Group, Pair, Stream};
 use super::header::Header;
 use super::idct;
 use super::points::{self, Maker, Points};
-use super::resample::{PAIR, Plane, ROWS};
-use super::simd::{self, Level, Vector};
+use super::resample::{Plane, ROWS};
+use super::simd::{Level, Vector, Work};
 use crate::crop::Rect;
 
 /// Units that are decoded before their samples are made: so many blocks side by side fill a group, and few enough
@@ -133,6 +134,26 @@ impl Scan {
         }
     }
 
+    /// Makes room for the planes of an image.
+    fn lay_out(&mut self, header: &Header<'_>, region: Region) {
+        (self.count, self.region) = (header.count, region);
+        let mut first = 0;
+        for (i, component) in header.components[..header.count].iter().enumerate() {
+            let (across, down) = (component.across, component.down);
+            self.layouts[i] = Layout {
+                across,
+                down,
+                first,
+            };
+            first += across * down;
+            let plane = &mut self.planes[i];
+            plane.pairs = 16 * region.width().div_ceil(TOGETHER) * across;
+            plane.rows = (8 * (region.y[1] - region.y[0]) * down).next_multiple_of(ROWS);
+            let bytes = 2 * plane.pairs * plane.rows;
+            plane.samples.resize(bytes.max(plane.samples.len()), 0);
+        }
+    }
+
     /// Begins an image, with the tables of its components. False if the file is damaged.
     pub(super) fn start(
         &mut self,
@@ -141,30 +162,17 @@ impl Scan {
         region: Region,
         seek: &Seek<'_>,
     ) -> bool {
-        self.count = header.count;
-        self.region = region;
+        self.lay_out(header, region);
         let components = &header.components[..header.count];
-        let (mut unit, mut blocks) = (vec![], 0);
-        for (i, (component, pair)) in components.iter().zip(pairs).enumerate() {
-            let Some(scales) = header.quantisation[component.table] else {
+        for (scales, component) in self.quantisation.iter_mut().zip(components) {
+            let Some(table) = header.quantisation[component.table] else {
                 return false;
             };
-            self.quantisation[i] = scales.map(|scale| scale as i16);
-            let (across, down) = (component.across, component.down);
-            let first = blocks;
-            self.layouts[i] = Layout {
-                across,
-                down,
-                first,
-            };
-            blocks += across * down;
-            unit.push((Arc::clone(pair), across * down));
-            let plane = &mut self.planes[i];
-            plane.pairs = 16 * region.width().div_ceil(TOGETHER) * across;
-            plane.rows = (8 * (region.y[1] - region.y[0]) * down).next_multiple_of(ROWS);
-            let bytes = 2 * plane.pairs * plane.rows;
-            plane.samples.resize(bytes.max(plane.samples.len()), 0);
+            *scales = table.map(|scale| scale as i16);
         }
+        let blocks = components.iter().map(|c| c.across * c.down);
+        let unit: Vec<_> = pairs.iter().cloned().zip(blocks).collect();
+        let blocks = unit.iter().map(|&(_, blocks)| blocks).sum();
         if !entropy::unstuff(header.data, &mut self.stream.data) {
             return false;
         }
@@ -264,18 +272,8 @@ impl Scan {
         {
             let start = self.idct.map(|_| Instant::now());
             let begin = (self.at - first - 1) / TOGETHER;
-            match level {
-                // SAFETY: it needs no instructions but the target's.
-                Level::Portable => unsafe { self.render::<simd::Portable>(begin) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the caller's word.
-                Level::Avx2 => unsafe { self.render_avx2(begin) },
-                #[cfg(target_arch = "x86_64")]
-                // SAFETY: the caller's word.
-                Level::Avx512 => unsafe { self.render_avx512(begin) },
-                #[cfg(not(target_arch = "x86_64"))]
-                _ => unreachable!("no other level is available"),
-            }
+            // SAFETY: the caller's word.
+            unsafe { level.run(Render { scan: self, begin }) };
             if let (Some(idct), Some(start)) = (&mut self.idct, start) {
                 *idct += start.elapsed();
             }
@@ -293,45 +291,101 @@ impl Scan {
         points.map(|points| points.to_bytes(self.count))
     }
 
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2")]
-    fn render_avx2(&mut self, begin: usize) {
-        // SAFETY: the instructions are there, as the caller says.
-        unsafe { self.render::<simd::x86::Avx2>(begin) }
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2")]
-    fn render_avx512(&mut self, begin: usize) {
-        // SAFETY: as above.
-        unsafe { self.render::<simd::x86::Avx512>(begin) }
-    }
-
-    /// Writes the samples of [`TOGETHER`] units.
+    /// Takes an image from coefficients that are known already. False if they are not the header's.
     ///
     /// # Safety
-    /// The CPU has the vector's instructions.
+    /// The level is available.
+    pub(super) unsafe fn fill(
+        &mut self,
+        level: Level,
+        header: &Header<'_>,
+        region: Region,
+        components: &[Coefficients],
+    ) -> bool {
+        if components.len() != header.count {
+            return false;
+        }
+        self.lay_out(header, region);
+        for (scales, component) in self.quantisation.iter_mut().zip(components) {
+            *scales = component.scales.map(|scale| scale as i16);
+        }
+        self.points = Points::default();
+        self.maker = Maker::new(false, 1);
+        (self.row, self.at) = (region.y[1] - region.y[0], region.all);
+        let start = self.idct.map(|_| Instant::now());
+        // SAFETY: the caller's word.
+        unsafe {
+            level.run(Place {
+                scan: self,
+                components,
+            });
+        }
+        if let (Some(idct), Some(start)) = (&mut self.idct, start) {
+            *idct += start.elapsed();
+        }
+        true
+    }
+}
+
+/// The samples of [`TOGETHER`] units.
+struct Render<'a> {
+    scan: &'a mut Scan,
+    /// So many times as many are before them in their row.
+    begin: usize,
+}
+
+impl Work for Render<'_> {
     #[inline(always)]
-    unsafe fn render<V: Vector>(&mut self, begin: usize) {
-        let layouts = &self.layouts[..self.count];
-        for ((layout, plane), scales) in
-            layouts.iter().zip(&mut self.planes).zip(&self.quantisation)
-        {
+    unsafe fn run<V: Vector>(self) {
+        let Scan {
+            layouts,
+            planes,
+            quantisation,
+            stream,
+            count,
+            row,
+            ..
+        } = self.scan;
+        let layouts = &layouts[..*count];
+        for ((layout, plane), scales) in layouts.iter().zip(planes).zip(quantisation) {
             for y in 0..layout.down {
-                let top = 8 * (self.row * layout.down + y);
-                assert!(top + 8 <= plane.rows);
-                let block = top / ROWS * plane.pairs;
-                let groups = &self.stream.groups()[layout.first + y * layout.across..];
+                let groups = &stream.groups()[layout.first + y * layout.across..];
                 for (i, group) in groups[..layout.across].iter().enumerate() {
-                    // Sixteen pairs of columns a group, as `start` has made the plane.
-                    let column = 16 * (begin * layout.across + i);
-                    assert!(column + 16 <= plane.pairs);
-                    let out = &mut plane.samples[PAIR * (block + column)..][..16 * PAIR];
-                    // SAFETY: each of the 16 pairs of columns has 16 bytes from there on.
-                    unsafe {
-                        let out = out.as_mut_ptr().add(2 * (top % ROWS));
-                        idct::inverse::<V>(group, scales, out);
-                    }
+                    let (x, y) = (self.begin * layout.across + i, *row * layout.down + y);
+                    // SAFETY: the caller's word.
+                    unsafe { idct::inverse::<V>(group, scales, plane.group(x, y)) };
+                }
+            }
+        }
+    }
+}
+
+/// The samples of a region whose coefficients are known.
+struct Place<'a> {
+    scan: &'a mut Scan,
+    components: &'a [Coefficients],
+}
+
+impl Work for Place<'_> {
+    #[inline(always)]
+    unsafe fn run<V: Vector>(self) {
+        let Scan {
+            layouts,
+            planes,
+            quantisation,
+            region,
+            ..
+        } = self.scan;
+        let parts = layouts.iter().zip(planes).zip(quantisation);
+        for (((layout, plane), scales), component) in parts.zip(self.components) {
+            let columns = region.x.map(|unit| unit * layout.across);
+            let rows = region.y.map(|unit| unit * layout.down);
+            for y in rows[0]..rows[1] {
+                let blocks = &component.blocks[y * component.across..][columns[0]..columns[1]];
+                for (x, blocks) in blocks.chunks(4).enumerate() {
+                    let group = Group::of(blocks.iter().map(|block| &block.coefficients));
+                    // SAFETY: the caller's word.
+                    unsafe { idct::inverse::<V>(&group, scales, plane.group(x, y - rows[0])) };
                 }
             }
         }

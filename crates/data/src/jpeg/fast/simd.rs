@@ -48,6 +48,44 @@ impl Level {
     }
 }
 
+/// Work that is written for any vector.
+pub(super) trait Work {
+    /// # Safety
+    /// The CPU has the vector's instructions.
+    unsafe fn run<V: Vector>(self);
+}
+
+impl Level {
+    /// # Safety
+    /// The level is available.
+    pub(super) unsafe fn run(self, work: impl Work) {
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
+        fn avx2(work: impl Work) {
+            // SAFETY: they are enabled.
+            unsafe { work.run::<x86::Avx2>() }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,bmi1,bmi2,lzcnt")]
+        fn avx512(work: impl Work) {
+            // SAFETY: as above.
+            unsafe { work.run::<x86::Avx512>() }
+        }
+        match self {
+            // SAFETY: it needs no instructions but the target's.
+            Self::Portable => unsafe { work.run::<Portable>() },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the caller's word.
+            Self::Avx2 => unsafe { avx2(work) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the caller's word.
+            Self::Avx512 => unsafe { avx512(work) },
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("no other level is available"),
+        }
+    }
+}
+
 /// Makes a function that does what another one does, which is inlined into it: compiled for AVX2 where the CPU has it,
 /// so that loops that the compiler turns into vectors are twice as wide. Whole numbers, and sums in order, give the same
 /// either way.
