@@ -344,13 +344,6 @@ struct Place {
     at: *mut i16,
 }
 
-/// A block to come, as it was asked for.
-struct Turn {
-    pair: Arc<Pair>,
-    /// Where its first coefficient goes.
-    at: usize,
-}
-
 /// The blocks of a scan, some at a time.
 pub(super) struct Stream {
     /// Ends with [`PADDING`] zeros.
@@ -361,10 +354,10 @@ pub(super) struct Stream {
     held: u64,
     /// See [`UP`].
     count: u64,
-    /// Blocks of each component in a unit.
-    unit: Vec<usize>,
-    /// Those that are decoded and those that are passed over.
-    turns: Vec<Turn>,
+    /// Tables of each component, to which places point, and its blocks in a unit.
+    unit: Vec<(Arc<Pair>, usize)>,
+    /// Where the first coefficients go, of blocks that are decoded and of those that are passed over.
+    turns: Vec<usize>,
     /// Of those that are passed over, the first.
     passed: usize,
     /// One for each turn, and two more.
@@ -409,39 +402,35 @@ impl Stream {
         passed: usize,
     ) {
         self.unit.clear();
-        self.unit.extend(unit.iter().map(|&(_, count)| count));
-        let groups = self.unit.iter().sum::<usize>();
+        self.unit.extend_from_slice(unit);
+        let groups = unit.iter().map(|(_, count)| count).sum::<usize>();
         self.groups.resize(groups + 1, Group::ZERO);
-        let blocks = || {
-            let unit = unit.iter().cycle();
-            unit.flat_map(|(pair, count)| repeat_n(pair, *count))
-        };
-        let turn = |(pair, at): (&Arc<Pair>, usize)| Turn {
-            pair: Arc::clone(pair),
-            at,
-        };
-        let needed = needed.map(|(group, x)| 256 * group + 8 * x);
         self.turns.clear();
-        self.turns.extend(blocks().zip(needed).map(turn));
+        let needed = needed.map(|(group, x)| 256 * group + 8 * x);
+        self.turns.extend(needed);
         self.passed = self.turns.len();
         // Their first coefficients go side by side, each over what was written of the block before.
-        let passed = blocks().zip(0..passed * groups).map(turn);
-        self.turns.extend(passed);
+        self.turns.extend(0..passed * groups);
         let coefficients: *mut i16 = self.groups.as_mut_ptr().cast();
         self.places.clear();
-        for (i, turn) in self.turns.iter().enumerate() {
-            let tables = match i < self.passed {
-                true => &turn.pair.steps,
-                false => &turn.pair.leaps,
-            };
-            assert!(turn.at + usize::from(PLACES[64]) < 256 * self.groups.len());
-            self.places.push(Place {
-                first: &raw const *tables.first,
-                rest: &raw const *tables.rest,
-                pair: Arc::as_ptr(&turn.pair),
-                // SAFETY: as asserted.
-                at: unsafe { coefficients.add(turn.at) },
-            });
+        let (needed, passed) = self.turns.split_at(self.passed);
+        for (turns, is_needed) in [(needed, true), (passed, false)] {
+            let blocks = unit.iter().cycle();
+            let blocks = blocks.flat_map(|(pair, count)| repeat_n(pair, *count));
+            for (&at, pair) in turns.iter().zip(blocks) {
+                let tables = match is_needed {
+                    true => &pair.steps,
+                    false => &pair.leaps,
+                };
+                assert!(at + usize::from(PLACES[64]) < 256 * self.groups.len());
+                self.places.push(Place {
+                    first: &raw const *tables.first,
+                    rest: &raw const *tables.rest,
+                    pair: Arc::as_ptr(pair),
+                    // SAFETY: as asserted.
+                    at: unsafe { coefficients.add(at) },
+                });
+            }
         }
         let stay = self.stay();
         self.places.extend([stay; 2]);
@@ -512,14 +501,14 @@ impl Stream {
         }
         let coefficients = Group::flat(&mut self.groups);
         let turns = &self.turns[self.end - blocks..self.end];
-        let all = self.unit.iter().sum();
+        let all = self.unit.iter().map(|(_, count)| count).sum();
         let mut first = 0;
-        for (&count, previous) in self.unit.iter().zip(previous) {
+        for (&(_, count), previous) in self.unit.iter().zip(previous) {
             let mut value = *previous;
             for unit in turns.chunks_exact(all) {
-                for turn in &unit[first..first + count] {
-                    value = value.wrapping_add(i32::from(coefficients[turn.at]));
-                    coefficients[turn.at] = value as i16;
+                for &at in &unit[first..first + count] {
+                    value = value.wrapping_add(i32::from(coefficients[at]));
+                    coefficients[at] = value as i16;
                 }
             }
             *previous = value;
