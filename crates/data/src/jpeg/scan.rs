@@ -45,12 +45,17 @@ impl Block {
     fn correct(&mut self, bits: &mut Bits<'_>, mut which: u64, bit: i16) {
         which &= self.seen;
         while which != 0 {
-            let place = usize::from(ZIGZAG[which.trailing_zeros() as usize]);
-            which &= which - 1;
-            let coefficient = &mut self.coefficients[place];
-            let is_wanted = bits.take(1) == 1 && *coefficient & bit == 0;
-            let away = if *coefficient > 0 { bit } else { -bit };
-            *coefficient = coefficient.wrapping_add(if is_wanted { away } else { 0 });
+            let count = which.count_ones().min(16);
+            let mut next = bits.take(count) << (32 - count);
+            for _ in 0..count {
+                let place = usize::from(ZIGZAG[which.trailing_zeros() as usize]);
+                which &= which - 1;
+                let coefficient = &mut self.coefficients[place];
+                let is_wanted = next >> 31 != 0 && *coefficient & bit == 0;
+                next <<= 1;
+                let away = if *coefficient > 0 { bit } else { -bit };
+                *coefficient = coefficient.wrapping_add(if is_wanted { away } else { 0 });
+            }
         }
     }
 }

@@ -120,15 +120,16 @@ impl Filter {
         let stretch = scale.max(1.0);
         let support = 2.0 * stretch;
         let narrow = (1.0 / stretch) as f32;
-        self.offsets.clear();
-        for i in 0..to {
-            let centre = (i as f64 + 0.5) * scale;
+        self.first.resize(to, 0);
+        self.taps.resize(to, 0);
+        self.offsets.resize(to, 0.0);
+        let outputs = self.first.iter_mut().zip(&mut self.taps);
+        for (i, ((first, taps), offset)) in (0..to as u32).zip(outputs.zip(&mut self.offsets)) {
+            let centre = (f64::from(i) + 0.5) * scale;
             // The casts truncate, and a negative start becomes 0.
-            let first = (centre - support + 0.5) as u32;
-            self.first.push(first);
-            let end = ((centre + support + 0.5) as u32).min(from as u32);
-            self.taps.push(end - first);
-            self.offsets.push((f64::from(first) - centre + 0.5) as f32);
+            *first = (centre - support + 0.5) as u32;
+            *taps = ((centre + support + 0.5) as u32).min(from as u32) - *first;
+            *offset = (f64::from(*first) - centre + 0.5) as f32;
         }
         let count = self.count();
         self.exact.set(count, to);
@@ -197,8 +198,10 @@ pub(super) struct Axis {
     /// Where pixels begin at an even one; and samples, from the one before the first pixel's on.
     even: Grid<i32>,
     spread: Grid<i32>,
-    /// Of each output: the first sample, from the first in memory on; the sum of weights; what rounding took.
+    /// Of each output: the first sample, from the first in memory on; the one in the middle, from the even one before that
+    /// on; the sum of weights; what rounding took.
     starts: Vec<i32>,
+    middles: Vec<i32>,
     totals: Vec<i32>,
     rests: Vec<i32>,
 }
@@ -221,19 +224,28 @@ impl Axis {
         let begin = span.begin as i32;
         let last = span.samples as i32 - 1;
         let pixel = |first: &u32| (span.crop + *first as usize) as i32;
-        // Where windows start, and how many samples the widest has from the even one before.
-        self.starts.clear();
+        // Where windows start and have their middle, and how many samples the widest has from the even one before.
+        self.starts.resize(self.outputs, 0);
+        self.middles.resize(self.outputs, 0);
         let mut used = 0;
-        for (first, &taps) in filter.first.iter().zip(&filter.taps) {
-            let (first, end) = (pixel(first), pixel(first) + taps as i32);
-            let (start, end) = match spread {
-                Spread::One => (first, end),
+        let outputs = self.starts.iter_mut().zip(&mut self.middles);
+        for ((first, &taps), (start, middle)) in filter.first.iter().zip(&filter.taps).zip(outputs)
+        {
+            let (first, taps) = (pixel(first), taps as i32);
+            let end;
+            (*start, *middle, end) = match spread {
+                Spread::One => (first, first + (taps >> 1), first + taps),
                 // An even pixel has a share of the sample before its own, an odd one of the one after.
-                _ => ((first / 2 - 1).max(0), (end / 2).min(last) + 1),
+                _ => (
+                    ((first >> 1) - 1).max(0),
+                    (first >> 1) + (taps >> 2),
+                    ((first + taps) >> 1).min(last) + 1,
+                ),
             };
-            let start = start - begin;
-            self.starts.push(start);
-            used = used.max(end - begin - (start & !1));
+            *start -= begin;
+            let even = begin + (*start & !1);
+            *middle -= even;
+            used = used.max(end - even);
         }
         self.count = (used as usize).div_ceil(2);
         self.fine.set(2 * self.count, self.outputs);
@@ -277,13 +289,8 @@ impl Axis {
                 *rest -= *fine;
             }
         }
-        for (i, (first, &taps)) in filter.first.iter().zip(&filter.taps).enumerate() {
-            let middle = match spread {
-                Spread::One => pixel(first) + taps as i32 / 2,
-                _ => pixel(first) / 2 + taps as i32 / 4,
-            };
-            let sample = middle - begin - (self.starts[i] & !1);
-            self.fine.row_mut(sample as usize)[i] += self.rests[i] + round(self.totals[i]);
+        for (total, rest) in self.totals.iter().zip(&mut self.rests) {
+            *rest += round(*total);
         }
         let outputs = self.outputs;
         self.first.clear();
@@ -296,10 +303,14 @@ impl Axis {
         self.weights.set(self.count, self.first.len());
         for pair in 0..self.count {
             let (even, odd) = (self.fine.row(2 * pair), self.fine.row(2 * pair + 1));
-            let pairs = even
-                .iter()
-                .zip(odd)
-                .map(|(even, odd)| even & 0xffff | odd << 16);
+            let sample = 2 * pair as i32;
+            let missing = self.rests.iter().zip(&self.middles);
+            let pairs = even.iter().zip(odd).zip(missing);
+            let pairs = pairs.map(|((even, odd), (rest, &middle))| {
+                let even = even + if middle == sample { *rest } else { 0 };
+                let odd = odd + if middle == sample + 1 { *rest } else { 0 };
+                even & 0xffff | odd << 16
+            });
             let (out, rest) = self.weights.row_mut(pair).split_at_mut(outputs);
             if is_reversed {
                 out.iter_mut()
