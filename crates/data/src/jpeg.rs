@@ -43,6 +43,15 @@ pub(crate) fn decode(bytes: &[u8], like: Like) -> Result<Image, String> {
     Decoder::read(bytes, like)?.image()
 }
 
+/// Whether a file has four components, which are inks.
+pub(crate) fn has_inks(bytes: &[u8]) -> bool {
+    let mut decoder = Decoder::new(bytes, Like::Pillow);
+    while decoder.frame.is_none() && decoder.segment() == Ok(true) {}
+    decoder
+        .frame
+        .is_some_and(|frame| frame.components.len() == 4)
+}
+
 /// A component of a progressive file.
 pub(crate) struct Coefficients {
     /// As many in a row as there are `across`.
@@ -135,12 +144,9 @@ fn short(bytes: &[u8], at: usize) -> Option<usize> {
 }
 
 impl<'a> Decoder<'a> {
-    /// Reads a file to its end.
-    fn read(bytes: &'a [u8], like: Like) -> Result<Self, String> {
-        if !bytes.starts_with(&[0xff, 0xd8]) {
-            return Err("it does not begin as a JPEG does".into());
-        }
-        let mut decoder = Self {
+    /// Behind the two bytes with which every file begins.
+    fn new(bytes: &'a [u8], like: Like) -> Self {
+        Self {
             bytes,
             at: 2,
             like,
@@ -156,7 +162,15 @@ impl<'a> Decoder<'a> {
             adobe: None,
             frame: None,
             scans: 0,
-        };
+        }
+    }
+
+    /// Reads a file to its end.
+    fn read(bytes: &'a [u8], like: Like) -> Result<Self, String> {
+        if !bytes.starts_with(&[0xff, 0xd8]) {
+            return Err("it does not begin as a JPEG does".into());
+        }
+        let mut decoder = Self::new(bytes, like);
         while decoder.segment()? {}
         Ok(decoder)
     }

@@ -31,7 +31,7 @@ pub use error::{BadRecord, Error, Reason};
 pub use folder::Folder;
 pub use index::{Filled, Index};
 pub use loader::{Loader, READ_AHEAD, eval, prepare, train};
-pub use made::{Labelled, photo};
+pub use made::{Labelled, photo, rgb_jpeg};
 pub use mix::{Mix, Mixed};
 pub use order::Cursor;
 pub use stages::{Stages, level, stages};

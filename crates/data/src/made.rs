@@ -7,7 +7,9 @@
 
 use jpeg_encoder::{ColorType, Encoder, SamplingFactor};
 
-use crate::picture::Format;
+use crate::Reason;
+use crate::jpeg::{self, Like};
+use crate::picture::{self, Format};
 use crate::random::{Purpose, Random};
 
 /// An image file and what is known of it, as the reference's converter stores it.
@@ -27,10 +29,12 @@ pub struct Labelled<'a> {
     pub width: usize,
     /// In pixels.
     pub height: usize,
+    /// Boxes of objects: left, top, right and bottom as fractions of width and height.
+    pub boxes: &'a [[f32; 4]],
 }
 
 impl Labelled<'_> {
-    /// The `tf.Example`, with the features of the reference's `build_imagenet_data.py`; there are no boxes.
+    /// The `tf.Example`, with the features of the reference's `build_imagenet_data.py`.
     pub fn to_example(&self) -> Vec<u8> {
         let mut features = Vec::with_capacity(self.encoded.len() + 512);
         let mut put = |name: &str, kind: u8, list: &[u8]| {
@@ -62,10 +66,27 @@ impl Labelled<'_> {
         put("image/class/label", INT64, &int64(self.label));
         put("image/class/synset", BYTES, &bytes(self.synset.as_bytes()));
         put("image/class/text", BYTES, &bytes(self.text.as_bytes()));
-        for side in ["xmin", "xmax", "ymin", "ymax"] {
-            put(&format!("image/object/bbox/{side}"), FLOAT, &[]);
+        // A list of nothing is left out.
+        let packed = |values: Vec<u8>| match values.is_empty() {
+            true => values,
+            false => bytes(&values),
+        };
+        for (side, at) in [("xmin", 0), ("xmax", 2), ("ymin", 1), ("ymax", 3)] {
+            let values = self
+                .boxes
+                .iter()
+                .flat_map(|corners| corners[at].to_le_bytes());
+            put(
+                &format!("image/object/bbox/{side}"),
+                FLOAT,
+                &packed(values.collect()),
+            );
         }
-        put("image/object/bbox/label", INT64, &[]);
+        let mut labels = Vec::new();
+        for _ in self.boxes {
+            varint(&mut labels, self.label as u64);
+        }
+        put("image/object/bbox/label", INT64, &packed(labels));
         let format = Format::of(self.encoded).name();
         put("image/format", BYTES, &bytes(format.as_bytes()));
         put("image/filename", BYTES, &bytes(self.filename.as_bytes()));
@@ -74,6 +95,30 @@ impl Labelled<'_> {
         message(&mut example, 1, &features);
         example
     }
+}
+
+/// The image of a PNG, WebP or CMYK file as JPEG of quality 100; None for a JPEG that is grey or RGB already, which is best
+/// left as it is.
+///
+/// # Errors
+/// It cannot be decoded.
+pub fn rgb_jpeg(file: &[u8]) -> Result<Option<Vec<u8>>, Reason> {
+    if Format::of(file) == Format::Jpeg && !jpeg::has_inks(file) {
+        return Ok(None);
+    }
+    let image = picture::decode(file, Like::Pillow).map_err(Reason::Image)?;
+    let side = |pixels: usize| {
+        let what = format!("{pixels} pixels are more than a JPEG can have");
+        u16::try_from(pixels).map_err(|_| Reason::Image(what))
+    };
+    let (width, height) = (side(image.width)?, side(image.height)?);
+    let mut out = Vec::new();
+    let mut encoder = Encoder::new(&mut out, 100);
+    encoder.set_sampling_factor(SamplingFactor::F_1_1);
+    encoder
+        .encode(&image.pixels, width, height, ColorType::Rgb)
+        .map_err(|e| Reason::Image(e.to_string()))?;
+    Ok(Some(out))
 }
 
 /// A field of bytes.
@@ -217,7 +262,6 @@ fn weave(x: usize, y: usize) -> f32 {
 mod tests {
     use super::*;
     use crate::example;
-    use crate::jpeg::{self, Like};
 
     #[test]
     fn an_example_reads_back() {
@@ -229,6 +273,7 @@ mod tests {
             text: "a class",
             width: 40,
             height: 30,
+            boxes: &[[0.0, 0.25, 0.5, 1.0], [0.125, 0.0, 0.25, 0.5]],
         };
         let bytes = labelled.to_example();
         let parsed = example::parse(&bytes).unwrap();

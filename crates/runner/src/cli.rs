@@ -325,9 +325,33 @@ pub(crate) struct DataFakeArgs {
 
 #[derive(Debug, Args)]
 pub(crate) struct DataConvertArgs {
-    /// Directory with one folder for each class
-    #[arg(long, value_name = "DIR")]
+    /// Directory with one folder for each class; or a tar of one, or of one tar for each class, as ImageNet comes
+    #[arg(long, value_name = "PATH")]
     pub(crate) from: PathBuf,
+
+    /// The class of each image, which then need not be in folders
+    ///
+    /// Lines of PATH,CLASS with the path in --from; or of classes alone, for the images in the order of their names
+    /// (ImageNet's validation images). Where all classes are whole numbers they are their own places.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) labels: Option<PathBuf>,
+
+    /// All classes in their order, one a line: name, and words for it
+    ///
+    /// The labels.txt of another split, or ImageNet's LOC_synset_mapping.txt; without it classes are in the order of their
+    /// names.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) classes: Option<PathBuf>,
+
+    /// Boxes of objects, one a line: NAME,XMIN,YMIN,XMAX,YMAX, as fractions of width and height
+    #[arg(long, value_name = "FILE")]
+    pub(crate) boxes: Option<PathBuf>,
+
+    /// Write PNG, WebP and CMYK images anew, as RGB JPEG of quality 100
+    ///
+    /// This program reads them as they are; others may not.
+    #[arg(long)]
+    pub(crate) rgb_jpeg: bool,
 
     /// Directory of the shards; it may be in a bucket (gs://, s3://, az://)
     #[arg(long, value_name = "DIR")]

@@ -1,13 +1,17 @@
 //! `runner data`: shards are made, converted and audited.
 
+mod convert;
+
+pub(crate) use convert::convert;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use serde::Serialize;
 
-use crate::cli::{DataCheckArgs, DataConvertArgs, DataFakeArgs, DataIndexArgs, DataLoadArgs};
+use crate::cli::{DataCheckArgs, DataFakeArgs, DataIndexArgs, DataLoadArgs};
 use crate::failure::Failure;
 use crate::output;
 
@@ -78,6 +82,7 @@ pub(crate) fn fake(args: &DataFakeArgs) -> Result<ExitCode, Failure> {
                 text: "made up",
                 width,
                 height,
+                boxes: &[],
             }
             .to_example()
         });
@@ -414,216 +419,4 @@ impl Audit {
         }
         out
     }
-}
-
-/// An image of a folder.
-struct Found {
-    path: PathBuf,
-    class: usize,
-}
-
-/// Names of the entries of a directory, sorted.
-fn entries(path: &Path) -> Result<Vec<PathBuf>, Failure> {
-    let read = || -> std::io::Result<Vec<PathBuf>> {
-        std::fs::read_dir(path)?
-            .map(|entry| Ok(entry?.path()))
-            .collect()
-    };
-    let mut entries = read().map_err(|e| {
-        Failure::Input(format!(
-            "{}: cannot read the directory: {e}\nhint: it must hold one folder for each class",
-            path.display()
-        ))
-    })?;
-    entries.sort();
-    Ok(entries)
-}
-
-fn name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
-}
-
-/// Order by a key that depends on the seed and the file alone: FNV-1a, then SplitMix64's finaliser.
-fn shuffle_key(seed: u64, path: &str) -> u64 {
-    let mut key = path
-        .bytes()
-        .fold(0xcbf2_9ce4_8422_2325 ^ seed, |hash: u64, byte| {
-            (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-        });
-    for (shift, factor) in [(30, 0xbf58_476d_1ce4_e5b9), (27, 0x94d0_49bb_1331_11eb)] {
-        key = (key ^ (key >> shift)).wrapping_mul(factor);
-    }
-    key ^ (key >> 31)
-}
-
-/// `runner data convert`.
-pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
-    let (folders, mut passed_over): (Vec<_>, Vec<_>) =
-        entries(&args.from)?.into_iter().partition(|p| p.is_dir());
-    let mut images = vec![];
-    for (class, folder) in folders.iter().enumerate() {
-        for path in entries(folder)? {
-            match path.is_file() {
-                true => images.push(Found { path, class }),
-                false => passed_over.push(path),
-            }
-        }
-    }
-    if images.is_empty() {
-        return Err(Failure::Input(format!(
-            "{}: no image in any folder\nhint: it must hold one folder for each class, with JPEG files in it",
-            args.from.display()
-        )));
-    }
-    report_passed_over(&passed_over);
-    let relative = |found: &Found| format!("{}/{}", name(&folders[found.class]), name(&found.path));
-    images.sort_by_cached_key(|found| (shuffle_key(args.seed, &relative(found)), relative(found)));
-    make_directory(&args.out)?;
-    // Two that write here at a time would each take the other's shards for its own. A bucket has no locks: there the
-    // same shards would be written twice.
-    let _lease = match store::is_url(&args.out) {
-        true => None,
-        false => Some(store::Lease::take(&args.out)?),
-    };
-
-    // What the shards are made from: a later start goes on only with the same.
-    let mut lines = format!(
-        "seed {} shards {} label_offset {}\n",
-        args.seed, args.shards, args.label_offset
-    );
-    for found in &images {
-        let size = std::fs::metadata(&found.path).map_or(0, |m| m.len());
-        writeln!(lines, "{} {} {size}", found.class, relative(found))
-            .expect("a string can be written to");
-    }
-    let made_from = args.out.join(format!("{}.made-from", args.split));
-    let shards =
-        || (0..args.shards).map(|i| args.out.join(shard_name(&args.split, i, args.shards)));
-    match store::read(&made_from)? {
-        Some(earlier) if earlier != lines.as_bytes() => {
-            return Err(Failure::Spec(format!(
-                "{}: shards of other files or other arguments are there\n\
-                 hint: name another --out or --split, or remove them",
-                args.out.display()
-            )));
-        }
-        Some(_) => {}
-        None => {
-            for shard in shards() {
-                if store::exists(&shard)? {
-                    return Err(Failure::Spec(format!(
-                        "{}: it is there, and no {} says what it was made from\n\
-                         hint: name another --out or --split, or remove the shards",
-                        shard.display(),
-                        made_from.display()
-                    )));
-                }
-            }
-            store::write_atomic(&made_from, &[lines.as_bytes()])?;
-        }
-    }
-    let mut labels = String::new();
-    for folder in &folders {
-        writeln!(labels, "{}", name(folder)).expect("a string can be written to");
-    }
-    store::write_atomic(&args.out.join("labels.txt"), &[labels.as_bytes()])?;
-
-    let mut kept = 0;
-    for shard in 0..args.shards {
-        let path = args.out.join(shard_name(&args.split, shard, args.shards));
-        // Shards are written whole or not at all, so one that is there is done.
-        if store::exists(&path)? {
-            kept += 1;
-            continue;
-        }
-        let of_shard: Vec<&Found> = images.iter().skip(shard).step_by(args.shards).collect();
-        let records = in_parallel(of_shard.len(), |i| {
-            record(of_shard[i], &folders, args.label_offset)
-        });
-        let mut good = vec![];
-        let mut bad = vec![];
-        for record in records {
-            match record {
-                Ok(record) => good.push(record),
-                Err(problem) => bad.push(problem),
-            }
-        }
-        if !bad.is_empty() {
-            let count = bad.len();
-            bad.truncate(LISTED);
-            return Err(Failure::Input(format!(
-                "{}\n{count} files of shard {shard} cannot be converted\n\
-                 hint: mend or remove them, and start again with another --out: nothing is left out silently",
-                bad.join("\n")
-            )));
-        }
-        write_shard(&path, &good)?;
-        eprintln!(
-            "{}: {} records ({} of {} shards)",
-            path.display(),
-            good.len(),
-            shard + 1,
-            args.shards
-        );
-    }
-    output::print(&format!(
-        "{} images of {} classes in {} shards{}; class names in {}\n\
-         use: data.train = \"{}\", data.label_offset = {}, model.classes = {}\n",
-        images.len(),
-        folders.len(),
-        args.shards,
-        if kept > 0 {
-            format!(", {kept} of them from before")
-        } else {
-            String::new()
-        },
-        args.out.join("labels.txt").display(),
-        args.out.join(format!("{}-*-of-*", args.split)).display(),
-        args.label_offset,
-        folders.len()
-    ));
-    Ok(ExitCode::SUCCESS)
-}
-
-/// Says what lies where images are looked for and is neither a file nor a class's folder: folders in folders, files
-/// beside the folders, links to nothing.
-fn report_passed_over(paths: &[PathBuf]) {
-    const SHOWN: usize = 10;
-    if paths.is_empty() {
-        return;
-    }
-    for path in paths.iter().take(SHOWN) {
-        let what = match std::fs::metadata(path) {
-            Ok(metadata) if metadata.is_dir() => "a folder in a class's folder",
-            Ok(metadata) if metadata.is_file() => "a file beside the classes' folders",
-            Ok(_) => "neither a file nor a folder",
-            Err(_) => "a link to nothing, or not readable",
-        };
-        eprintln!("{}: passed over: {what}", path.display());
-    }
-    eprintln!(
-        "{} passed over: only files in DIR/CLASS/ are converted",
-        paths.len()
-    );
-}
-
-/// An image's record, or what is wrong with it.
-fn record(found: &Found, folders: &[PathBuf], label_offset: i64) -> Result<Vec<u8>, String> {
-    let problem = |what: String| format!("{}: {what}", found.path.display());
-    let encoded = std::fs::read(&found.path).map_err(|e| problem(format!("cannot read: {e}")))?;
-    let (width, height) = data::inspect(&encoded).map_err(|reason| problem(reason.to_string()))?;
-    let class = name(&folders[found.class]);
-    Ok(data::Labelled {
-        encoded: &encoded,
-        label: found.class as i64 + label_offset,
-        filename: &name(&found.path),
-        synset: &class,
-        text: &class,
-        width,
-        height,
-    }
-    .to_example())
 }

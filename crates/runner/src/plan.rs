@@ -507,7 +507,7 @@ fn record_bytes(run: &Run, examples: Option<u64>) -> usize {
 }
 
 /// 1h 02m, or 35 s.
-fn duration(seconds: f64) -> String {
+pub(crate) fn duration(seconds: f64) -> String {
     let s = seconds.round() as u64;
     match s {
         0..60 => format!("{s} s"),

@@ -1,5 +1,6 @@
 //! `runner data` and `runner bench input`, on shards that are made here.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use crate::{check, json};
@@ -223,6 +224,206 @@ fn a_conversion_that_was_cut_off_ends_with_the_same_bytes() {
         err.contains("other files or other arguments") && err.contains("hint: "),
         "{err}"
     );
+}
+
+/// `data convert` with more arguments; the shards.
+fn converted(from: &Path, out: &Path, more: &[&str]) -> Vec<Vec<u8>> {
+    let mut args = vec!["data", "convert", "--shards=5", "--from", path(from)];
+    args.extend(["--out", path(out)]);
+    args.extend(more);
+    check(&args, 0);
+    shards(out)
+}
+
+/// Image, label, and the whole record, sorted.
+fn records(out: &Path) -> Vec<(Vec<u8>, i64, Vec<u8>)> {
+    let mut records = vec![];
+    for i in 0..5 {
+        let shard = out.join(format!("train-{i:05}-of-00005"));
+        let mut reader = store::tfrecord::Reader::open(&shard).unwrap();
+        while let Some(record) = reader.next().unwrap() {
+            let (image, label) = data::parse(&record.bytes).unwrap();
+            records.push((image.to_vec(), label, record.bytes.clone()));
+        }
+    }
+    records.sort();
+    records
+}
+
+fn holds(bytes: &[u8], what: &[u8]) -> bool {
+    bytes.windows(what.len()).any(|window| window == what)
+}
+
+#[test]
+fn tars_of_folders_and_of_tars_are_converted_as_the_folders_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folders(dir.path());
+    let expected = converted(&from, &dir.path().join("folders"), &[]);
+
+    let plain = dir.path().join("plain.tar");
+    let mut tar = tar::Builder::new(std::fs::File::create(&plain).unwrap());
+    tar.append_dir_all(".", &from).unwrap();
+    tar.finish().unwrap();
+    let out = dir.path().join("of-folders");
+    assert_eq!(converted(&plain, &out, &[]), expected);
+
+    // As ImageNet comes: a tar for each class, in a tar.
+    let nested = dir.path().join("nested.tar");
+    let mut outer = tar::Builder::new(std::fs::File::create(&nested).unwrap());
+    for class in 0..3 {
+        let class = format!("class-{class}");
+        let mut tar = tar::Builder::new(vec![]);
+        tar.append_dir_all("", from.join(&class)).unwrap();
+        let bytes = tar.into_inner().unwrap();
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_cksum();
+        let name = format!("{class}.tar");
+        outer.append_data(&mut header, name, &bytes[..]).unwrap();
+    }
+    outer.finish().unwrap();
+    let out = dir.path().join("of-tars");
+    assert_eq!(converted(&nested, &out, &[]), expected);
+
+    // One that was not fetched to its end.
+    let bytes = std::fs::read(&nested).unwrap();
+    std::fs::write(&nested, &bytes[..bytes.len() / 2]).unwrap();
+    let (_, err) = convert(&nested, &dir.path().join("cut"), 3);
+    assert!(
+        err.contains("a damaged tar") && err.contains("hint: "),
+        "{err}"
+    );
+}
+
+#[test]
+fn lists_say_what_images_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folders(dir.path());
+    let flat = dir.path().join("flat");
+    std::fs::create_dir(&flat).unwrap();
+    let (mut names, mut list) = (vec![], String::new());
+    for class in 0..3 {
+        for entry in std::fs::read_dir(from.join(format!("class-{class}"))).unwrap() {
+            let name = entry.unwrap().file_name().into_string().unwrap();
+            let source = from.join(format!("class-{class}/{name}"));
+            std::fs::copy(source, flat.join(&name)).unwrap();
+            list += &format!("{name},{}\n", 10 * class);
+            names.push((name, class));
+        }
+    }
+    names.sort();
+    let file = |name: &str, text: &str| {
+        let file = dir.path().join(name);
+        std::fs::write(&file, text).unwrap();
+        path(&file).to_string()
+    };
+    let labels_of = |out: &Path| -> BTreeMap<Vec<u8>, i64> {
+        let records = records(out).into_iter();
+        records.map(|(image, label, _)| (image, label)).collect()
+    };
+    let expected = |label: fn(i64) -> i64| -> BTreeMap<Vec<u8>, i64> {
+        let read = |(name, class): &(String, i64)| {
+            (std::fs::read(flat.join(name)).unwrap(), label(*class))
+        };
+        names.iter().map(read).collect()
+    };
+
+    // Numbers are their own places, and the first is 1 unless it is said.
+    let labels = file("numbers.csv", &list);
+    let out = dir.path().join("numbers");
+    converted(&flat, &out, &["--labels", &labels]);
+    assert_eq!(labels_of(&out), expected(|class| 10 * class + 1));
+    let written = std::fs::read_to_string(out.join("labels.txt")).unwrap();
+    assert_eq!(written.lines().count(), 21);
+
+    // Words, boxes and an order of its own, a class a line in the order of names.
+    let by_name: String = names
+        .iter()
+        .map(|(_, class)| format!("n{class}\n"))
+        .collect();
+    let labels = file("by-name.txt", &by_name);
+    let classes = file("classes.txt", "n2 the last, the least\nn0 the first\nn1\n");
+    let boxes = file(
+        "boxes.csv",
+        "420-500x375.jpg,0.5,0.25,0.75,1\nnobody.jpg,0,0,1,1\n",
+    );
+    let out = dir.path().join("words");
+    let more = [
+        "--labels",
+        &labels,
+        "--classes",
+        &classes,
+        "--boxes",
+        &boxes,
+    ];
+    converted(&flat, &out, &more);
+    assert_eq!(labels_of(&out), expected(|class| (class + 1) % 3 + 1));
+    for (_, label, bytes) in records(&out) {
+        let words = ["the last, the least", "the first", "n1"][label as usize - 1];
+        assert!(holds(&bytes, words.as_bytes()));
+        let corner = |side: &str, value: f32| {
+            let key = format!("image/object/bbox/{side}");
+            // Key, feature, list of floats, packed.
+            let value = value.to_le_bytes();
+            let mut entry = key.into_bytes();
+            entry.extend([2 << 3 | 2, 8, 2 << 3 | 2, 6, 1 << 3 | 2, 4]);
+            entry.extend(value);
+            holds(&bytes, &entry)
+        };
+        let has_box = holds(&bytes, b"420-500x375.jpg");
+        let sides = [("xmin", 0.5), ("ymin", 0.25), ("xmax", 0.75), ("ymax", 1.0)];
+        for (side, value) in sides {
+            assert_eq!(corner(side, value), has_box, "{side}");
+        }
+    }
+
+    // What is wrong is said by line.
+    for (text, what) in [
+        (
+            "420-500x375.jpg,1\nnobody.jpg,2\n",
+            "line 2: nobody.jpg is not there",
+        ),
+        (
+            "420-500x375.jpg,1\n420-500x375.jpg,2\n",
+            "line 2: 420-500x375.jpg comes twice",
+        ),
+        ("420-500x375.jpg,1\nanother\n", "line 2: no comma"),
+        ("one\ntwo\n", "2 classes for 22 images"),
+    ] {
+        let labels = file("wrong.csv", text);
+        let out = dir.path().join("wrong");
+        let from = [
+            "data",
+            "convert",
+            "--from",
+            path(&flat),
+            "--out",
+            path(&out),
+        ];
+        let (_, err) = check(&[&from[..], &["--labels", &labels]].concat(), 3);
+        assert!(err.contains(what) && err.contains("hint: "), "{err}");
+    }
+}
+
+/// For readers that take nothing but RGB in JPEG.
+#[test]
+fn inks_and_other_formats_are_written_anew_where_that_is_asked_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let from = folders(dir.path());
+    let png = Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/tests/goldens/rgb.png");
+    std::fs::copy(png, from.join("class-0/a.png")).unwrap();
+    let (as_they_are, anew) = (dir.path().join("as-they-are"), dir.path().join("anew"));
+    converted(&from, &as_they_are, &[]);
+    converted(&from, &anew, &["--rgb-jpeg"]);
+    let odd = |out: &Path| {
+        let records = records(out);
+        let is_odd = |image: &[u8]| data::rgb_jpeg(image).unwrap().is_some();
+        assert_eq!(records.len(), 23);
+        records.iter().filter(|(image, ..)| is_odd(image)).count()
+    };
+    assert_eq!((odd(&as_they_are), odd(&anew)), (3, 0));
+    let bytes: Vec<u8> = records(&anew).into_iter().flat_map(|r| r.2).collect();
+    assert!(!holds(&bytes, b"PNG"));
 }
 
 /// The 1797 digits of data/digits, in a folder for each.
