@@ -50,13 +50,19 @@ impl Pixels {
         }
     }
 
-    /// So many values, whatever they are, in the same memory.
-    pub(crate) fn again(mut self, values: usize) -> Self {
-        match &mut self {
-            Self::U8(p) => p.resize(values, 0),
-            Self::F32(p) => p.resize(values, 0.0),
+    /// So many values, whatever they are, in the same memory if it is of the configuration's type.
+    pub(crate) fn again(self, config: &Config, values: usize) -> Self {
+        match (self, Self::new(config, 0)) {
+            (Self::U8(mut p), Self::U8(_)) => {
+                p.resize(values, 0);
+                Self::U8(p)
+            }
+            (Self::F32(mut p), Self::F32(_)) => {
+                p.resize(values, 0.0);
+                Self::F32(p)
+            }
+            _ => Self::new(config, values),
         }
-        self
     }
 
     /// Size of a whole batch.

@@ -46,16 +46,21 @@ pub(crate) fn decode(bytes: &[u8], like: Like) -> Result<Image, String> {
 /// Whether a file has four components, which are inks.
 pub(crate) fn has_inks(bytes: &[u8]) -> bool {
     let mut decoder = Decoder::new(bytes, Like::Pillow);
-    while decoder.frame.is_none() && decoder.segment() == Ok(true) {}
-    decoder
-        .frame
-        .is_some_and(|frame| frame.components.len() == 4)
+    while let Some(marker) = decoder.marker()
+        && let Some(length) = short(bytes, decoder.at)
+    {
+        if (0xc0..=0xc2).contains(&marker) {
+            return bytes.get(decoder.at + 7) == Some(&4);
+        }
+        decoder.at += length;
+    }
+    false
 }
 
 /// A component of a progressive file.
 pub(crate) struct Coefficients {
     /// As many in a row as there are `across`.
-    blocks: Vec<Block>,
+    blocks: Vec<[i16; 64]>,
     across: usize,
     /// Its quantisation table.
     scales: [i32; 64],
@@ -114,8 +119,9 @@ struct Component {
     /// The table as it was when the first scan of the component began; none before.
     scales: Option<[i32; 64]>,
     plane: Plane,
-    /// Coefficients of a progressive file, block rows as long as the plane's.
-    blocks: Vec<Block>,
+    /// Coefficients of a progressive file, block rows as long as the plane's, and which are not zero.
+    blocks: Vec<[i16; 64]>,
+    seen: Vec<u64>,
 }
 
 impl Component {
@@ -203,8 +209,11 @@ impl<'a> Decoder<'a> {
             0xdd => {
                 self.restart_interval = short(body, 0).ok_or("a restart interval is cut off")?;
             }
-            0xe0 => self.has_jfif |= body.starts_with(b"JFIF\0"),
-            0xee if body.starts_with(b"Adobe") => self.adobe = body.get(11).copied(),
+            // What colours are is settled when the first scan begins.
+            0xe0 if self.scans == 0 => self.has_jfif |= body.starts_with(b"JFIF\0"),
+            0xee if self.scans == 0 && body.starts_with(b"Adobe") => {
+                self.adobe = body.get(11).copied();
+            }
             _ => {}
         }
         Ok(true)
@@ -333,7 +342,8 @@ impl<'a> Decoder<'a> {
                     across: across / h,
                     down: down / v,
                 },
-                blocks: vec![Block::ZERO; coefficients],
+                blocks: vec![[0; 64]; coefficients],
+                seen: vec![0; coefficients],
             });
         }
         self.frame = Some(Frame {
@@ -428,7 +438,7 @@ impl<'a> Decoder<'a> {
             let across = component.plane.stride / 8;
             for (i, block) in std::mem::take(&mut component.blocks).iter().enumerate() {
                 let (x, y) = (i % across, i / across);
-                component.render(&block.coefficients, x, y, false, self.dct);
+                component.render(block, x, y, false, self.dct);
             }
             planes.push(component.plane);
         }
@@ -503,8 +513,11 @@ impl Frame {
                         for x in unit_x * across..(unit_x + 1) * across {
                             if self.is_progressive {
                                 let place = y * (component.plane.stride / 8) + x;
-                                let block = &mut component.blocks[place];
-                                coder.progressive(bits, part, &mut skip, block)?;
+                                let mut block = Block {
+                                    coefficients: &mut component.blocks[place],
+                                    seen: &mut component.seen[place],
+                                };
+                                coder.progressive(bits, part, &mut skip, &mut block)?;
                             } else {
                                 let mut block = [0; 64];
                                 let is_flat = !coder.sequential(bits, &mut block)?;

@@ -29,10 +29,10 @@ const MAX_VALUES: usize = 1 << 36;
 /// and waits for it, at most for as long as one batch takes.
 #[derive(Debug)]
 pub struct Loader {
-    /// Both are present until dropped.
+    /// This and the thread are present until dropped.
     batches: Option<Receiver<Result<Batch, Error>>>,
-    used: Sender<Pixels>,
     thread: Option<JoinHandle<()>>,
+    used: Sender<Pixels>,
     making: Arc<Making>,
 }
 
@@ -311,9 +311,10 @@ impl Producer {
         let (config, mode, reader) = (&self.config, self.mode, &mut self.reader);
         let size = config.batch_size;
         let len = 3 * config.resolution * config.resolution;
-        let used = self.reusable.try_recv().ok();
-        let mut pixels =
-            used.map_or_else(|| Pixels::new(config, size * len), |p| p.again(size * len));
+        let mut pixels = match self.reusable.try_recv() {
+            Ok(used) => used.again(config, size * len),
+            Err(_) => Pixels::new(config, size * len),
+        };
         let mut labels = Vec::with_capacity(size);
         let mut ids = Vec::with_capacity(size);
         let mut bad_records = Vec::new();

@@ -261,7 +261,7 @@ pub(crate) struct TrackSyncArgs {
 pub(crate) enum DataArgs {
     /// Make shards of photographs that nobody took, with the sizes and the code lengths of ImageNet's
     Fake(DataFakeArgs),
-    /// Make shards of a directory with one folder of JPEG files for each class
+    /// Make shards of images that lie in folders or tars, or that a list names
     ///
     /// Records are shuffled by the seed. A conversion that was cut off goes on where it was, and ends with the same bytes.
     Convert(DataConvertArgs),
@@ -331,19 +331,19 @@ pub(crate) struct DataConvertArgs {
 
     /// The class of each image, which then need not be in folders
     ///
-    /// Lines of PATH,CLASS with the path in --from; or of classes alone, for the images in the order of their names
-    /// (ImageNet's validation images). Where all classes are whole numbers they are their own places.
+    /// Lines of PATH,CLASS with the path in --from; or of classes alone, for the images in the order of their names, as
+    /// imagenet_2012_validation_synset_labels.txt has them. Where all classes are whole numbers they are their own places.
     #[arg(long, value_name = "FILE")]
     pub(crate) labels: Option<PathBuf>,
 
     /// All classes in their order, one a line: name, and words for it
     ///
-    /// The labels.txt of another split, or ImageNet's LOC_synset_mapping.txt; without it classes are in the order of their
-    /// names.
+    /// The labels.txt of another split (names alone), or ImageNet's LOC_synset_mapping.txt; without it classes are in the order
+    /// of their names.
     #[arg(long, value_name = "FILE")]
     pub(crate) classes: Option<PathBuf>,
 
-    /// Boxes of objects, one a line: NAME,XMIN,YMIN,XMAX,YMAX, as fractions of width and height
+    /// Boxes of objects, one a line: NAME (or PATH),XMIN,YMIN,XMAX,YMAX, as fractions of width and height
     #[arg(long, value_name = "FILE")]
     pub(crate) boxes: Option<PathBuf>,
 

@@ -48,7 +48,7 @@ pub(crate) struct Times {
 
 /// A thread's tables and memory, used again for every image.
 pub(crate) struct Decoder {
-    /// Kept only where it is asked for: a clock is read twice for each row of units.
+    /// Kept only where it is asked for: a clock is read twice for every four units.
     pub(crate) times: Option<Times>,
     level: Level,
     tables: Tables,

@@ -21,29 +21,23 @@ pub(super) struct Part {
 }
 
 /// What is known of a block of a progressive file.
-#[derive(Clone)]
-pub(super) struct Block {
-    pub(super) coefficients: [i16; 64],
+pub(super) struct Block<'a> {
+    pub(super) coefficients: &'a mut [i16; 64],
     /// Those that are not zero, but for the first, in the order in which they are stored: bit by bit.
-    seen: u64,
+    pub(super) seen: &'a mut u64,
 }
 
-impl Block {
-    pub(super) const ZERO: Self = Self {
-        coefficients: [0; 64],
-        seen: 0,
-    };
-
+impl Block<'_> {
     /// Sets the coefficient that is stored k-th.
     fn set(&mut self, k: usize, value: i16) -> Result<(), String> {
         self.coefficients[place(k)?] = value;
-        self.seen |= u64::from(value != 0) << k;
+        *self.seen = *self.seen & !(1 << k) | u64::from(value != 0) << k;
         Ok(())
     }
 
     /// Gives each of these its next bit.
     fn correct(&mut self, bits: &mut Bits<'_>, mut which: u64, bit: i16) {
-        which &= self.seen;
+        which &= *self.seen;
         while which != 0 {
             let count = which.count_ones().min(16);
             let mut next = bits.take(count) << (32 - count);
@@ -126,7 +120,7 @@ impl Coder<'_> {
         bits: &mut Bits<'_>,
         part: Part,
         skip: &mut u32,
-        block: &mut Block,
+        block: &mut Block<'_>,
     ) -> Result<(), String> {
         let first = &mut block.coefficients[0];
         match (part.first, part.high) {
@@ -143,7 +137,7 @@ impl Coder<'_> {
         bits: &mut Bits<'_>,
         part: Part,
         skip: &mut u32,
-        block: &mut Block,
+        block: &mut Block<'_>,
     ) -> Result<(), String> {
         if *skip > 0 {
             *skip -= 1;
@@ -179,7 +173,7 @@ impl Coder<'_> {
         bits: &mut Bits<'_>,
         part: Part,
         skip: &mut u32,
-        block: &mut Block,
+        block: &mut Block<'_>,
     ) -> Result<(), String> {
         let ac = table(self.ac)?;
         let bit = 1i16 << part.low;
@@ -196,7 +190,7 @@ impl Coder<'_> {
                 break;
             }
             // `run` counts zeros; the coefficient after them is the new one. What is not zero gets its next bit.
-            let mut zeros = rest & !block.seen;
+            let mut zeros = rest & !*block.seen;
             for _ in 0..run {
                 zeros &= zeros.wrapping_sub(1);
             }

@@ -1,5 +1,6 @@
 //! `runner data convert`: images that lie in folders or tars become shards.
 
+use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
 use std::fs::File;
@@ -33,41 +34,90 @@ enum Place {
 #[derive(Default)]
 struct Listing {
     images: Vec<Image>,
+    /// Of classes, also of those without an image.
+    folders: BTreeSet<String>,
     passed_over: Vec<(String, &'static str)>,
 }
+
+/// Numbers of classes beyond this are no numbers of classes.
+const MOST_CLASSES: usize = 1_000_000;
+/// A shard is put together in memory.
+const MOST_BYTES: u64 = 2 << 30;
+const HIDDEN: &str = "its name begins with a dot";
 
 /// Names in their order, and what they mean in words.
 struct Classes(Vec<(String, String)>);
 
 impl Classes {
-    /// One a line: a name, and perhaps words.
-    fn read(path: &Path) -> Result<Self, Failure> {
+    /// One a line: a name, and perhaps words; or a name of several words, if all that are wanted are whole lines.
+    fn read(path: &Path, wanted: &BTreeSet<&str>) -> Result<Self, Failure> {
+        let lines = lines(path)?;
+        let whole: BTreeSet<&str> = lines.iter().map(|(_, line)| line.as_str()).collect();
+        let are_whole = wanted.is_subset(&whole);
         let mut classes = vec![];
         let mut seen = BTreeSet::new();
-        for (number, line) in lines(path)? {
-            let (name, words) = line
-                .split_once(|c: char| c.is_whitespace())
-                .map_or((line.as_str(), line.as_str()), |(name, words)| {
-                    (name, words.trim())
-                });
-            if !seen.insert(name.to_string()) {
-                return Err(bad_line(path, number, &format!("{name} comes twice")));
+        for (number, line) in &lines {
+            let parts = line.split_once(char::is_whitespace).filter(|_| !are_whole);
+            let (name, words) = parts.map_or((line.as_str(), line.as_str()), |(name, words)| {
+                (name, words.trim())
+            });
+            if !seen.insert(name) {
+                return Err(bad_line(path, *number, &format!("{name} comes twice")));
             }
             classes.push((name.to_string(), words.to_string()));
+        }
+        if let Some(missing) = wanted.iter().find(|name| !seen.contains(*name)) {
+            return Err(unreadable(
+                path,
+                format!("no line for the class {missing}"),
+                "list all classes in their order, one a line: name, and words",
+            ));
         }
         Ok(Self(classes))
     }
 
-    /// These names; whole numbers are their own places, so some between may have no image.
-    fn of(names: BTreeSet<&str>, are_listed: bool) -> Self {
-        let numbers: Option<Vec<usize>> = names.iter().map(|name| name.parse().ok()).collect();
-        let names: Vec<String> = match numbers {
-            Some(numbers) if are_listed => (0..=numbers.into_iter().max().unwrap_or(0))
-                .map(|number| number.to_string())
+    /// Folders in the order of their names.
+    fn of_folders(names: &BTreeSet<&str>) -> Self {
+        Self(
+            names
+                .iter()
+                .map(|name| (name.to_string(), name.to_string()))
                 .collect(),
-            _ => names.into_iter().map(String::from).collect(),
+        )
+    }
+
+    /// Whole numbers are their own places, so some between may have no image; other names are in order.
+    fn of_list(path: &Path, names: &BTreeSet<&str>) -> Result<Self, Failure> {
+        let number = |name: &&str| {
+            name.parse::<usize>()
+                .ok()
+                .filter(|n| n.to_string() == **name)
         };
-        Self(names.into_iter().map(|name| (name.clone(), name)).collect())
+        let numbers: Vec<usize> = names.iter().filter_map(number).collect();
+        if numbers.is_empty() {
+            return Ok(Self::of_folders(names));
+        }
+        if numbers.len() < names.len() {
+            let other = names.iter().find(|name| number(name).is_none());
+            return Err(unreadable(
+                path,
+                format!(
+                    "some classes are whole numbers, and {:?} is not",
+                    other.unwrap_or(&"")
+                ),
+                "mend it, or list all classes in their order with --classes",
+            ));
+        }
+        let most = numbers.into_iter().max().unwrap_or(0);
+        if most >= MOST_CLASSES {
+            return Err(unreadable(
+                path,
+                format!("class {most} is beyond {MOST_CLASSES} classes"),
+                "number classes from 0, or list them in their order with --classes",
+            ));
+        }
+        let names = (0..=most).map(|number| number.to_string());
+        Ok(Self(names.map(|name| (name.clone(), name)).collect()))
     }
 }
 
@@ -86,6 +136,8 @@ fn bad_line(path: &Path, number: usize, what: &str) -> Failure {
 fn lines(path: &Path) -> Result<Vec<(usize, String)>, Failure> {
     let text = std::fs::read_to_string(path)
         .map_err(|e| unreadable(path, format!("cannot read: {e}"), "name a text file"))?;
+    // Some editors begin a file with a mark of its byte order.
+    let text = text.trim_start_matches('\u{feff}');
     let lines = text.lines().map(|line| line.trim().to_string());
     Ok((1..)
         .zip(lines)
@@ -108,11 +160,10 @@ fn entries(path: &Path) -> Result<Vec<PathBuf>, Failure> {
     Ok(entries)
 }
 
-fn name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+fn name(path: &Path) -> Result<String, Failure> {
+    let name = path.file_name().unwrap_or_default().to_str();
+    let name = name.ok_or_else(|| unreadable(path, "its name is no UTF-8", "rename it"))?;
+    Ok(name.to_string())
 }
 
 /// The last part of a path with slashes.
@@ -120,39 +171,46 @@ fn base(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
 
-/// What lies in a class's folder, one for each; and in `root` itself if its images need no folders.
-fn list_directory(root: &Path, is_flat: bool) -> Result<Listing, Failure> {
+/// What lies in the classes' folders; or, where a list says what images are, anywhere.
+fn list_directory(root: &Path, is_listed: bool) -> Result<Listing, Failure> {
     let mut listing = Listing::default();
-    let file = |path: PathBuf, folder: Option<&str>| {
-        let name = name(&path);
-        Image {
-            path: folder.map_or(name.clone(), |folder| format!("{folder}/{name}")),
-            bytes: std::fs::metadata(&path).map_or(0, |m| m.len()),
-            place: Place::File(path),
-            folder: folder.map(String::from),
-        }
-    };
-    let other = |path: &Path, otherwise: &'static str| match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_dir() => "a folder in a class's folder",
-        Ok(metadata) if metadata.is_file() => otherwise,
-        Ok(_) => "neither a file nor a folder",
-        Err(_) => "a link to nothing, or not readable",
-    };
-    for path in entries(root)? {
-        if path.is_dir() {
-            let folder = name(&path);
-            for path in entries(&path)? {
-                if path.is_file() {
-                    listing.images.push(file(path, Some(&folder)));
-                } else {
-                    let what = other(&path, "");
-                    listing.passed_over.push((path.display().to_string(), what));
+    // Directories and their paths from the root, which is empty for the root itself.
+    let mut left = vec![(root.to_path_buf(), String::new())];
+    while let Some((directory, from)) = left.pop() {
+        for path in entries(&directory)? {
+            let name = name(&path)?;
+            let relative = match from.as_str() {
+                "" => name.clone(),
+                from => format!("{from}/{name}"),
+            };
+            let metadata = std::fs::metadata(&path);
+            let what = match &metadata {
+                _ if name.starts_with('.') => HIDDEN,
+                Ok(metadata) if metadata.is_dir() => {
+                    if is_listed || from.is_empty() {
+                        if !is_listed {
+                            listing.folders.insert(name);
+                        }
+                        left.push((path, relative));
+                        continue;
+                    }
+                    "a folder in a class's folder"
                 }
-            }
-        } else if is_flat && path.is_file() {
-            listing.images.push(file(path, None));
-        } else {
-            let what = other(&path, "a file beside the classes' folders");
+                Ok(metadata) if metadata.is_file() => {
+                    if is_listed || !from.is_empty() {
+                        listing.images.push(Image {
+                            path: relative,
+                            place: Place::File(path),
+                            bytes: metadata.len(),
+                            folder: (!from.is_empty()).then(|| from.clone()),
+                        });
+                        continue;
+                    }
+                    "a file beside the classes' folders"
+                }
+                Ok(_) => "neither a file nor a folder",
+                Err(_) => "a link to nothing, or not readable",
+            };
             listing.passed_over.push((path.display().to_string(), what));
         }
     }
@@ -209,9 +267,10 @@ fn list_tar(path: &Path) -> Result<Listing, Failure> {
     let mut listing = Listing::default();
     let mut walk = || -> io::Result<()> {
         let length = std::fs::metadata(path)?.len();
-        for (member, begin, bytes) in members(Section::open(path, 0, length)?, &mut listing)? {
-            let Some(folder) = base(&member).strip_suffix(".tar") else {
+        for (member, begin, bytes) in members(path, 0, length, &mut listing)? {
+            let Some(folder) = member.strip_suffix(".tar") else {
                 let folder = member.rsplit('/').nth(1).map(String::from);
+                listing.folders.extend(folder.clone());
                 listing.images.push(Image {
                     path: member,
                     place: Place::Tar(begin),
@@ -220,43 +279,93 @@ fn list_tar(path: &Path) -> Result<Listing, Failure> {
                 });
                 continue;
             };
-            let inner = Section::open(path, begin, bytes)?;
-            for (member, at, bytes) in members(inner, &mut listing)? {
+            let inner = members(path, begin, bytes, &mut listing)
+                .map_err(|e| io::Error::other(format!("{member} in it: {e}")))?;
+            let name = base(folder).to_string();
+            listing.folders.insert(name.clone());
+            for (member, at, bytes) in inner {
                 listing.images.push(Image {
                     path: format!("{folder}/{member}"),
                     place: Place::Tar(begin + at),
                     bytes,
-                    folder: Some(folder.into()),
+                    folder: Some(name.clone()),
                 });
             }
         }
         Ok(())
     };
-    walk().map_err(|e| unreadable(path, format!("a damaged tar: {e}"), "fetch it again"))?;
+    walk().map_err(|e| {
+        let hint = "unpack .gz and .zip first; fetch a tar that is cut off again";
+        unreadable(path, format!("not a whole tar: {e}"), hint)
+    })?;
     Ok(listing)
 }
 
-/// Name, first byte and length of each file of a tar.
-fn members(tar: Section, listing: &mut Listing) -> io::Result<Vec<(String, u64, u64)>> {
-    let end = tar.length;
-    let mut members = vec![];
-    for entry in tar::Archive::new(tar).entries_with_seek()? {
+/// Name, first byte and length of each file of the tar that is this part of a file. Of members with the same name the last
+/// counts, as for those who unpack it.
+fn members(
+    file: &Path,
+    begin: u64,
+    length: u64,
+    listing: &mut Listing,
+) -> io::Result<Vec<(String, u64, u64)>> {
+    const BLOCK: u64 = 512;
+    let name = |bytes: &[u8]| match std::str::from_utf8(bytes) {
+        Ok(path) => Ok(path.trim_start_matches("./").to_string()),
+        Err(_) => Err(io::Error::other("a name in it is no UTF-8")),
+    };
+    let mut members: Vec<(String, u64, u64)> = vec![];
+    let mut places: HashMap<String, usize> = HashMap::new();
+    let mut end = 0;
+    let mut archive = tar::Archive::new(Section::open(file, begin, length)?);
+    for entry in archive.entries_with_seek()? {
         let entry = entry?;
-        let path = String::from_utf8_lossy(&entry.path_bytes()).into_owned();
-        let path = path.trim_start_matches("./").to_string();
-        match entry.header().entry_type() {
-            kind if kind.is_dir() => {}
-            kind if kind.is_file() => {
-                let (begin, bytes) = (entry.raw_file_position(), entry.size());
-                if begin.checked_add(bytes).is_none_or(|at| at > end) {
-                    return Err(io::Error::other(format!("{path} is cut off")));
-                }
-                members.push((path, begin, bytes));
-            }
-            _ => listing
-                .passed_over
-                .push((path, "in a tar, neither a file nor a folder")),
+        let path = name(&entry.path_bytes())?;
+        let (mut at, mut bytes) = (entry.raw_file_position(), entry.size());
+        let kind = entry.header().entry_type();
+        end = at.saturating_add(bytes).max(end);
+        if end > length {
+            return Err(io::Error::other(format!("{path} is cut off")));
         }
+        if base(&path).starts_with('.') && !kind.is_dir() {
+            listing.passed_over.push((path, HIDDEN));
+            continue;
+        }
+        if kind.is_dir() || kind.is_pax_global_extensions() {
+            continue;
+        } else if kind.is_hard_link() {
+            let target = entry.link_name_bytes().unwrap_or_default();
+            let target = name(&target)?;
+            let Some(&place) = places.get(&target) else {
+                let what = format!("{path} is a link to {target}, which is not before it");
+                return Err(io::Error::other(what));
+            };
+            (at, bytes) = (members[place].1, members[place].2);
+        } else if kind.is_gnu_sparse() {
+            return Err(io::Error::other(format!("{path} is stored with holes")));
+        } else if !kind.is_file() {
+            let what = "in a tar, neither a file nor a folder";
+            listing.passed_over.push((path, what));
+            continue;
+        }
+        match places.entry(path) {
+            Entry::Occupied(place) => {
+                let earlier = &mut members[*place.get()];
+                (earlier.1, earlier.2) = (at, bytes);
+            }
+            Entry::Vacant(place) => {
+                members.push((place.key().clone(), at, bytes));
+                place.insert(members.len() - 1);
+            }
+        }
+    }
+    // A tar ends with zeros; one that just ends may have had more.
+    let end = end.next_multiple_of(BLOCK);
+    let mut last = vec![];
+    let behind = length.saturating_sub(end).min(BLOCK);
+    Section::open(file, begin + end.min(length), behind)?.read_to_end(&mut last)?;
+    if last.len() as u64 != BLOCK || last.iter().any(|&byte| byte != 0) {
+        return Err(io::Error::other("its end is missing"));
     }
     Ok(members)
 }
@@ -288,6 +397,9 @@ fn by_list(path: &Path, listing: &mut Listing) -> Result<Vec<String>, Failure> {
             class.trim().trim_matches('"'),
         );
         let image = image.trim_start_matches("./").to_string();
+        if class.is_empty() {
+            return Err(bad_line(path, number, "no class"));
+        }
         if wanted
             .insert(image.clone(), (number, class.to_string()))
             .is_some()
@@ -312,7 +424,7 @@ fn by_list(path: &Path, listing: &mut Listing) -> Result<Vec<String>, Failure> {
     Ok(classes)
 }
 
-/// Boxes by an image's name: NAME,XMIN,YMIN,XMAX,YMAX, fractions of width and height.
+/// Boxes by an image's name or path: NAME,XMIN,YMIN,XMAX,YMAX, fractions of width and height.
 fn boxes(path: &Path) -> Result<HashMap<String, Vec<[f32; 4]>>, Failure> {
     let mut boxes: HashMap<String, Vec<[f32; 4]>> = HashMap::new();
     for (number, line) in lines(path)? {
@@ -326,10 +438,8 @@ fn boxes(path: &Path) -> Result<HashMap<String, Vec<[f32; 4]>>, Failure> {
             let what = "not NAME,XMIN,YMIN,XMAX,YMAX with fractions of width and height";
             bad_line(path, number, what)
         })?;
-        boxes
-            .entry(base(parts[0]).into())
-            .or_default()
-            .push(corners);
+        let name = parts[0].trim_start_matches("./").to_string();
+        boxes.entry(name).or_default().push(corners);
     }
     Ok(boxes)
 }
@@ -347,12 +457,78 @@ fn shuffle_key(seed: u64, path: &str) -> u64 {
     key ^ (key >> 31)
 }
 
+/// The class of each image by the folder that it is in; what is in none is passed over.
+fn by_folder(from: &Path, listing: &mut Listing) -> Result<Vec<String>, Failure> {
+    let images = std::mem::take(&mut listing.images);
+    let mut classes = vec![];
+    // Where the folders are: all in one place, or a split could be taken for another's.
+    let mut place: Option<String> = None;
+    for image in images {
+        let Some(folder) = image.folder.clone() else {
+            let what = "a file beside the classes' folders";
+            listing.passed_over.push((image.path, what));
+            continue;
+        };
+        let parent = image.path.rsplit_once('/').map_or("", |(parent, _)| parent);
+        let here = parent.strip_suffix(&folder).unwrap_or(parent).to_string();
+        if let Some(place) = place.as_ref().filter(|place| **place != here) {
+            return Err(unreadable(
+                from,
+                format!(
+                    "classes' folders lie in two places, {place:?} and {here:?} (of {})",
+                    image.path
+                ),
+                "convert one of them alone, or say with --labels what images are",
+            ));
+        }
+        place = Some(here);
+        classes.push(folder);
+        listing.images.push(image);
+    }
+    Ok(classes)
+}
+
+/// Boxes by the paths of images, of names that say which image they mean.
+fn by_path(
+    file: &Path,
+    boxes: HashMap<String, Vec<[f32; 4]>>,
+    images: &[(Image, usize)],
+) -> Result<HashMap<String, Vec<[f32; 4]>>, Failure> {
+    let mut found = HashMap::new();
+    let mut names: BTreeMap<&str, &str> = BTreeMap::new();
+    for (Image { path, .. }, _) in images {
+        let key = [path.as_str(), base(path)]
+            .into_iter()
+            .find(|key| boxes.contains_key(*key));
+        let Some(key) = key else { continue };
+        if let Some(other) = names.insert(key, path) {
+            return Err(unreadable(
+                file,
+                format!("{key} may be {other} or {path}"),
+                "give paths from --from in place of names",
+            ));
+        }
+        found.insert(path.clone(), boxes[key].clone());
+    }
+    if found.is_empty() {
+        let example = images.first().map_or("", |(image, _)| base(&image.path));
+        return Err(unreadable(
+            file,
+            "no image has any of these names",
+            &format!("names must be as those of the images: {example}"),
+        ));
+    }
+    eprintln!("{} of {} images have boxes", found.len(), images.len());
+    Ok(found)
+}
+
 /// What becomes records.
 struct Job<'a> {
     args: &'a DataConvertArgs,
     classes: Classes,
     /// With the class of each, in the order of the shards.
     images: Vec<(Image, usize)>,
+    /// By path.
     boxes: HashMap<String, Vec<[f32; 4]>>,
 }
 
@@ -365,51 +541,52 @@ impl<'a> Job<'a> {
         };
         let named = match &args.labels {
             Some(list) => by_list(list, &mut listing)?,
-            None => {
-                let (images, flat): (Vec<_>, _) = std::mem::take(&mut listing.images)
-                    .into_iter()
-                    .partition(|image| image.folder.is_some());
-                let flat = flat.into_iter().map(|image: Image| image.path);
-                let flat = flat.map(|path| (path, "a file beside the classes' folders"));
-                listing.passed_over.extend(flat);
-                listing.images = images;
-                let folders = listing
-                    .images
-                    .iter()
-                    .filter_map(|image| image.folder.clone());
-                folders.collect()
-            }
+            None => by_folder(&args.from, &mut listing)?,
         };
         report_passed_over(&listing.passed_over);
         if listing.images.is_empty() {
-            return Err(Failure::Input(format!(
-                "{}: no image in any folder\n\
-                 hint: it must hold one folder for each class, with images in it; or say with --labels what each is",
-                args.from.display()
-            )));
+            return Err(unreadable(
+                &args.from,
+                "no image in any folder",
+                "it must hold one folder for each class, with images in it; or say with --labels what each is",
+            ));
         }
-        let classes = match &args.classes {
-            Some(file) => Classes::read(file)?,
-            None => Classes::of(
-                named.iter().map(String::as_str).collect(),
-                args.labels.is_some(),
-            ),
+        let mut names: BTreeSet<&str> = named.iter().map(String::as_str).collect();
+        if args.labels.is_none() {
+            names.extend(listing.folders.iter().map(String::as_str));
+        }
+        let classes = match (&args.classes, &args.labels) {
+            (Some(file), _) => Classes::read(file, &names)?,
+            (None, Some(list)) => Classes::of_list(list, &names)?,
+            (None, None) => Classes::of_folders(&names),
         };
         let places = classes.0.iter().map(|(name, _)| name.as_str()).zip(0..);
-        let places: BTreeMap<&str, usize> = places.collect();
-        let mut images = vec![];
-        for (image, class) in listing.images.into_iter().zip(named) {
-            let class = *places.get(class.as_str()).ok_or_else(|| {
-                Failure::Input(format!(
-                    "{}: its class, {class}, is not in --classes\nhint: add a line for it",
-                    image.path
-                ))
-            })?;
-            images.push((image, class));
+        let places: HashMap<&str, usize> = places.collect();
+        let with_class = |(image, class): (Image, String)| (image, places[class.as_str()]);
+        let images = listing.images.into_iter().zip(named.clone());
+        let mut images: Vec<(Image, usize)> = images.map(with_class).collect();
+        let bytes = images.iter().map(|(image, _)| image.bytes).sum::<u64>();
+        if bytes / args.shards as u64 > MOST_BYTES {
+            return Err(Failure::Spec(format!(
+                "{} shards of {} images would be {} MB each, and a shard is put together in memory\n\
+                 hint: --shards {}, for 150 MB each",
+                args.shards,
+                images.len(),
+                bytes / args.shards as u64 / 1_000_000,
+                bytes.div_ceil(150_000_000)
+            )));
+        }
+        let seen: BTreeSet<usize> = images.iter().map(|(_, class)| *class).collect();
+        if seen.len() < classes.0.len() {
+            let empty = classes.0.len() - seen.len();
+            eprintln!("{empty} of {} classes have no image", classes.0.len());
         }
         let key = |path: &str| (shuffle_key(args.seed, path), path.to_string());
         images.sort_by_cached_key(|(image, _)| key(&image.path));
-        let boxes = args.boxes.as_deref().map_or(Ok(HashMap::new()), boxes)?;
+        let boxes = match &args.boxes {
+            Some(file) => by_path(file, boxes(file)?, &images)?,
+            None => HashMap::new(),
+        };
         Ok(Self {
             args,
             classes,
@@ -430,13 +607,14 @@ impl<'a> Job<'a> {
         if args.rgb_jpeg {
             line("rgb_jpeg".into());
         }
-        if let Some(file) = &args.classes {
-            line(format!("classes {}", file.display()));
+        if args.classes.is_some() || args.labels.is_some() {
+            let classes = self.classes.0.iter();
+            classes.for_each(|(name, words)| line(format!("class {name} {words}")));
         }
-        if !self.boxes.is_empty() {
-            let count: usize = self.boxes.values().map(Vec::len).sum();
-            line(format!("boxes {count}"));
-        }
+        let boxes: BTreeMap<_, _> = self.boxes.iter().collect();
+        boxes
+            .iter()
+            .for_each(|(path, boxes)| line(format!("boxes {path} {boxes:?}")));
         for (image, class) in &self.images {
             line(format!("{class} {} {}", image.path, image.bytes));
         }
@@ -474,7 +652,7 @@ impl<'a> Job<'a> {
             text,
             width,
             height,
-            boxes: self.boxes.get(name).map_or(&[], Vec::as_slice),
+            boxes: self.boxes.get(&image.path).map_or(&[], Vec::as_slice),
         }
         .to_example())
     }
@@ -490,6 +668,19 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
         false => Some(store::Lease::take(&args.out)?),
     };
     let lines = job.made_from();
+    let labels = args.out.join("labels.txt");
+    let names = job.classes.0.iter().map(|(name, _)| format!("{name}\n"));
+    let names: String = names.collect();
+    if let Some(others) = store::read(&labels)?
+        && others != names.as_bytes()
+    {
+        return Err(Failure::Spec(format!(
+            "{}: another split has other classes, or another order, so its labels would mean others\n\
+             hint: --classes {} gives this one the same; or name another --out",
+            labels.display(),
+            labels.display()
+        )));
+    }
     let made_from = args.out.join(format!("{}.made-from", args.split));
     let shards =
         || (0..args.shards).map(|i| args.out.join(shard_name(&args.split, i, args.shards)));
@@ -516,9 +707,7 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
             store::write_atomic(&made_from, &[lines.as_bytes()])?;
         }
     }
-    let names = job.classes.0.iter().map(|(name, _)| format!("{name}\n"));
-    let names: String = names.collect();
-    store::write_atomic(&args.out.join("labels.txt"), &[names.as_bytes()])?;
+    store::write_atomic(&labels, &[names.as_bytes()])?;
 
     let (mut kept, mut done) = (0, 0);
     let began = Instant::now();
@@ -566,11 +755,16 @@ pub(crate) fn convert(args: &DataConvertArgs) -> Result<ExitCode, Failure> {
     };
     output::print(&format!(
         "{} images of {} classes in {} shards{kept}; class names in {}\n\
-         use: data.train = \"{}\", data.label_offset = {}, model.classes = {}\n",
+         use: data.{} = \"{}\", data.label_offset = {}, model.classes = {}\n",
         job.images.len(),
         job.classes.0.len(),
         args.shards,
-        args.out.join("labels.txt").display(),
+        labels.display(),
+        if args.split == "train" {
+            "train"
+        } else {
+            "eval"
+        },
         args.out.join(format!("{}-*-of-*", args.split)).display(),
         args.label_offset,
         job.classes.0.len()

@@ -290,9 +290,117 @@ fn tars_of_folders_and_of_tars_are_converted_as_the_folders_are() {
     std::fs::write(&nested, &bytes[..bytes.len() / 2]).unwrap();
     let (_, err) = convert(&nested, &dir.path().join("cut"), 3);
     assert!(
-        err.contains("a damaged tar") && err.contains("hint: "),
+        err.contains("not a whole tar") && err.contains("hint: "),
         "{err}"
     );
+}
+
+/// A tar of these files: what their paths are and what they hold; those that hold nothing are links to the first.
+fn tar_of(path: &Path, files: &[(&str, &[u8])]) {
+    let mut tar = tar::Builder::new(std::fs::File::create(path).unwrap());
+    for (name, bytes) in files {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        if bytes.is_empty() {
+            header.set_entry_type(tar::EntryType::Link);
+            tar.append_link(&mut header, name, files[0].0).unwrap();
+        } else {
+            tar.append_data(&mut header, name, *bytes).unwrap();
+        }
+    }
+    tar.finish().unwrap();
+}
+
+#[test]
+fn what_could_be_taken_for_something_else_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let photo = |index| data::photo(0, index);
+    let (a, b) = (photo(1), photo(2));
+    let file = dir.path().join("images.tar");
+    let out = dir.path().join("out");
+    let refused = |more: &[&str], code: i32, what: &str| {
+        let args = [
+            "data",
+            "convert",
+            "--from",
+            path(&file),
+            "--out",
+            path(&out),
+        ];
+        let (_, err) = check(&[&args[..], more].concat(), code);
+        assert!(
+            err.contains(what) && err.contains("hint: "),
+            "{what}: {err}"
+        );
+    };
+
+    // Two splits in one archive.
+    tar_of(&file, &[("train/cat/a.jpg", &a), ("val/cat/b.jpg", &b)]);
+    refused(&[], 3, "lie in two places, \"train/\" and \"val/\"");
+
+    // Cut off where a member begins: what is there is in order.
+    tar_of(&file, &[("cat/a.jpg", &a), ("dog/b.jpg", &b)]);
+    let whole = std::fs::read(&file).unwrap();
+    let second = 512 + a.len().next_multiple_of(512);
+    std::fs::write(&file, &whole[..second]).unwrap();
+    refused(&[], 3, "its end is missing");
+
+    // A link to a file is that file, and the last of two of a name counts; hidden files are none.
+    let files: [(&str, &[u8]); 5] = [
+        ("cat/a.jpg", &a),
+        ("dog/link.jpg", b""),
+        ("dog/b.jpg", b"old"),
+        ("dog/b.jpg", &b),
+        ("dog/._b.jpg", b"resources"),
+    ];
+    tar_of(&file, &files);
+    converted(&file, &out, &[]);
+    let images: Vec<(Vec<u8>, i64)> = records(&out).into_iter().map(|r| (r.0, r.1)).collect();
+    let mut expected = vec![(a.clone(), 1), (a.clone(), 2), (b.clone(), 2)];
+    expected.sort();
+    assert!(images == expected);
+
+    // A split that lacks a class would give others their numbers.
+    tar_of(&file, &[("dog/b.jpg", &b)]);
+    let validation = ["--split", "validation", "--shards=1"];
+    refused(&validation, 2, "another split has other classes");
+    let labels = out.join("labels.txt");
+    let more = [&validation[..], &["--classes", path(&labels)]].concat();
+    let args = [
+        "data",
+        "convert",
+        "--from",
+        path(&file),
+        "--out",
+        path(&out),
+    ];
+    let (said, err) = check(&[&args[..], &more].concat(), 0);
+    assert!(err.contains("1 of 2 classes have no image"), "{err}");
+    assert!(said.contains("use: data.eval = "), "{said}");
+
+    // Boxes of one of two images with the same name, and of none.
+    tar_of(&file, &[("cat/1.jpg", &a), ("dog/1.jpg", &b)]);
+    let boxes = dir.path().join("boxes.csv");
+    for (text, what) in [
+        ("1.jpg,0,0,1,1\n", "1.jpg may be "),
+        ("1,0,0,1,1\n", "no image has any of these names"),
+        ("1.jpg,0,0,2,1\n", "line 1: not NAME,XMIN"),
+    ] {
+        std::fs::write(&boxes, text).unwrap();
+        refused(&["--boxes", path(&boxes), "--split=boxes"], 3, what);
+    }
+    let list = dir.path().join("list.csv");
+    for (text, what) in [
+        ("cat/1.jpg,1\ndog/1.jpg,\n", "line 2: no class"),
+        ("cat/1.jpg,1\ndog/1.jpg,-1\n", "\"-1\" is not"),
+        (
+            "cat/1.jpg,1\ndog/1.jpg,4000000000\n",
+            "beyond 1000000 classes",
+        ),
+    ] {
+        std::fs::write(&list, text).unwrap();
+        refused(&["--labels", path(&list), "--split=list"], 3, what);
+    }
 }
 
 #[test]

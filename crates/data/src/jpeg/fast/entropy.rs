@@ -438,7 +438,7 @@ impl Stream {
         self.seek(0);
     }
 
-    /// What stands after the last block, and writes zeros to where nobody reads.
+    /// What stands after the last block, and writes to where nobody reads.
     fn stay(&mut self) -> Place {
         let unread = self.groups.len() - 1;
         Place {
@@ -538,7 +538,12 @@ struct Reader {
 impl Reader {
     #[inline(always)]
     fn new(stream: &Stream) -> Self {
-        let place = &stream.places[stream.place];
+        assert!(stream.place < stream.places.len() && stream.end < stream.places.len());
+        // SAFETY: they are there.
+        let (place, end) = unsafe {
+            let places = stream.places.as_ptr();
+            (&*places.add(stream.place), places.add(stream.end))
+        };
         Self {
             held: stream.held,
             count: stream.count,
@@ -547,10 +552,11 @@ impl Reader {
             } else {
                 place.rest
             },
-            place,
+            // From the pointer to all of them, for it moves.
+            place: stream.places.as_ptr().wrapping_add(stream.place),
             at: stream.data.as_ptr().wrapping_add(stream.at),
             last: &raw const stream.data[stream.data.len() - 8],
-            end: &stream.places[stream.end],
+            end,
         }
     }
 
@@ -595,14 +601,6 @@ impl Reader {
     fn look<const IS_NEEDED: bool>(&mut self) -> bool {
         let next = (self.held >> (64 - LOOK)) as usize;
         // SAFETY: it is one of the stream's, and has a step for as many bits, which is one for this place.
-        unsafe { self.take::<IS_NEEDED>(next) }
-    }
-
-    /// # Safety
-    /// These are the next bits, and the table is for this place.
-    #[inline(always)]
-    unsafe fn take<const IS_NEEDED: bool>(&mut self, next: usize) -> bool {
-        // SAFETY: it is one of the stream's, and has a step for as many bits.
         let table = unsafe { &*self.table };
         let way = u64::from(table.ways[next].0);
         let after = self.count.wrapping_add(way);
@@ -691,7 +689,7 @@ fn number(held: u64, at: u32, size: u8) -> i32 {
     value - (negative & ((1 << size) - 1))
 }
 
-/// Where coefficients belong in a [`Group`]; whatever is past the last goes there too.
+/// Where coefficients belong in a [`Group`]. There is none past the last, but whoever looks for one harms nobody.
 const PLACES: [u8; 128] = {
     let mut places = [7 * 32 + 7; 128];
     let mut k = 0;

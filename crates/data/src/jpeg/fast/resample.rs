@@ -539,8 +539,7 @@ pub(super) unsafe fn across<V: Vector>(
     }
 }
 
-/// The second pass of one output row: down the columns, then colours; calls back with each block's red, green and
-/// blue as bytes, part by part in sequence.
+/// The second pass of one output row: down the columns, then colours; writes it to `line`, in RGB.
 ///
 /// # Safety
 /// The CPU has the vector's instructions; `planes` come from [`across`] with the same axes, one or three of them;

@@ -309,13 +309,13 @@ impl Scan {
         for (scales, component) in self.quantisation.iter_mut().zip(components) {
             *scales = component.scales.map(|scale| scale as i16);
         }
-        self.points = Points::default();
+        // Nothing is to be read, and nothing noted.
+        self.row = region.y[1] - region.y[0];
         self.maker = Maker::new(false, 1);
-        (self.row, self.at) = (region.y[1] - region.y[0], region.all);
         let start = self.idct.map(|_| Instant::now());
         // SAFETY: the caller's word.
         unsafe {
-            level.run(Place {
+            level.run(Fill {
                 scan: self,
                 components,
             });
@@ -361,12 +361,12 @@ impl Work for Render<'_> {
 }
 
 /// The samples of a region whose coefficients are known.
-struct Place<'a> {
+struct Fill<'a> {
     scan: &'a mut Scan,
     components: &'a [Coefficients],
 }
 
-impl Work for Place<'_> {
+impl Work for Fill<'_> {
     #[inline(always)]
     unsafe fn run<V: Vector>(self) {
         let Scan {
@@ -383,7 +383,7 @@ impl Work for Place<'_> {
             for y in rows[0]..rows[1] {
                 let blocks = &component.blocks[y * component.across..][columns[0]..columns[1]];
                 for (x, blocks) in blocks.chunks(4).enumerate() {
-                    let group = Group::of(blocks.iter().map(|block| &block.coefficients));
+                    let group = Group::of(blocks.iter());
                     // SAFETY: the caller's word.
                     unsafe { idct::inverse::<V>(&group, scales, plane.group(x, y - rows[0])) };
                 }

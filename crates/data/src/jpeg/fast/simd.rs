@@ -162,7 +162,7 @@ pub(super) trait Vector: Copy {
 
 /// One part, in plain Rust.
 #[derive(Clone, Copy)]
-pub(super) struct Portable([i16; 8]);
+struct Portable([i16; 8]);
 
 impl Portable {
     #[inline(always)]
@@ -366,16 +366,16 @@ impl Vector for Portable {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(super) mod x86 {
+mod x86 {
     use std::arch::x86_64::*;
 
     use super::Vector;
 
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx2(__m256i);
+    pub(super) struct Avx2(__m256i);
 
     #[derive(Clone, Copy)]
-    pub(in super::super) struct Avx512(__m512i);
+    pub(super) struct Avx512(__m512i);
 
     macro_rules! vector {
         ($name:ident, $parts:literal, $add_madd:expr, $load:ident, $narrow:ident, $widen:ident, $splat128:ident, $set16:ident,
