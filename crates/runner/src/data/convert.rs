@@ -34,7 +34,7 @@ enum Place {
 #[derive(Default)]
 struct Listing {
     images: Vec<Image>,
-    /// Of classes, also of those without an image.
+    /// Of classes that may be without an image.
     folders: BTreeSet<String>,
     passed_over: Vec<(String, &'static str)>,
 }
@@ -76,8 +76,8 @@ impl Classes {
         Ok(Self(classes))
     }
 
-    /// Folders in the order of their names.
-    fn of_folders(names: &BTreeSet<&str>) -> Self {
+    /// In the order of their names.
+    fn by_name(names: &BTreeSet<&str>) -> Self {
         Self(
             names
                 .iter()
@@ -95,7 +95,7 @@ impl Classes {
         };
         let numbers: Vec<usize> = names.iter().filter_map(number).collect();
         if numbers.is_empty() {
-            return Ok(Self::of_folders(names));
+            return Ok(Self::by_name(names));
         }
         if numbers.len() < names.len() {
             let other = names.iter().find(|name| number(name).is_none());
@@ -270,7 +270,6 @@ fn list_tar(path: &Path) -> Result<Listing, Failure> {
         for (member, begin, bytes) in members(path, 0, length, &mut listing)? {
             let Some(folder) = member.strip_suffix(".tar") else {
                 let folder = member.rsplit('/').nth(1).map(String::from);
-                listing.folders.extend(folder.clone());
                 listing.images.push(Image {
                     path: member,
                     place: Place::Tar(begin),
@@ -463,8 +462,8 @@ fn by_folder(from: &Path, listing: &mut Listing) -> Result<Vec<String>, Failure>
     let mut classes = vec![];
     // Where the folders are: all in one place, or a split could be taken for another's.
     let mut place: Option<String> = None;
-    for image in images {
-        let Some(folder) = image.folder.clone() else {
+    for mut image in images {
+        let Some(folder) = image.folder.take() else {
             let what = "a file beside the classes' folders";
             listing.passed_over.push((image.path, what));
             continue;
@@ -558,13 +557,12 @@ impl<'a> Job<'a> {
         let classes = match (&args.classes, &args.labels) {
             (Some(file), _) => Classes::read(file, &names)?,
             (None, Some(list)) => Classes::of_list(list, &names)?,
-            (None, None) => Classes::of_folders(&names),
+            (None, None) => Classes::by_name(&names),
         };
         let places = classes.0.iter().map(|(name, _)| name.as_str()).zip(0..);
         let places: HashMap<&str, usize> = places.collect();
-        let with_class = |(image, class): (Image, String)| (image, places[class.as_str()]);
-        let images = listing.images.into_iter().zip(named.clone());
-        let mut images: Vec<(Image, usize)> = images.map(with_class).collect();
+        let places = named.iter().map(|class| places[class.as_str()]);
+        let mut images: Vec<(Image, usize)> = listing.images.into_iter().zip(places).collect();
         let bytes = images.iter().map(|(image, _)| image.bytes).sum::<u64>();
         if bytes / args.shards as u64 > MOST_BYTES {
             return Err(Failure::Spec(format!(
@@ -581,8 +579,9 @@ impl<'a> Job<'a> {
             let empty = classes.0.len() - seen.len();
             eprintln!("{empty} of {} classes have no image", classes.0.len());
         }
-        let key = |path: &str| (shuffle_key(args.seed, path), path.to_string());
-        images.sort_by_cached_key(|(image, _)| key(&image.path));
+        images.sort_by_cached_key(|(Image { path, .. }, _)| {
+            (shuffle_key(args.seed, path), path.clone())
+        });
         let boxes = match &args.boxes {
             Some(file) => by_path(file, boxes(file)?, &images)?,
             None => HashMap::new(),

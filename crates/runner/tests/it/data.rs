@@ -160,19 +160,14 @@ fn folders(dir: &Path) -> PathBuf {
     from
 }
 
+/// What `data convert` says with these arguments.
+fn convert_with(from: &Path, out: &Path, more: &[&str], code: i32) -> (String, String) {
+    let args = ["data", "convert", "--from", path(from), "--out", path(out)];
+    check(&[&args[..], more].concat(), code)
+}
+
 fn convert(from: &Path, out: &Path, code: i32) -> (String, String) {
-    check(
-        &[
-            "data",
-            "convert",
-            "--from",
-            path(from),
-            "--out",
-            path(out),
-            "--shards=5",
-        ],
-        code,
-    )
+    convert_with(from, out, &["--shards=5"], code)
 }
 
 fn shards(out: &Path) -> Vec<Vec<u8>> {
@@ -228,10 +223,7 @@ fn a_conversion_that_was_cut_off_ends_with_the_same_bytes() {
 
 /// `data convert` with more arguments; the shards.
 fn converted(from: &Path, out: &Path, more: &[&str]) -> Vec<Vec<u8>> {
-    let mut args = vec!["data", "convert", "--shards=5", "--from", path(from)];
-    args.extend(["--out", path(out)]);
-    args.extend(more);
-    check(&args, 0);
+    convert_with(from, out, &[&["--shards=5"], more].concat(), 0);
     shards(out)
 }
 
@@ -319,15 +311,7 @@ fn what_could_be_taken_for_something_else_is_refused() {
     let file = dir.path().join("images.tar");
     let out = dir.path().join("out");
     let refused = |more: &[&str], code: i32, what: &str| {
-        let args = [
-            "data",
-            "convert",
-            "--from",
-            path(&file),
-            "--out",
-            path(&out),
-        ];
-        let (_, err) = check(&[&args[..], more].concat(), code);
+        let (_, err) = convert_with(&file, &out, more, code);
         assert!(
             err.contains(what) && err.contains("hint: "),
             "{what}: {err}"
@@ -366,15 +350,7 @@ fn what_could_be_taken_for_something_else_is_refused() {
     refused(&validation, 2, "another split has other classes");
     let labels = out.join("labels.txt");
     let more = [&validation[..], &["--classes", path(&labels)]].concat();
-    let args = [
-        "data",
-        "convert",
-        "--from",
-        path(&file),
-        "--out",
-        path(&out),
-    ];
-    let (said, err) = check(&[&args[..], &more].concat(), 0);
+    let (said, err) = convert_with(&file, &out, &more, 0);
     assert!(err.contains("1 of 2 classes have no image"), "{err}");
     assert!(said.contains("use: data.eval = "), "{said}");
 
@@ -500,15 +476,7 @@ fn lists_say_what_images_are() {
     ] {
         let labels = file("wrong.csv", text);
         let out = dir.path().join("wrong");
-        let from = [
-            "data",
-            "convert",
-            "--from",
-            path(&flat),
-            "--out",
-            path(&out),
-        ];
-        let (_, err) = check(&[&from[..], &["--labels", &labels]].concat(), 3);
+        let (_, err) = convert_with(&flat, &out, &["--labels", &labels], 3);
         assert!(err.contains(what) && err.contains("hint: "), "{err}");
     }
 }

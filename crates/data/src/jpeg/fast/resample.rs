@@ -262,17 +262,17 @@ impl Axis {
                     }
                 }
             }
-            Spread::Triangle => self.set_triangle(filter, span, taps),
+            Spread::Triangle => {
+                self.set_triangle(filter, span, taps);
+                for (i, (first, &taps)) in filter.first.iter().zip(&filter.taps).enumerate() {
+                    // At the edges shares go to the last sample itself.
+                    if pixel(first) < 2 || pixel(first) + taps as i32 > 2 * last + 1 {
+                        self.set_single(filter, span, spread, i);
+                    }
+                }
+            }
             Spread::Twice => {
                 (0..self.outputs).for_each(|i| self.set_single(filter, span, spread, i))
-            }
-        }
-        if spread == Spread::Triangle {
-            for (i, (first, &taps)) in filter.first.iter().zip(&filter.taps).enumerate() {
-                // At the edges shares go to the last sample itself.
-                if pixel(first) < 2 || pixel(first) + taps as i32 > 2 * last + 1 {
-                    self.set_single(filter, span, spread, i);
-                }
             }
         }
         // Rounded, and what is then missing from their sum goes to the one in the middle, so that grey stays grey.
