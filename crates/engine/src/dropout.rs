@@ -30,9 +30,18 @@ pub(crate) struct Mask {
 }
 
 impl Dropout {
+    fn stream(&self) -> Stream {
+        Stream::new(self.seed, &format!("dropout of step {}", self.step))
+    }
+
+    /// What tells its generator from others.
+    pub(crate) fn key(&self) -> u64 {
+        self.stream().key()
+    }
+
     pub(crate) fn mask(&self, channels: usize) -> Mask {
         Mask {
-            stream: Stream::new(self.seed, &format!("dropout of step {}", self.step)),
+            stream: self.stream(),
             rate: self.rate,
             channels: channels as u64,
         }

@@ -29,6 +29,11 @@ impl Stream {
         ))
     }
 
+    /// What tells it from others.
+    pub(crate) fn key(&self) -> u64 {
+        self.0
+    }
+
     /// Number `counter` of the stream, uniform in the open interval (0, 1): a multiple of 2^-53 plus 2^-54, rounded to
     /// the nearest f64 below 1.
     pub(crate) fn uniform(&self, counter: u64) -> f64 {

@@ -110,22 +110,27 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// The images of a range.
+    fn part(&self, range: std::ops::Range<usize>) -> Batch<'a> {
+        let per_image = self.pixels.len() / self.images().max(1);
+        let mixed = |mixed: Mixed<'a>| Mixed {
+            labels: &mixed.labels[range.clone()],
+            ..mixed
+        };
+        Batch {
+            pixels: self
+                .pixels
+                .slice(range.start * per_image..range.end * per_image),
+            labels: &self.labels[range.clone()],
+            mixed: self.mixed.map(mixed),
+        }
+    }
+
     /// The micro-batches of at most `size` images, in order.
     fn micro_batches(self, size: usize) -> impl Iterator<Item = Batch<'a>> {
-        let per_image = self.pixels.len() / self.images().max(1);
-        (0..self.images()).step_by(size).map(move |from| {
-            let to = (from + size).min(self.images());
-            let (pixels, labels) = (self.pixels, self.labels);
-            let part = |mixed: Mixed<'a>| Mixed {
-                labels: &mixed.labels[from..to],
-                ..mixed
-            };
-            Batch {
-                pixels: pixels.slice(from * per_image..to * per_image),
-                labels: &labels[from..to],
-                mixed: self.mixed.map(part),
-            }
-        })
+        (0..self.images())
+            .step_by(size)
+            .map(move |from| self.part(from..(from + size).min(self.images())))
     }
 }
 
@@ -412,6 +417,23 @@ pub enum Started {
     Done(Metrics),
     /// It runs on a device of its own; the number is the engine's.
     Running(u64),
+}
+
+/// [`Engine::predict`] by [`Engine::score`]: class 0 for every image of `plane`, and the score is dropped.
+fn predict(
+    engine: &mut impl Engine,
+    plane: graph::Plane,
+    pixels: Pixels<'_>,
+) -> Result<Vec<f32>, Error> {
+    let labels = vec![0; pixels.len() / plane.elements()];
+    let batch = Batch {
+        pixels,
+        labels: &labels,
+        mixed: None,
+    };
+    let mut all = vec![];
+    engine.score(&batch, Some(&mut all))?;
+    Ok(all)
 }
 
 /// A device that executes one network.

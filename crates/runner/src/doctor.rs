@@ -28,6 +28,7 @@ struct Report {
     cudnn: Option<String>,
     cards: Vec<String>,
     /// Why the CUDA engine cannot be used, and what to do.
+    nccl: Option<String>,
     cuda_lacks: Option<String>,
     git: Option<String>,
     mlflow: Option<String>,
@@ -137,9 +138,8 @@ impl Report {
             nvrtc: libraries
                 .nvrtc
                 .map(|(major, minor)| format!("{major}.{minor}")),
-            cudnn: libraries
-                .cudnn
-                .map(|v| format!("{}.{}.{}", v / 10_000, v / 100 % 100, v % 100)),
+            cudnn: libraries.cudnn.map(engine::cuda::cudnn_version),
+            nccl: libraries.nccl.map(engine::cuda::nccl_version),
             cuda_lacks: engine::cuda::probe(0).err().map(|e| e.to_string()),
             cards: cards.iter().map(ToString::to_string).collect(),
             git: first_line("git", &["--version"]),
@@ -170,7 +170,10 @@ impl Report {
             gpu.extend(self.cards.iter().map(|card| format!("card         {card}")));
             let without = "missing: without it runs use the CPU";
             gpu.push(format!("nvrtc        {}", or(&self.nvrtc, without)));
-            gpu.push(format!("cudnn        {}", or(&self.cudnn, without)));
+            let own = "missing: without it convolutions are our own, which take longer";
+            gpu.push(format!("cudnn        {}", or(&self.cudnn, own)));
+            let one = "missing: without it runs use one card";
+            gpu.push(format!("nccl         {}", or(&self.nccl, one)));
             gpu.extend(
                 self.cuda_lacks
                     .iter()

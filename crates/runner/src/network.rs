@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use engine::cpu::{Cpu, Level, Memory, Options, Precision};
-use engine::cuda::{self, Card, Cuda};
+use engine::cuda::{self, Card, Cuda, Ranks};
 use engine::{Cache, Engine, State};
 use graph::{Graph, Op};
 use spec::{Device, Run};
@@ -53,22 +53,25 @@ pub(crate) fn threads(run: &Run) -> usize {
 enum Target {
     /// The CPU.
     Cpu,
-    /// A card.
-    Cuda(Card),
+    /// One card or several, together.
+    Cuda(Vec<Card>),
 }
 
 /// What the spec's device is on this machine. `auto` is the first card if it and its libraries can be used; where
 /// there is a driver and yet they cannot, the text says why.
 fn target(run: &Run) -> Result<(Target, Option<String>), Failure> {
+    let named = |ordinals: Option<&[usize]>| match cuda::probe_all(ordinals) {
+        Ok(cards) => Ok((Target::Cuda(cards), None)),
+        Err(e) => Err(Failure::Run(format!("train.device: {e}"))),
+    };
     match run.train.device {
         Device::Cpu => Ok((Target::Cpu, None)),
-        Device::Cuda(ordinal) => match cuda::probe(ordinal) {
-            Ok(card) => Ok((Target::Cuda(card), None)),
-            Err(e) => Err(Failure::Run(format!("train.device: {e}"))),
-        },
+        Device::Cuda(ordinal) => named(Some(&[ordinal])),
+        Device::Cards(cards) => named(Some(&cards.numbers().collect::<Vec<_>>())),
+        Device::AllCards => named(None),
         Device::Auto if cuda::libraries().driver.is_none() => Ok((Target::Cpu, None)),
         Device::Auto => match cuda::probe(0) {
-            Ok(card) => Ok((Target::Cuda(card), None)),
+            Ok(card) => Ok((Target::Cuda(vec![card]), None)),
             Err(e) => {
                 let why = format!("train.device = \"auto\" takes the CPU: {e}");
                 Ok((Target::Cpu, Some(why)))
@@ -86,23 +89,51 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
             let input = plan::batches_in_flight(run, run.train.batch_size);
             check_memory(run, graph, input)
         }
-        (Target::Cuda(card), _) => {
-            refuse(lacks(run), &card)?;
-            let options = cuda_options(run, &card);
-            let memory = cuda::Memory::plan(graph, &options, &card, run.train.batch_size);
-            if memory.total() <= card.memory {
+        (Target::Cuda(cards), _) => {
+            let card = &cards[0];
+            refuse(lacks(run), card)?;
+            check_deal(run, cards.len())?;
+            let least = cards.iter().min_by_key(|card| card.memory).unwrap_or(card);
+            let memory = cuda_memory(run, graph, least, cards.len());
+            if memory.total() <= least.memory {
                 return Ok(());
             }
             let gib = |bytes: usize| bytes as f64 / f64::from(1 << 30);
             Err(Failure::Run(format!(
-                "train.bn_batch = {}: the engine needs {:.1} GiB, {card} has {:.1} GiB\n\
+                "train.bn_batch = {}: the engine needs {:.1} GiB, {least} has {:.1} GiB\n\
                  hint: a smaller train.bn_batch needs less; runner plan says what takes how much",
                 run.train.bn_batch(),
                 gib(memory.total()),
-                gib(card.memory),
+                gib(least.memory),
             )))
         }
     }
+}
+
+/// Memory of each of `ranks` cards like `card`.
+pub(crate) fn cuda_memory(run: &Run, graph: &Graph, card: &Card, ranks: usize) -> cuda::Memory {
+    let options = cuda_options(run, card);
+    cuda::Memory::plan_rank(graph, &options, card, run.train.batch_size, ranks)
+}
+
+/// Says that a batch cannot be dealt to so many cards, and how it could.
+fn check_deal(run: &Run, ranks: usize) -> Result<(), Failure> {
+    let (batch, micro) = (run.train.batch_size, run.train.bn_batch());
+    if batch.is_multiple_of(micro * ranks) {
+        return Ok(());
+    }
+    let hint = match (1..=micro).rev().find(|n| batch.is_multiple_of(n * ranks)) {
+        Some(n) if n > 1 => format!("train.bn_batch = {n} does"),
+        _ => format!(
+            "train.batch_size = {} does",
+            batch.next_multiple_of(micro * ranks)
+        ),
+    };
+    Err(Failure::Spec(format!(
+        "train.device: {ranks} cards cannot share train.batch_size = {batch} in micro-batches of train.bn_batch = {micro}: \
+         it is no multiple of {}\nhint: {hint}",
+        micro * ranks
+    )))
 }
 
 /// What a spec asks for: the key, and its name.
@@ -120,7 +151,7 @@ fn refuse(lacking: Option<Asked>, card: &Card) -> Result<(), Failure> {
 }
 
 /// Operations of the network that a spec asks for and the engine of cards does not know.
-fn lacks_operations(run: &Run) -> Option<Asked> {
+fn lacks(run: &Run) -> Option<Asked> {
     let model = &run.model;
     let asked = [
         (
@@ -140,41 +171,8 @@ fn lacks_operations(run: &Run) -> Option<Asked> {
         ),
         ("model.drop_block", "DropBlock", model.drop_block > 0.0),
     ];
-    first(asked)
-}
-
-fn first<const N: usize>(asked: [(&'static str, &'static str, bool); N]) -> Option<Asked> {
     let found = asked.into_iter().find(|(_, _, is_asked)| *is_asked);
     found.map(|(key, what, _)| (key, what))
-}
-
-/// What a spec asks for and the engine of cards does not do.
-fn lacks(run: &Run) -> Option<Asked> {
-    let asked = [
-        (
-            "optimizer.kind",
-            "LARS",
-            run.optimizer.kind != spec::OptimizerKind::Sgd,
-        ),
-        (
-            "optimizer.clip_norm",
-            "clipping of gradients",
-            run.optimizer.clip_norm.is_some(),
-        ),
-        (
-            "ema.half_life",
-            "moving average of parameters",
-            run.ema.half_life.is_some(),
-        ),
-        ("model.dropout", "dropout", run.model.dropout > 0.0),
-        ("mixup.alpha", "mixed labels", run.mixup.alpha > 0.0),
-        (
-            "mixup.cutmix_alpha",
-            "mixed labels",
-            run.mixup.cutmix_alpha > 0.0,
-        ),
-    ];
-    lacks_operations(run).or_else(|| first(asked))
 }
 
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
@@ -190,30 +188,34 @@ pub(crate) fn engine(
     }
     match target {
         Target::Cpu => Ok(Box::new(cpu(run, graph, &state)?)),
-        Target::Cuda(card) => {
-            refuse(lacks_operations(run), &card)?;
-            let options = cuda_options(run, &card);
-            Ok(Box::new(Cuda::new(graph, &options, &state, cache())?))
+        Target::Cuda(cards) => {
+            refuse(lacks(run), &cards[0])?;
+            let options = cuda_options(run, &cards[0]);
+            let ordinals: Vec<usize> = cards.iter().map(|card| card.ordinal).collect();
+            Ok(match ordinals.len() {
+                1 => Box::new(Cuda::new(graph, &options, &state, cache())?),
+                _ => Box::new(Ranks::new(graph, &ordinals, &options, &state, cache())?),
+            })
         }
     }
 }
 
-/// The card that a run would use, and whether it is there; one that is named and not there counts as an H100.
-pub(crate) fn card(run: &Run) -> Option<(Card, bool)> {
-    match (run.train.device, target(run)) {
-        (_, Ok((Target::Cuda(card), _))) => Some((card, true)),
-        (Device::Cuda(ordinal), Err(_)) => {
-            let card = Card {
-                ordinal,
-                name: "not on this machine".into(),
-                memory: 80 << 30,
-                capability: (9, 0),
-                multiprocessors: 132,
-            };
-            Some((card, false))
-        }
-        _ => None,
-    }
+/// The cards that a run would use, and whether they are there; those that are named and not there count as H100s.
+pub(crate) fn cards(run: &Run) -> Option<(Vec<Card>, bool)> {
+    let named = match (run.train.device, target(run)) {
+        (_, Ok((Target::Cuda(cards), _))) => return Some((cards, true)),
+        (Device::Cuda(ordinal), Err(_)) => vec![ordinal],
+        (Device::Cards(cards), Err(_)) => cards.numbers().collect(),
+        _ => return None,
+    };
+    let card = |ordinal| Card {
+        ordinal,
+        name: "not on this machine".into(),
+        memory: 80 << 30,
+        capability: (9, 0),
+        multiprocessors: 132,
+    };
+    Some((named.into_iter().map(card).collect(), false))
 }
 
 pub(crate) fn cuda_options(run: &Run, card: &Card) -> cuda::Options {
@@ -223,7 +225,10 @@ pub(crate) fn cuda_options(run: &Run, card: &Card) -> cuda::Options {
         spec::Precision::Bf16 => cuda::Precision::Bf16,
         spec::Precision::F16 => cuda::Precision::F16,
     };
-    cuda::Options::new(card.ordinal, run.train.bn_batch(), precision)
+    cuda::Options {
+        average: run.ema.half_life.is_some(),
+        ..cuda::Options::new(card.ordinal, run.train.bn_batch(), precision)
+    }
 }
 
 /// Files in the user's cache, each beside the program's version of it in the name that the engine gives; nothing is
@@ -433,21 +438,32 @@ mod tests {
             super::lacks(&run).map(|(key, _)| key)
         };
         assert_eq!(lacks(&[]), None);
-        let lars = ["optimizer.kind=lars", "optimizer.nesterov=false"];
-        assert_eq!(lacks(&lars), Some("optimizer.kind"));
-        for key in ["optimizer.clip_norm", "mixup.alpha", "mixup.cutmix_alpha"] {
-            assert_eq!(lacks(&[&format!("{key}=1")]), Some(key));
-        }
-        for key in [
-            "model.dropout",
-            "model.drop_connect",
-            "model.drop_block",
-            "model.se_ratio",
-        ] {
+        for key in ["model.drop_connect", "model.drop_block", "model.se_ratio"] {
             assert_eq!(lacks(&[&format!("{key}=0.5")]), Some(key));
         }
         assert_eq!(lacks(&["model.shortcut=mean"]), Some("model.shortcut"));
-        assert_eq!(lacks(&["ema.half_life=1 epoch"]), Some("ema.half_life"));
+    }
+
+    #[test]
+    fn a_batch_is_dealt_to_cards() {
+        let say = |sets: &[&str], ranks: usize| {
+            let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+            let text = "name = \"t\"\ndata.source = \"fake\"";
+            let run = spec::parse(text, "t.toml", &sets).unwrap_or_else(|e| panic!("{e}"));
+            super::check_deal(&run, ranks).err().map(|e| e.to_string())
+        };
+        let of = ["train.batch_size=256", "train.bn_batch=128"];
+        assert_eq!(say(&of, 2), None);
+        assert_eq!(
+            say(&of, 4).unwrap(),
+            "train.device: 4 cards cannot share train.batch_size = 256 in micro-batches of train.bn_batch = 128: it is no \
+             multiple of 512\nhint: train.bn_batch = 64 does"
+        );
+        assert_eq!(
+            say(&of, 3).unwrap(),
+            "train.device: 3 cards cannot share train.batch_size = 256 in micro-batches of train.bn_batch = 128: it is no \
+             multiple of 384\nhint: train.batch_size = 384 does"
+        );
     }
 
     /// The spec may not know `nn`, so it has its own list.

@@ -126,14 +126,18 @@ struct Checkpoint {
 #[derive(Serialize)]
 struct CardReport {
     device: String,
+    cards: usize,
     parameters: usize,
     gradients: usize,
     optimizer: usize,
+    average: usize,
     arena: usize,
     folded: usize,
     workspace: usize,
     /// Two batches of input.
     input: usize,
+    /// What other cards send.
+    exchange: usize,
     peak_bytes: usize,
     /// All that the card has; null if it is not on this machine.
     memory_bytes: Option<usize>,
@@ -142,22 +146,28 @@ struct CardReport {
 
 impl CardReport {
     fn new(run: &Run, graph: &Graph) -> Option<Self> {
-        let (card, is_here) = network::card(run)?;
-        let options = network::cuda_options(run, &card);
-        let memory = engine::cuda::Memory::plan(graph, &options, &card, run.train.batch_size);
+        let (cards, is_here) = network::cards(run)?;
+        let card = cards.iter().min_by_key(|card| card.memory)?;
+        let memory = network::cuda_memory(run, graph, card, cards.len());
         let memory_bytes = is_here.then_some(card.memory);
+        let device = match (&cards[..], is_here) {
+            ([card], true) => card.to_string(),
+            ([card], false) => format!("cuda:{}, not on this machine", card.ordinal),
+            (more, true) => format!("each of {} cards, the smallest {card}", more.len()),
+            (more, false) => format!("each of {} cards, not on this machine", more.len()),
+        };
         Some(Self {
-            device: match is_here {
-                true => card.to_string(),
-                false => format!("cuda:{}, not on this machine", card.ordinal),
-            },
+            device,
+            cards: cards.len(),
             parameters: memory.parameters,
             gradients: memory.gradients,
             optimizer: memory.optimizer,
+            average: memory.average,
             arena: memory.arena,
             folded: memory.folded,
             workspace: memory.workspace,
             input: memory.input,
+            exchange: memory.exchange,
             peak_bytes: memory.total(),
             memory_bytes,
             fits: memory_bytes.map(|bytes| memory.total() <= bytes),
@@ -169,12 +179,18 @@ impl CardReport {
             ("parameters", self.parameters),
             ("gradients", self.gradients),
             ("momentum", self.optimizer),
+            ("average", self.average),
             ("activations", self.arena),
             ("folded weights", self.folded),
             ("workspace", self.workspace),
             ("batches", self.input),
+            ("exchange", self.exchange),
         ];
-        let parts = parts.map(|(name, bytes)| format!("{name} {}", mib(bytes)));
+        let parts: Vec<String> = parts
+            .into_iter()
+            .filter(|(_, bytes)| *bytes > 0)
+            .map(|(name, bytes)| format!("{name} {}", mib(bytes)))
+            .collect();
         let fits = match self.fits {
             Some(true) => "fits; ",
             Some(false) => "does not fit; ",

@@ -28,7 +28,7 @@ const LAYOUT: &str = "an engine chooses its own layout";
 #[rustfmt::skip] // A table reads better with one row a line.
 const FLAGS: &[Flag] = &[
     // The reference version of 2018-09.
-    ("use_tpu", Keys(&["train.device"]), "`\"auto\"`, `\"cpu\"`, `\"cuda\"` or `\"cuda:N\"`; TPUs are not supported"),
+    ("use_tpu", Keys(&["train.device"]), "`\"auto\"`, `\"cpu\"`, `\"cuda\"`, `\"cuda:N\"`, `\"cuda:N,M\"` or `\"cuda:all\"`; TPUs are not supported"),
     ("tpu", NotNeeded, SUBMIT),
     ("gcp_project", NotYet, SUBMIT),
     ("tpu_zone", NotYet, SUBMIT),

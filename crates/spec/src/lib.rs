@@ -19,7 +19,7 @@ mod schema;
 mod sweep;
 mod value;
 
-pub use device::Device;
+pub use device::{Cards, Device};
 pub use length::{Length, LengthError, Unit};
 pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};

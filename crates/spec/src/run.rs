@@ -354,7 +354,9 @@ pub struct Train {
     pub max_rewinds: u64,
     /// Number format of activations.
     pub precision: Precision,
-    /// Where to compute: "auto" takes the first card that can be used, or the CPU; "cuda:1" is the second card.
+    /// Where to compute: "auto" takes the first card that can be used, or the CPU; "cuda:1" is the second card, "cuda:0,1"
+    /// are the first two and "cuda:all" all cards together, which share each batch. `batch_size` is a multiple of
+    /// `bn_batch` times their number.
     pub device: Device,
     /// CPU threads, at most 1024; 0 means all cores.
     #[schemars(range(max = 1024))]

@@ -613,15 +613,7 @@ impl Engine for Cpu {
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
-        // The programs score what they infer; class 0 for every image, and the score is dropped.
-        let labels = vec![0; pixels.len() / self.graph.plane(self.graph.input()).elements()];
-        let batch = Batch {
-            pixels,
-            labels: &labels,
-            mixed: None,
-        };
-        let mut all = vec![];
-        self.score(&batch, Some(&mut all))?;
-        Ok(all)
+        let plane = self.graph.plane(self.graph.input());
+        crate::predict(self, plane, pixels)
     }
 }

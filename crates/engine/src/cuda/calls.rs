@@ -1,5 +1,7 @@
 //! From a program to calls: launches of kernels and convolutions, with every address in place.
 
+use std::ops::Range;
+
 use graph::{
     After, BufferId, Caps, Close, Geometry, Graph, Kernel, Mode, NORM_EPSILON, Needs, NormId,
     Normed, Op, Operand, ParamId, Plane, Program, STATE_ROWS, Window,
@@ -8,7 +10,7 @@ use graph::{
 use super::cudnn::{Conv, Product, Tensors};
 use super::driver::{Address, Arg, THREADS};
 use super::{ALIGNMENT, Options};
-use crate::{MEAN, STD};
+use crate::{Decay, MEAN, STD};
 
 /// Channels of the stored image: three and a zero, so that a pixel is 8 or 16 bytes.
 pub(crate) const IMAGE_CHANNELS: usize = 4;
@@ -95,6 +97,10 @@ pub(crate) struct Layout {
     pub(crate) len: usize,
     /// Of each chunk, whether it is a convolution's.
     pub(crate) convs: Vec<u8>,
+    /// The parameter that each chunk is of.
+    pub(crate) which: Vec<u32>,
+    /// First chunk of each parameter, and the end.
+    pub(crate) firsts: Vec<u32>,
     /// First channel of each normalisation among those of all.
     norms: Vec<usize>,
     /// Channels of all normalisations.
@@ -170,6 +176,12 @@ impl Layout {
         for slot in slots.iter().filter(|slot| slot.conv.is_some()) {
             convs[slot.offset / CHUNK..][..slot.len.div_ceil(CHUNK)].fill(1);
         }
+        let mut which = vec![0; len / CHUNK];
+        let mut firsts: Vec<u32> = slots.iter().map(|s| (s.offset / CHUNK) as u32).collect();
+        firsts.push((len / CHUNK) as u32);
+        for (i, pair) in firsts.windows(2).enumerate() {
+            which[pair[0] as usize..pair[1] as usize].fill(i as u32);
+        }
         let mut channels = 0;
         let norms = graph
             .norms()
@@ -183,9 +195,21 @@ impl Layout {
             slots,
             len,
             convs,
+            which,
+            firsts,
             norms,
             channels,
         }
+    }
+
+    /// Of each parameter what [`calls::update`](update) has to know: bit 0, weight decay acts on it; bit 1, LARS gives
+    /// it a rate of its own.
+    pub(crate) fn kinds(&self, graph: &Graph, decay: Decay) -> Vec<u8> {
+        let kind = |p: &graph::Param| {
+            let is_weight = p.decay == graph::DecayClass::Weight;
+            u8::from(decay.covers(p.decay)) | u8::from(is_weight) << 1
+        };
+        graph.params().iter().map(kind).collect()
     }
 
     /// Where the running mean of a normalisation lies among all; the variance lies `channels` further on.
@@ -215,6 +239,8 @@ pub(crate) struct Places {
     pub(crate) sums: Address,
     /// Labels of this micro-batch.
     pub(crate) labels: Address,
+    /// Its second labels.
+    pub(crate) others: Address,
     /// The kernels' Hyper.
     pub(crate) hyper: Address,
     /// The kernels' Scale.
@@ -223,6 +249,60 @@ pub(crate) struct Places {
     pub(crate) scored: Address,
     /// The kernels' Totals.
     pub(crate) totals: Address,
+    /// Momentum.
+    pub(crate) momentum: Address,
+    /// Moving average of the parameters and of the running statistics; 0 where none is kept.
+    pub(crate) average: Address,
+    pub(crate) running_average: Address,
+    /// What an update knows of each tensor.
+    pub(crate) rules: Rules,
+}
+
+/// What updates know of tensors, in one block.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Rules {
+    /// The tensor that each chunk is of, u32.
+    which: Address,
+    /// The first chunk of each tensor and the end, u32.
+    firsts: Address,
+    /// [`Layout::kinds`].
+    pub(crate) kinds: Address,
+    /// The kernels' Norms of each chunk, and of each tensor.
+    chunks: Address,
+    tensors: Address,
+    /// The kernels' TensorRule of each tensor.
+    rules: Address,
+}
+
+impl Rules {
+    /// Bytes of the kernels' Norms and TensorRule.
+    const NORMS: usize = 24;
+    const RULE: usize = 16;
+
+    /// Where everything lies from `at` on, and the end.
+    pub(crate) fn new(layout: &Layout, at: Address) -> (Self, Address) {
+        let (chunks, tensors) = (layout.which.len(), layout.slots.len());
+        let mut at = at;
+        let mut place = |bytes: usize| {
+            let here = at;
+            at += bytes.next_multiple_of(256) as Address;
+            here
+        };
+        let rules = Self {
+            which: place(chunks * size_of::<u32>()),
+            firsts: place((tensors + 1) * size_of::<u32>()),
+            kinds: place(tensors),
+            chunks: place(chunks * Self::NORMS),
+            tensors: place(tensors * Self::NORMS),
+            rules: place(tensors * Self::RULE),
+        };
+        (rules, at)
+    }
+
+    /// What never changes, and where it goes.
+    pub(crate) fn constants<'l>(&self, layout: &'l Layout) -> [(Address, &'l [u32]); 2] {
+        [(self.which, &layout.which), (self.firsts, &layout.firsts)]
+    }
 }
 
 /// One thing that the card does.
@@ -244,8 +324,9 @@ pub(crate) enum Call {
 pub(crate) struct Calls {
     /// Fill the constants.
     pub(crate) setup: Vec<Call>,
-    /// Everything after the first kernel, which reads the pixels.
-    pub(crate) body: Vec<Call>,
+    /// Everything after the first kernel, which reads the pixels: a part for each bucket, after which its gradients are
+    /// complete. All in one where there are no gradients.
+    pub(crate) body: Vec<Vec<Call>>,
     /// Where that one stores the image.
     pub(crate) image: Address,
     /// Where the logits are.
@@ -315,17 +396,106 @@ pub(crate) fn over_chunks(name: &'static str, layout: &Layout, args: Vec<Arg>) -
     launch(name, layout.len / CHUNK, args, 0)
 }
 
-/// The running statistics move.
-pub(crate) fn running_update(layout: &Layout, places: &Places, micro_batches: usize) -> Call {
+/// Where values of a chunk lie.
+pub(crate) fn chunk_at(base: Address, chunk: usize, element: usize) -> Address {
+    base + (chunk * CHUNK * element) as Address
+}
+
+/// The gradients of a bucket join, or with `add` are added to, those of micro-batches before.
+pub(crate) fn accumulate(
+    summed: Address,
+    fresh: Address,
+    bucket: &Range<usize>,
+    add: bool,
+) -> Call {
+    let at = |base| Arg::address(chunk_at(base, bucket.start, size_of::<f32>()));
+    let args = vec![at(summed), at(fresh), Arg::int(usize::from(add))];
+    launch("accumulate", bucket.len(), args, 0)
+}
+
+/// All chunks in buckets of at least so many values, whole tensors each, from the last to the first: the order in which
+/// a backward pass completes their gradients.
+pub(crate) fn buckets(layout: &Layout, values: usize) -> Vec<Range<usize>> {
+    let mut found = vec![];
+    let mut end = layout.len / CHUNK;
+    for slot in layout.slots.iter().rev() {
+        let start = slot.offset / CHUNK;
+        if (end - start) * CHUNK >= values || start == 0 {
+            found.push(start..end);
+            end = start;
+        }
+    }
+    found
+}
+
+/// What ends a step: parameters move by `gradients`, running statistics by the mean over `micro_batches`. `norms`: the
+/// rule asks for the length of gradients; `scaled`: gradients may have overflowed.
+pub(crate) fn update(
+    layout: &Layout,
+    places: &Places,
+    gradients: Address,
+    micro_batches: usize,
+    norms: bool,
+    scaled: bool,
+) -> Vec<Call> {
+    let address = Arg::address;
+    let (hyper, scale, rules) = (address(places.hyper), address(places.scale), &places.rules);
+    let (masters, gradients) = (address(places.masters), address(gradients));
+    let cast = match places.cast == places.masters {
+        true => 0,
+        false => places.cast,
+    };
+    let tensors = layout.slots.len();
+    let mut calls = vec![];
+    if scaled {
+        calls.push(over_chunks("check", layout, vec![gradients, scale]));
+    }
+    if norms {
+        let args = vec![masters, gradients, scale, address(rules.chunks)];
+        calls.push(over_chunks("squares", layout, args));
+        let args = [rules.chunks, rules.firsts, rules.tensors].map(address);
+        calls.push(launch("norms", tensors, args.to_vec(), 0));
+    }
+    let mut args = vec![hyper];
+    args.extend([rules.tensors, rules.kinds, rules.rules].map(address));
+    args.push(Arg::int(tensors));
+    calls.push(launch("rates", 1, args, 0));
+    let mut args = vec![
+        hyper,
+        scale,
+        masters,
+        address(places.momentum),
+        gradients,
+        address(cast),
+    ];
+    args.extend([rules.which, rules.rules, places.average].map(address));
+    calls.push(over_chunks("update", layout, args));
+    if scaled {
+        calls.push(launch("rescale", 1, vec![scale], 0));
+    }
     let count = 2 * layout.channels;
     let args = vec![
-        Arg::address(places.running),
-        Arg::address(places.sums),
+        address(places.running),
+        address(places.sums),
         Arg::int(count),
         Arg::double(f64::from(graph::NORM_UPDATE)),
         Arg::double(micro_batches as f64),
+        address(places.running_average),
+        hyper,
     ];
-    launch("running_update", count.div_ceil(THREADS as usize), args, 0)
+    calls.push(over_values("running_update", count, args));
+    calls
+}
+
+/// The second copy of `count` values in parameters and the like takes the place of the first.
+pub(crate) fn swap(a: Address, b: Address, count: usize) -> Call {
+    let args = vec![Arg::address(a), Arg::address(b), Arg::int(count)];
+    over_values("swap", count, args)
+}
+
+/// A thread for each value.
+fn over_values(name: &'static str, count: usize, args: Vec<Arg>) -> Call {
+    launch(name, count.div_ceil(THREADS as usize), args, 0)
 }
 
 /// Totals of the first `images` of a micro-batch, added to what is there if `add`.
@@ -349,9 +519,12 @@ struct Writer<'a> {
     /// Add to the sums of earlier micro-batches.
     add: bool,
     calls: Vec<Call>,
+    /// Number of calls after which the gradient of each parameter is complete.
+    complete: Vec<usize>,
 }
 
-/// What a program does, `add`ing to the sums of earlier micro-batches or not.
+/// What a program does, `add`ing to the sums of earlier micro-batches or not, in parts that complete the gradients of a
+/// bucket each.
 pub(crate) fn calls(
     graph: &Graph,
     program: &Program,
@@ -359,6 +532,7 @@ pub(crate) fn calls(
     layout: &Layout,
     places: &Places,
     add: bool,
+    buckets: &[Range<usize>],
 ) -> Calls {
     let mut writer = Writer {
         graph,
@@ -368,6 +542,7 @@ pub(crate) fn calls(
         places,
         add,
         calls: vec![],
+        complete: vec![0; graph.params().len()],
     };
     program.setup.iter().for_each(|k| writer.fold(k));
     let setup = std::mem::take(&mut writer.calls);
@@ -379,18 +554,11 @@ pub(crate) fn calls(
         unreachable!("the first kernel reads pixels")
     };
     rest.iter().for_each(|k| writer.kernel(k));
-    if program.mode == Mode::Train && places.raw != places.fresh {
-        let args = vec![
-            Arg::address(places.raw),
-            Arg::address(places.fresh),
-            Arg::address(places.is_raw),
-        ];
-        writer
-            .calls
-            .push(over_chunks("widen_gradients", layout, args));
-    }
     Calls {
-        body: std::mem::take(&mut writer.calls),
+        body: match program.mode {
+            Mode::Train => writer.parts(buckets),
+            Mode::Infer => vec![std::mem::take(&mut writer.calls)],
+        },
         setup,
         image: writer.at(*y),
         logits: writer.at(program.logits),
@@ -403,6 +571,44 @@ const SCALE_ROW: usize = 2;
 const SHIFT_ROW: usize = 3;
 
 impl Writer<'_> {
+    /// The calls in parts, at whose ends the gradients of each bucket lie in f32.
+    fn parts(&mut self, buckets: &[Range<usize>]) -> Vec<Vec<Call>> {
+        let mut calls = std::mem::take(&mut self.calls).into_iter();
+        let mut taken = 0;
+        let mut part = |bucket: &Range<usize>| {
+            let tensors = &self.layout.which[bucket.clone()];
+            let complete = tensors.iter().map(|tensor| self.complete[*tensor as usize]);
+            let until = complete.max().unwrap_or(0).max(taken);
+            let mut part: Vec<Call> = calls.by_ref().take(until - taken).collect();
+            taken = until;
+            part.extend(self.widen(bucket));
+            part
+        };
+        let parts: Vec<Vec<Call>> = buckets.iter().map(&mut part).collect();
+        let rest: Vec<Call> = calls.collect();
+        assert!(rest.is_empty(), "a backward pass ends with a gradient");
+        parts
+    }
+
+    /// Gradients of convolutions in a bucket become f32, where they are not.
+    fn widen(&self, bucket: &Range<usize>) -> Option<Call> {
+        let places = self.places;
+        if places.raw == places.fresh {
+            return None;
+        }
+        let args = vec![
+            Arg::address(chunk_at(places.raw, bucket.start, self.caps.element)),
+            Arg::address(chunk_at(places.fresh, bucket.start, size_of::<f32>())),
+            Arg::address(places.is_raw + bucket.start as Address),
+        ];
+        Some(launch("widen_gradients", bucket.len(), args, 0))
+    }
+
+    /// The gradient of a parameter is what the last call has written.
+    fn completes(&mut self, param: ParamId) {
+        self.complete[param.0] = self.calls.len();
+    }
+
     fn at(&self, id: BufferId) -> Address {
         let buffer = &self.program.buffers[id.0];
         let base = match buffer.constant {
@@ -620,6 +826,10 @@ impl Writer<'_> {
                     Arg::int(self.program.batch),
                     Arg::int(plane.pixels()),
                     Arg::int(plane.c),
+                    match self.program.mode {
+                        Mode::Train => Arg::address(self.places.hyper),
+                        Mode::Infer => Arg::address(0),
+                    },
                 ];
                 self.launch("avg_pool", threads.div_ceil(THREADS as usize), args);
             }
@@ -642,6 +852,7 @@ impl Writer<'_> {
                 let args = vec![
                     self.buffer(logits),
                     Arg::address(places.labels),
+                    Arg::address(places.others),
                     Arg::address(places.hyper),
                     Arg::address(places.scale),
                     d.map_or(Arg::address(0), |d| self.buffer(d)),
@@ -689,7 +900,12 @@ impl Writer<'_> {
                     Arg::int(n),
                     Arg::int(outputs),
                 ];
-                self.launch("column_sums", outputs.div_ceil(THREADS as usize), args);
+                self.calls.push(over_values("column_sums", outputs, args));
+                self.completes(weight);
+                self.completes(bias);
+                let hyper = Arg::address(self.places.hyper);
+                let args = vec![dx, Arg::int(n), Arg::int(inputs), hyper];
+                self.calls.push(over_values("drop", n * inputs, args));
             }
             Kernel::AvgPoolBackward {
                 plane,
@@ -788,6 +1004,7 @@ impl Writer<'_> {
                     y: self.at(self.stored(d)),
                 };
                 self.conv(Product::Weight, geometry, tensors);
+                self.completes(weight);
             }
         }
     }
@@ -940,6 +1157,8 @@ impl Writer<'_> {
             Arg::address(self.fresh(spec.bias)),
         ];
         self.launch("close_finish", channels.div_ceil(8), args);
+        self.completes(spec.weight);
+        self.completes(spec.bias);
     }
 
     /// c = a b + bias: a is m x k and b k x n, with (row, column) strides.
@@ -998,7 +1217,7 @@ pub(crate) fn fits(graph: &Graph, batch: usize) -> bool {
 /// Convolutions of a program's calls, each once.
 pub(crate) fn convs(calls: &Calls) -> Vec<(Conv, Tensors)> {
     let mut found: Vec<(Conv, Tensors)> = vec![];
-    for call in &calls.body {
+    for call in calls.body.iter().flatten() {
         if let Call::Conv { conv, at } = call
             && !found.iter().any(|(c, _)| c == conv)
         {

@@ -11,6 +11,7 @@ use std::sync::Once;
 use cudarc::driver::{DriverError, result, sys};
 use cudarc::nvrtc;
 
+use super::{nccl, own};
 use crate::{Cache, Error};
 
 /// What this machine has for the engine.
@@ -22,6 +23,8 @@ pub struct Libraries {
     pub nvrtc: Option<(i32, i32)>,
     /// cuDNN's, for example 91900 for 9.19.0.
     pub cudnn: Option<usize>,
+    /// NCCL's, for example 22809 for 2.28.9; several cards need it.
+    pub nccl: Option<usize>,
 }
 
 /// A card.
@@ -59,10 +62,11 @@ const OLDEST_CUDNN: usize = 90_000;
 
 /// Where Python's packages keep the libraries, below `<prefix>/lib/python3.N/site-packages`. One that is loaded from
 /// there is found by its name from then on; NVRTC looks for its builtins by name, too.
-const PACKAGED: [(&str, &str); 3] = [
+const PACKAGED: [(&str, &str); 4] = [
     ("nvidia/cu13/lib", "libnvrtc-builtins.so.13"),
     ("nvidia/cu13/lib", "libnvrtc.so.13"),
     ("nvidia/cudnn/lib", "libcudnn.so.9"),
+    ("nvidia/nccl/lib", "libnccl.so.2"),
 ];
 
 /// Loads NVRTC and cuDNN from the packages of the Python below `prefix`, those that are there.
@@ -90,15 +94,18 @@ pub(crate) fn load_packaged(prefix: &Path) {
     }
 }
 
-/// Looks for the libraries, without starting anything: where the system looks, and in the Python environment that is
-/// active.
-pub fn libraries() -> Libraries {
+/// Loads what the system does not find from the Python environment that is active, once.
+pub(crate) fn find_packages() {
     static PACKAGES: Once = Once::new();
     PACKAGES.call_once(|| {
         // SAFETY: these only try to open libraries.
-        let is_missing =
-            unsafe { !nvrtc::sys::is_culib_present() || !cudarc::cudnn::sys::is_culib_present() };
-        if is_missing {
+        let are_there = unsafe {
+            let nccl = libc::dlopen(c"libnccl.so.2".as_ptr(), libc::RTLD_LAZY);
+            nvrtc::sys::is_culib_present()
+                && cudarc::cudnn::sys::is_culib_present()
+                && !nccl.is_null()
+        };
+        if !are_there {
             for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
                 if let Some(prefix) = std::env::var_os(variable) {
                     load_packaged(Path::new(&prefix));
@@ -106,6 +113,12 @@ pub fn libraries() -> Libraries {
             }
         }
     });
+}
+
+/// Looks for the libraries, without starting anything: where the system looks, and in the Python environment that is
+/// active.
+pub fn libraries() -> Libraries {
+    find_packages();
     let mut found = Libraries::default();
     // SAFETY: these open libraries and ask for their versions; no pointer outlives its call.
     unsafe {
@@ -128,6 +141,7 @@ pub fn libraries() -> Libraries {
             found.cudnn = Some(cudarc::cudnn::sys::cudnnGetVersion());
         }
     }
+    found.nccl = nccl::version();
     found
 }
 
@@ -220,17 +234,14 @@ pub(crate) fn check(
             format!("`pip install nvidia-cuda-nvrtc` brings it; {path}"),
         ));
     }
-    match libraries.cudnn {
-        None => Err(Error::device(
-            "cuDNN, which computes the convolutions, cannot be loaded (libcudnn.so.9)",
-            format!("`pip install nvidia-cudnn-cu13` brings it; {path}"),
-        )),
-        Some(version) if version < OLDEST_CUDNN => Err(Error::device(
-            format!("cuDNN {version} is too old, {OLDEST_CUDNN} is needed"),
-            format!("`pip install nvidia-cudnn-cu13` brings a newer one; {path}"),
-        )),
-        Some(_) => Ok(card),
-    }
+    Ok(card)
+}
+
+/// Whether convolutions can be cuDNN's. If not they are our own, which compute the same and take longer.
+pub(crate) fn has_cudnn(libraries: &Libraries) -> bool {
+    libraries
+        .cudnn
+        .is_some_and(|version| version >= OLDEST_CUDNN)
 }
 
 /// 13000 as 13.0.
@@ -305,14 +316,17 @@ pub(crate) const THREADS: u32 = 256;
 
 /// Source of the kernels.
 pub(crate) const SOURCE: &str = include_str!("kernels.cu");
+/// The same, and those of convolutions.
+pub(crate) const SOURCE_WITH_CONVOLUTIONS: &str =
+    concat!(include_str!("kernels.cu"), include_str!("conv.cu"));
 
-/// Compiles the kernels to machine code of `arch` (`sm_90`), with activations as `element` (0 f32, 1 bf16, 2 f16);
-/// with it the compiler's notes.
+/// Compiles kernels to machine code of `arch` (`sm_90`), with activations as `element` (0 f32, 1 bf16, 2 f16); with it
+/// the compiler's notes.
 ///
 /// # Errors
 /// What the compiler says.
-pub(crate) fn compile(arch: &str, element: u8) -> Result<(Vec<u8>, String), String> {
-    let source = CString::new(SOURCE).expect("a source has no zero byte");
+pub(crate) fn compile(source: &str, arch: &str, element: u8) -> Result<(Vec<u8>, String), String> {
+    let source = CString::new(source).expect("a source has no zero byte");
     let options = [
         format!("--gpu-architecture={arch}"),
         "--std=c++17".to_owned(),
@@ -382,7 +396,7 @@ pub(crate) struct Gpu {
 unsafe impl Send for Gpu {}
 
 /// The kernels of the source.
-pub(crate) const KERNELS: [&str; 31] = [
+pub(crate) const KERNELS: [&str; 38] = [
     "accumulate",
     "apply",
     "apply_add",
@@ -400,6 +414,7 @@ pub(crate) const KERNELS: [&str; 31] = [
     "close_lazy",
     "close_lazy_pool",
     "column_sums",
+    "drop",
     "fold",
     "input_f32",
     "input_u8",
@@ -408,31 +423,47 @@ pub(crate) const KERNELS: [&str; 31] = [
     "matmul",
     "max_pool",
     "norm_backward",
+    "norms",
+    "rates",
     "rescale",
     "running_update",
+    "squares",
     "stats",
     "stats_finish",
+    "sum_ranks",
+    "sum_ranks_f64",
+    "swap",
     "update",
     "widen_gradients",
 ];
 
 impl Gpu {
-    pub(crate) fn start(card: &Card, element: u8, cache: &dyn Cache) -> Result<Self, Error> {
+    /// Takes a card into use; its kernels are those of `element`, with convolutions if they are wanted.
+    pub(crate) fn start(
+        card: &Card,
+        element: u8,
+        convolutions: bool,
+        cache: &dyn Cache,
+    ) -> Result<Self, Error> {
         let start = |e| failed(format!("cuda:{} does not start", card.ordinal), e);
         let (major, minor) = card.capability;
         let arch = format!("sm_{major}{minor}");
         let version = libraries().nvrtc;
+        let (source, convolutions) = match convolutions {
+            true => (SOURCE_WITH_CONVOLUTIONS, own::kernels(element)),
+            false => (SOURCE, &[][..]),
+        };
         let key = format!(
             "kernels-{arch}-{element}-{:?}-{:016x}.cubin",
             version.unwrap_or_default(),
-            hash(SOURCE.as_bytes())
+            hash(source.as_bytes())
         )
         .replace([' ', '(', ')'], "")
         .replace(',', ".");
         let code = match cache.get(&key).and_then(unsealed) {
             Some(code) => code,
             None => {
-                let (code, _) = compile(&arch, element).map_err(|log| Error::Device {
+                let (code, _) = compile(source, &arch, element).map_err(|log| Error::Device {
                     what: format!("NVRTC does not compile the kernels for {arch}: {log}"),
                     hint: "this is a fault of the program; please report it".into(),
                 })?;
@@ -452,7 +483,7 @@ impl Gpu {
             let module = result::module::load_data(code.as_ptr().cast())
                 .map_err(|e| failed("the kernels do not load", e))?;
             let mut kernels = BTreeMap::new();
-            for name in KERNELS {
+            for name in KERNELS.iter().chain(convolutions).copied() {
                 let function = CString::new(name).expect("names have no zero byte");
                 let function = result::module::get_function(module, function)
                     .map_err(|e| failed(format!("the kernel {name} is missing"), e))?;
@@ -499,6 +530,13 @@ impl Gpu {
         }
     }
 
+    /// Another stream.
+    pub(crate) fn stream(&self) -> Result<Stream, Error> {
+        result::stream::create(result::stream::StreamKind::NonBlocking)
+            .map(Stream)
+            .map_err(|e| failed("cuda", e))
+    }
+
     /// Memory of the host that the card reads by itself.
     pub(crate) fn pinned(&self, bytes: usize) -> Result<Pinned, Error> {
         let bytes = bytes.max(256);
@@ -511,8 +549,30 @@ impl Gpu {
         })
     }
 
+    /// Starts a kernel on the stream where everything is computed.
     pub(crate) fn launch(
         &self,
+        name: &str,
+        grid: (u32, u32),
+        args: &mut [Arg],
+    ) -> Result<(), Error> {
+        self.start_kernel(self.stream, name, grid, args)
+    }
+
+    /// Starts one on another.
+    pub(crate) fn launch_on(
+        &self,
+        stream: &Stream,
+        name: &str,
+        grid: (u32, u32),
+        args: &mut [Arg],
+    ) -> Result<(), Error> {
+        self.start_kernel(stream.raw(), name, grid, args)
+    }
+
+    fn start_kernel(
+        &self,
+        stream: sys::CUstream,
         name: &str,
         grid: (u32, u32),
         args: &mut [Arg],
@@ -527,7 +587,7 @@ impl Gpu {
                 (grid.0, grid.1, 1),
                 (THREADS, 1, 1),
                 0,
-                self.stream,
+                stream,
                 &mut pointers,
             )
         }
@@ -609,6 +669,25 @@ impl Drop for Gpu {
                 result::primary_ctx::release(device).ok();
             }
         }
+    }
+}
+
+/// A stream.
+pub(crate) struct Stream(sys::CUstream);
+
+// SAFETY: as for `Gpu`.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    pub(crate) fn raw(&self) -> sys::CUstream {
+        self.0
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        // SAFETY: destroyed once.
+        unsafe { result::stream::destroy(self.0).ok() };
     }
 }
 
@@ -705,6 +784,16 @@ impl Event {
     pub(crate) fn wait(&self) -> Result<(), Error> {
         // SAFETY: the event lives.
         unsafe { result::event::synchronize(self.0) }.map_err(|e| failed("the card has stopped", e))
+    }
+
+    /// Whether it has passed.
+    pub(crate) fn has_passed(&self) -> Result<bool, Error> {
+        // SAFETY: the event lives.
+        match unsafe { result::event::query(self.0) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(e) => Err(failed("the card has stopped", e)),
+        }
     }
 
     /// Milliseconds from this point to `end`, both of which have passed.

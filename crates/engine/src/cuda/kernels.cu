@@ -2,7 +2,7 @@
 //
 // ELEMENT says how activations are stored: 0 f32, 1 bf16, 2 f16. Sums, statistics, parameters and everything that has
 // lost its plane are f32. Tensors are NHWC; a "row" is one pixel of one image, `channels` values, a multiple of 8 and
-// at most 2048. Nothing is included, so that the compiler needs no header files; `tests/shim.h` defines the handful of
+// at most 2048. Nothing is included, so that the compiler needs no header files; `shim.h` defines the handful of
 // names that CUDA brings when the host's C++ compiler reads this file.
 //
 // Every sum has a fixed order: a block leaves its sums behind, and a second kernel adds those up in the order of the
@@ -11,6 +11,7 @@
 typedef unsigned char u8;
 typedef unsigned short u16;
 typedef unsigned int u32;
+typedef unsigned long long u64;
 
 #define THREADS 256
 #define KERNEL(name) extern "C" __global__ void __launch_bounds__(THREADS, 4) name
@@ -209,6 +210,28 @@ DEV double gather(const float* partials, int blocks, int which, int count, int c
 #define GRAD_B 5
 #define GRAD_C 6
 
+// ---- a step ---------------------------------------------------------------------------------------------------------
+
+// What a micro-batch depends on besides its images; written by the host before each step (hyper.rs).
+struct Hyper {
+    float lr, momentum, weight_decay, nesterov;
+    // Target of the true class and of every other class; the gradient of an image's loss counts this much.
+    float on, off, share;
+    // Share of the first label where images have two.
+    float mix;
+    // Of LARS; most length of the gradient, 0 without; what a moving average takes of the new, 0 without.
+    float trust, clip, average;
+    u32 rule;
+    u64 drop_key;
+    double drop_rate;
+    // Number of the first image in the global batch; whether images have a second label.
+    u32 first_image, is_mixed;
+};
+
+#define SGD 0
+#define LARS_2018 1
+#define LARS 2
+
 // ---- input --------------------------------------------------------------------------------------------------------
 
 // What an image becomes: four channels, the last of them zero. One thread for four pixels.
@@ -223,7 +246,8 @@ DEV void input_pixel(T* y, float r, float g, float b, const Normal& n) {
 
 KERNEL(input_u8)(const u8* pixels, T* y, u32 count, Normal n) {
     const u32 i = blockIdx.x * THREADS + threadIdx.x;
-    if (i * 4 + 4 <= count) {
+    // A micro-batch may begin anywhere in a batch.
+    if (i * 4 + 4 <= count && ((size_t)pixels & 3) == 0) {
         const u32* p = (const u32*)pixels + (size_t)i * 3;
         const u32 a = p[0], b = p[1], c = p[2];
         T* to = y + (size_t)i * 16;
@@ -232,7 +256,7 @@ KERNEL(input_u8)(const u8* pixels, T* y, u32 count, Normal n) {
         input_pixel(to + 8, (float)(b >> 16 & 255), (float)(b >> 24), (float)(c & 255), n);
         input_pixel(to + 12, (float)(c >> 8 & 255), (float)(c >> 16 & 255), (float)(c >> 24), n);
     } else {
-        for (u32 j = i * 4; j < count; j++) {
+        for (u32 j = i * 4; j < i * 4 + 4 && j < count; j++) {
             const u8* p = pixels + (size_t)j * 3;
             input_pixel(y + (size_t)j * 4, (float)p[0], (float)p[1], (float)p[2], n);
         }
@@ -301,10 +325,15 @@ KERNEL(stats_finish)
     running[running_stride + c] = unbiased + (add ? running[running_stride + c] : 0.0);
 }
 
-// Running statistics move by the mean over micro-batches.
-KERNEL(running_update)(float* running, const double* sums, int count, double update, double micro_batches) {
+// Running statistics move by the mean over micro-batches, and their moving average, if there is one, after them.
+KERNEL(running_update)
+(float* running, const double* sums, int count, double update, double micro_batches, float* average,
+ const Hyper* hyper) {
     const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
-    if (i < count) running[i] = (float)((1.0 - update) * running[i] + update * sums[i] / micro_batches);
+    if (i >= count) return;
+    const float w = (float)((1.0 - update) * running[i] + update * sums[i] / micro_batches);
+    running[i] = w;
+    if (average) average[i] += hyper->average * (w - average[i]);
 }
 
 // ---- normalise, add, ReLU -----------------------------------------------------------------------------------------
@@ -651,8 +680,21 @@ KERNEL2(max_pool)
     }
 }
 
-// Means over the plane; one thread for eight channels of an image.
-KERNEL(avg_pool)(const T* x, float* y, int images, int pixels, int channels) {
+// What dropout multiplies a channel of an image by; the generator is init::Stream.
+DEV u64 mix_bits(u64 z) {
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+DEV float drop_factor(const Hyper& h, int image, int channel, int channels) {
+    const u64 counter = ((u64)h.first_image + image) * channels + channel;
+    const u64 bits = mix_bits(h.drop_key + counter * 0x9e3779b97f4a7c15ull);
+    const double uniform = ((double)(bits >> 11) + 0.5) / 9007199254740992.0;
+    return uniform < h.drop_rate ? 0.0f : (float)(1.0 / (1.0 - h.drop_rate));
+}
+
+// Means over the plane; one thread for eight channels of an image. With `hyper` they are dropped out.
+KERNEL(avg_pool)(const T* x, float* y, int images, int pixels, int channels, const Hyper* hyper) {
     const int groups = channels / 8, i = (int)(blockIdx.x * THREADS + threadIdx.x);
     const int image = i / groups, c = (i - image * groups) * 8;
     if (image >= images) return;
@@ -663,8 +705,19 @@ KERNEL(avg_pool)(const T* x, float* y, int images, int pixels, int channels) {
 #pragma unroll
         for (int j = 0; j < 8; j++) sum[j] += v[j];
     }
+    const bool drops = hyper && hyper->drop_rate > 0;
 #pragma unroll
-    for (int j = 0; j < 8; j++) y[(size_t)image * channels + c + j] = sum[j] / pixels;
+    for (int j = 0; j < 8; j++) {
+        const float factor = drops ? drop_factor(*hyper, image, c + j, channels) : 1.0f;
+        y[(size_t)image * channels + c + j] = sum[j] / pixels * factor;
+    }
+}
+
+// The same dropout of a gradient.
+KERNEL(drop)(float* d, int images, int channels, const Hyper* hyper) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (hyper->drop_rate > 0 && i < images * channels)
+        d[i] *= drop_factor(*hyper, i / channels, i % channels, channels);
 }
 
 // ---- classifier ---------------------------------------------------------------------------------------------------
@@ -742,14 +795,6 @@ DEV float block_sum(float v, float* shared) {
     return shared[0];
 }
 
-// What a step depends on besides its batch; written by the host before each step.
-struct Hyper {
-    float lr, momentum, weight_decay, nesterov;
-    // Target of the true class and of every other class; the gradient of an image's loss counts this much.
-    float on, off, share;
-    float unused;
-};
-
 // The loss scale of f16: gradients are so much larger, and a step whose gradients overflow is left out.
 struct Scale {
     float scale;
@@ -765,12 +810,18 @@ struct Scored {
 };
 
 KERNEL(loss)
-(const float* logits, const u32* labels, const Hyper* hyper, const Scale* scale, float* d, Scored* scored,
- int classes) {
+(const float* logits, const u32* labels, const u32* others, const Hyper* hyper, const Scale* scale, float* d,
+ Scored* scored, int classes) {
     __shared__ float shared[THREADS];
     const float* row = logits + (size_t)blockIdx.x * classes;
-    const int t = (int)threadIdx.x, label = (int)labels[blockIdx.x];
-    const float on = hyper->on, off = hyper->off, score = row[label];
+    const int t = (int)threadIdx.x;
+    const float off = hyper->off;
+    // An image of two classes has a target for each, and hits are counted for the larger; of one, all of `on`.
+    const int one = (int)labels[blockIdx.x], two = hyper->is_mixed ? (int)others[blockIdx.x] : one;
+    const float mix = two != one ? hyper->mix : 1.0f;
+    const float first = mix * (hyper->on - off), second = two != one ? (1 - mix) * (hyper->on - off) : 0.0f;
+    const int label = mix >= 0.5f ? one : two;
+    const float score = row[label];
     float top = -3.4e38f, all = 0, above = 0, before = 0;
     for (int i = t; i < classes; i += THREADS) {
         const float v = row[i];
@@ -788,13 +839,15 @@ KERNEL(loss)
     before = block_sum(before, shared);
     if (d) {
         const float share = hyper->share * scale->scale;
-        for (int i = t; i < classes; i += THREADS)
-            d[(size_t)blockIdx.x * classes + i] = (expf(row[i] - top) / sum - (i == label ? on : off)) * share;
+        for (int i = t; i < classes; i += THREADS) {
+            const float target = off + (i == one ? first : 0.0f) + (i == two ? second : 0.0f);
+            d[(size_t)blockIdx.x * classes + i] = (expf(row[i] - top) / sum - target) * share;
+        }
     }
     if (t == 0) {
         const bool is_finite = score - score == 0;
         Scored s;
-        s.loss = logf(sum) - off * linear - (on - off) * (score - top);
+        s.loss = logf(sum) - off * linear - first * (row[one] - top) - second * (row[two] - top);
         s.hits = (is_finite && above == 0 && before == 0 ? 1u : 0u) | (is_finite && above < 5 ? 2u : 0u);
         scored[blockIdx.x] = s;
     }
@@ -858,6 +911,27 @@ KERNEL(accumulate)(float* sum, const float* fresh, int add) {
     ((float4*)sum)[i] = v;
 }
 
+// own = the sum of what all ranks have, in their order; the others' pieces lie in `inbox`, each as long as the grid.
+KERNEL(sum_ranks)(float* own, const float* inbox, int me, int ranks) {
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x, piece = (size_t)gridDim.x * THREADS;
+    const float4 mine = ((const float4*)own)[i];
+    float4 sum = me == 0 ? mine : ((const float4*)inbox)[i];
+    for (int rank = 1; rank < ranks; rank++) {
+        const float4 v = rank == me ? mine : ((const float4*)inbox)[rank * piece + i];
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    ((float4*)own)[i] = sum;
+}
+
+KERNEL(sum_ranks_f64)(double* own, const double* inbox, int count, int me, int ranks) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (i >= count) return;
+    const double mine = own[i];
+    double sum = me == 0 ? mine : inbox[i];
+    for (int rank = 1; rank < ranks; rank++) sum += rank == me ? mine : inbox[(size_t)rank * count + i];
+    own[i] = sum;
+}
+
 DEV bool is_finite4(float4 v) { return v.x - v.x == 0 && v.y - v.y == 0 && v.z - v.z == 0 && v.w - v.w == 0; }
 
 // Says whether a gradient has overflowed.
@@ -880,29 +954,133 @@ KERNEL(rescale)(Scale* scale) {
     scale->overflow = 0;
 }
 
-DEV void update1(float& w, float& m, float g, const Hyper& h, float decay, float unscale) {
-    g = g * unscale + decay * w;
-    m = h.momentum * m + g;
-    w = w - h.lr * (h.nesterov != 0 ? g + h.momentum * m : m);
+// What LARS and clipping know of a tensor: sums of squares of w and of its gradient, and of their products.
+struct Norms {
+    double w, g, wg;
+};
+
+// Adds up the threads' sums; thread 0 has the result.
+DEV Norms block_norms(Norms v) {
+    __shared__ double sums[3][THREADS];
+    const int t = (int)threadIdx.x;
+    sums[0][t] = v.w, sums[1][t] = v.g, sums[2][t] = v.wg;
+    __syncthreads();
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        if (t < half)
+            for (int k = 0; k < 3; k++) sums[k][t] += sums[k][t + half];
+        __syncthreads();
+    }
+    Norms sum = {sums[0][0], sums[1][0], sums[2][0]};
+    return sum;
 }
 
-// SGD with momentum (engine::Hyper), and the parameters as convolutions read them. `decays` says it of each chunk.
-KERNEL(update)
-(const Hyper* hyper, const Scale* scale, float* w, float* m, const float* g, T* cast, const u8* decays) {
-    if (scale->overflow) return;
-    const Hyper h = *hyper;
-    const float decay = decays[blockIdx.x] ? h.weight_decay : 0.0f, unscale = 1.0f / scale->scale;
+// Those of each chunk.
+KERNEL(squares)(const float* w, const float* g, const Scale* scale, Norms* chunks) {
     const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
-    float4 p = ((const float4*)w)[i], a = ((const float4*)m)[i];
-    const float4 d = ((const float4*)g)[i];
-    update1(p.x, a.x, d.x, h, decay, unscale);
-    update1(p.y, a.y, d.y, h, decay, unscale);
-    update1(p.z, a.z, d.z, h, decay, unscale);
-    update1(p.w, a.w, d.w, h, decay, unscale);
-    ((float4*)w)[i] = p;
-    ((float4*)m)[i] = a;
-    const float v[4] = {p.x, p.y, p.z, p.w};
-    if (cast) store4(cast + i * 4, v);
+    const float4 a = ((const float4*)w)[i], b = ((const float4*)g)[i];
+    const float ws[4] = {a.x, a.y, a.z, a.w}, gs[4] = {b.x, b.y, b.z, b.w};
+    const double unscale = 1.0 / scale->scale;
+    Norms sum = {};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const double x = ws[k], y = gs[k] * unscale;
+        sum.w += x * x, sum.g += y * y, sum.wg += x * y;
+    }
+    sum = block_norms(sum);
+    if (threadIdx.x == 0) chunks[blockIdx.x] = sum;
+}
+
+// Those of each tensor, a block each, whose chunks are firsts[block]..firsts[block + 1].
+KERNEL(norms)(const Norms* chunks, const u32* firsts, Norms* tensors) {
+    Norms sum = {};
+    for (u32 i = firsts[blockIdx.x] + threadIdx.x; i < firsts[blockIdx.x + 1]; i += THREADS)
+        sum.w += chunks[i].w, sum.g += chunks[i].g, sum.wg += chunks[i].wg;
+    sum = block_norms(sum);
+    if (threadIdx.x == 0) tensors[blockIdx.x] = sum;
+}
+
+// How a tensor is updated (engine::Rule): its gradient is times `scale`, and w with `decay` joins it; the rate is inside
+// of the momentum or outside.
+struct TensorRule {
+    float scale, decay, rate;
+    u32 is_inside;
+};
+
+// One block finds them all. Bits of `kinds`: 1 decay acts on the tensor, 2 LARS gives it a rate of its own.
+KERNEL(rates)(const Hyper* hyper, const Norms* tensors, const u8* kinds, TensorRule* rules, int count) {
+    const Hyper h = *hyper;
+    double scale = 1;
+    if (h.clip > 0) {
+        Norms all = {};
+        for (int i = (int)threadIdx.x; i < count; i += THREADS) all.g += tensors[i].g;
+        // As PyTorch's clip_grad_norm_.
+        const double by = h.clip / (sqrt(block_norms(all).g) + 1e-6);
+        scale = by < 1 ? by : 1;
+    }
+    for (int i = (int)threadIdx.x; i < count; i += THREADS) {
+        const bool is_own = h.rule != SGD && (kinds[i] & 2);
+        double decay = kinds[i] & 1 ? h.weight_decay : 0.0, rate = h.lr;
+        if (is_own) {
+            const Norms n = tensors[i];
+            const double in_g = h.rule == LARS_2018 ? decay : 0.0;
+            const double square = scale * scale * n.g + 2 * scale * in_g * n.wg + in_g * in_g * n.w;
+            const double w = sqrt(n.w), g = square > 0 ? sqrt(square) : 0;
+            if (w > 0 && g > 0) rate *= h.trust * w / (g + decay * w);
+        } else if (h.rule == LARS) {
+            decay = 0;
+        }
+        TensorRule r = {(float)scale, (float)decay, (float)rate, h.rule == LARS ? 1u : 0u};
+        rules[i] = r;
+    }
+}
+
+DEV void update1(float& w, float& m, float g, const Hyper& h, const TensorRule& r, float scale) {
+    g = g * scale + r.decay * w;
+    if (r.is_inside) {
+        m = h.momentum * m + r.rate * g;
+        w = w - m;
+    } else {
+        m = h.momentum * m + g;
+        w = w - r.rate * (h.nesterov != 0 ? g + h.momentum * m : m);
+    }
+}
+
+// Updates the parameters by the rule of their tensor (which[chunk]), and what follows them: their copy as convolutions
+// read them, and their moving average. A step that has overflowed changes the average alone.
+KERNEL(update)
+(const Hyper* hyper, const Scale* scale, float* w, float* m, const float* g, T* cast, const u32* which,
+ const TensorRule* rules, float* average) {
+    const Hyper h = *hyper;
+    const size_t i = (size_t)blockIdx.x * THREADS + threadIdx.x;
+    float4 p = ((const float4*)w)[i];
+    if (!scale->overflow) {
+        const TensorRule r = rules[which[blockIdx.x]];
+        const float by = r.scale / scale->scale;
+        float4 a = ((const float4*)m)[i];
+        const float4 d = ((const float4*)g)[i];
+        update1(p.x, a.x, d.x, h, r, by);
+        update1(p.y, a.y, d.y, h, r, by);
+        update1(p.z, a.z, d.z, h, r, by);
+        update1(p.w, a.w, d.w, h, r, by);
+        ((float4*)w)[i] = p;
+        ((float4*)m)[i] = a;
+        const float v[4] = {p.x, p.y, p.z, p.w};
+        if (cast) store4(cast + i * 4, v);
+    }
+    if (average) {
+        float4 v = ((const float4*)average)[i];
+        v.x += h.average * (p.x - v.x), v.y += h.average * (p.y - v.y);
+        v.z += h.average * (p.z - v.z), v.w += h.average * (p.w - v.w);
+        ((float4*)average)[i] = v;
+    }
+}
+
+// a and b exchange their values.
+KERNEL(swap)(float* a, float* b, int count) {
+    const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
+    if (i >= count) return;
+    const float v = a[i];
+    a[i] = b[i], b[i] = v;
 }
 
 KERNEL(cast)(const float* w, T* to) {

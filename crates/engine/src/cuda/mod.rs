@@ -11,27 +11,37 @@
 )]
 
 mod calls;
+mod collective;
 mod cudnn;
 mod driver;
+mod hyper;
+mod nccl;
+mod own;
+mod ranks;
 #[cfg(test)]
 mod tests;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::{result, sys};
 use graph::{Graph, Mode, Program};
 
-use crate::labels::targets;
 use crate::profile::{self, KernelTime, Profile};
-use crate::state::{self, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor};
+use crate::state::{
+    self, AVERAGE_PREFIX, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
+};
 use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Rule, Started};
-use calls::{CHUNK, Call, Calls, CudaCaps, Layout, Places};
+use calls::{Call, Calls, CudaCaps, Layout, Places, Rules};
+use collective::{Collective, Peers};
 use cudnn::{Bound, Device, Plan};
 use driver::{Address, Arg, Block, Captured, Event, Gpu, Pinned, failed};
 pub use driver::{Card, Libraries, cards, libraries, probe};
+pub use ranks::{Ranks, nccl_version, probe_all};
 
 /// Bytes at which buffers begin.
 const ALIGNMENT: usize = 512;
@@ -106,10 +116,14 @@ pub struct Options {
     pub deterministic: bool,
     /// Most bytes of workspace that a convolution may ask for.
     pub workspace: usize,
+    /// Whose convolutions run.
+    pub convolutions: Convolutions,
+    /// Whether a moving average of parameters and running statistics is kept ([`Hyper::average`]).
+    pub average: bool,
 }
 
 impl Options {
-    /// Deterministic, with up to 256 MiB of workspace, or 2 GiB in f32: without tensor cores cuDNN brings some
+    /// Deterministic, without a moving average, with up to 256 MiB of workspace, or 2 GiB in f32: without tensor cores cuDNN brings some
     /// convolutions of stride 2 into another order first (1.2 GiB for ResNet-50's at 256 images of 224 px).
     pub fn new(ordinal: usize, micro_batch: usize, precision: Precision) -> Self {
         Self {
@@ -121,8 +135,19 @@ impl Options {
                 Precision::F32 => 2 << 30,
                 _ => 256 << 20,
             },
+            convolutions: Convolutions::Cudnn,
+            average: false,
         }
     }
+}
+
+/// Whose convolutions run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Convolutions {
+    /// cuDNN's, or our own where it is missing or too old.
+    Cudnn,
+    /// Our own (conv.cu).
+    Own,
 }
 
 /// Memory of the card that training takes, known before anything is allocated, but for what the driver and cuDNN keep
@@ -135,6 +160,8 @@ pub struct Memory {
     pub gradients: usize,
     /// Momentum.
     pub optimizer: usize,
+    /// Moving average of the parameters, where one is kept.
+    pub average: usize,
     /// The larger of the training and the evaluation arena.
     pub arena: usize,
     /// Weights of evaluation, with normalisations folded in.
@@ -143,6 +170,8 @@ pub struct Memory {
     pub workspace: usize,
     /// Two batches of input.
     pub input: usize,
+    /// What other cards send.
+    pub exchange: usize,
 }
 
 impl Memory {
@@ -162,10 +191,12 @@ impl Memory {
             parameters: f32s + cast,
             gradients: sums * f32s + cast,
             optimizer: f32s,
+            average: if options.average { f32s } else { 0 },
             arena: train.arena_bytes.max(infer.arena_bytes),
             folded: infer.constant_bytes,
             workspace: options.workspace,
             input: 2 * batch * (graph.plane(graph.input()).elements() + 4),
+            exchange: 0,
         }
     }
 
@@ -174,10 +205,12 @@ impl Memory {
         self.parameters
             + self.gradients
             + self.optimizer
+            + self.average
             + self.arena
             + self.folded
             + self.workspace
             + self.input
+            + self.exchange
     }
 }
 
@@ -186,21 +219,36 @@ struct Compiled {
     image: Address,
     logits: Address,
     setup: Vec<Call>,
-    /// Everything but the first kernel, recorded: for the first micro-batch of a step, and for one after another.
-    first: Step,
-    further: Option<Step>,
+    /// Everything but the first kernel, recorded: for the first micro-batch of a step, and for one after another. In
+    /// training in parts, one for each bucket of gradients.
+    first: Vec<Step>,
+    further: Vec<Step>,
 }
 
-/// The recorded part of a program, and what it was recorded from.
+/// A recorded part of a program, and what it was recorded from.
 struct Step {
-    calls: Vec<Call>,
-    /// For each call that is a convolution, its tensors.
-    bound: Vec<Option<Bound>>,
+    calls: Vec<Way>,
     captured: Captured,
 }
 
-/// The kernels' Hyper.
-const HYPER_BYTES: usize = 32;
+/// How a call is put on the card.
+enum Way {
+    /// As it is.
+    Launch(Call),
+    /// A convolution by cuDNN's plan.
+    Plan(Call, Bound),
+    /// One by kernels of our own.
+    Launches(Call, Vec<Call>),
+}
+
+impl Way {
+    fn call(&self) -> &Call {
+        match self {
+            Way::Launch(call) | Way::Plan(call, _) | Way::Launches(call, _) => call,
+        }
+    }
+}
+
 /// The kernels' Totals.
 const TOTALS_BYTES: usize = 16;
 
@@ -209,11 +257,13 @@ struct Slot {
     /// Pixels, labels and hyper-parameters; the totals come back behind them.
     host: Pinned,
     device: Block,
+    layout: SlotLayout,
     /// The batch is on the card.
     copied: Event,
     /// The card is done with it.
     done: Event,
     images: usize,
+    is_u8: bool,
     /// Whether a step that reads it was begun.
     is_used: bool,
 }
@@ -222,19 +272,27 @@ struct Slot {
 #[derive(Clone, Copy)]
 struct SlotLayout {
     labels: usize,
-    hyper: usize,
+    /// Second labels.
+    others: usize,
+    /// Those of each micro-batch.
+    hypers: usize,
     totals: usize,
     end: usize,
 }
 
 impl SlotLayout {
-    fn new(pixel_bytes: usize, images: usize) -> Self {
+    /// From one micro-batch's [`hyper::Words`] to the next.
+    const HYPER: usize = hyper::BYTES.next_multiple_of(64);
+
+    fn new(pixel_bytes: usize, images: usize, micro_batches: usize) -> Self {
         let labels = pixel_bytes.next_multiple_of(256);
-        let hyper = (labels + images * size_of::<u32>()).next_multiple_of(256);
-        let totals = hyper + HYPER_BYTES;
+        let others = labels + images * size_of::<u32>();
+        let hypers = (others + images * size_of::<u32>()).next_multiple_of(256);
+        let totals = hypers + micro_batches * Self::HYPER;
         Self {
             labels,
-            hyper,
+            others,
+            hypers,
             totals,
             end: totals + TOTALS_BYTES,
         }
@@ -249,7 +307,8 @@ pub struct Cuda {
     layout: Layout,
     programs: BTreeMap<(usize, Mode), Compiled>,
     plans: BTreeMap<String, Plan>,
-    device: Device,
+    /// cuDNN, where convolutions are its.
+    device: Option<Device>,
     masters: Block,
     cast: Option<Block>,
     momentum: Block,
@@ -261,8 +320,10 @@ pub struct Cuda {
     summed: Option<Block>,
     running: Block,
     sums: Block,
-    decays: Block,
-    decays_for: Option<crate::Decay>,
+    /// Moving averages of parameters and of running statistics, where they are kept.
+    average: Option<[Block; 2]>,
+    rules: Block,
+    kinds_for: Option<crate::Decay>,
     control: Block,
     arena: Block,
     constants: Block,
@@ -275,6 +336,8 @@ pub struct Cuda {
     steps: u64,
     profile: Profile,
     cache: Box<dyn Cache>,
+    /// Other cards that train with this one.
+    peers: Option<Peers>,
     gpu: Gpu,
 }
 
@@ -285,6 +348,7 @@ struct Control {
     totals: Address,
     scored: Address,
     labels: Address,
+    others: Address,
 }
 
 impl Control {
@@ -300,6 +364,7 @@ impl Control {
             totals: at + 512,
             scored: at + 1024,
             labels: at + 1024 + (images * 8) as Address,
+            others: at + 1024 + (images * 12) as Address,
         }
     }
 }
@@ -326,8 +391,12 @@ impl Cuda {
                 "a smaller train.bn_batch",
             ));
         }
-        let gpu = Gpu::start(&card, options.precision.element(), &*cache)?;
-        let device = Device::start(&gpu)?;
+        let is_own = options.convolutions == Convolutions::Own || !driver::has_cudnn(&libraries());
+        let gpu = Gpu::start(&card, options.precision.element(), is_own, &*cache)?;
+        let device = match is_own {
+            true => None,
+            false => Some(Device::start(&gpu)?),
+        };
         let memory = Memory::plan(graph, options, &card, options.micro_batch);
         check_memory(&memory, gpu.free_bytes()?)?;
         let caps = CudaCaps::new(options, card.multiprocessors);
@@ -340,6 +409,11 @@ impl Cuda {
         let (cast, raw) = (halves()?, halves()?);
         let is_raw = gpu.block(layout.convs.len())?;
         gpu.upload(is_raw.address, &layout.convs)?;
+        let rules = gpu.block(Rules::new(&layout, 0).1 as usize)?;
+        for (at, values) in Rules::new(&layout, rules.address).0.constants(&layout) {
+            gpu.upload(at, values)?;
+        }
+        let running = 2 * layout.channels * size_of::<f32>();
         let mut cuda = Self {
             programs: BTreeMap::new(),
             plans: BTreeMap::new(),
@@ -351,10 +425,14 @@ impl Cuda {
             raw,
             is_raw,
             summed: None,
-            running: gpu.block(2 * layout.channels * size_of::<f32>())?,
+            running: gpu.block(running)?,
             sums: gpu.block(2 * layout.channels * size_of::<f64>())?,
-            decays: gpu.block(layout.len / CHUNK)?,
-            decays_for: None,
+            average: match options.average {
+                true => Some([gpu.block(f32s)?, gpu.block(running)?]),
+                false => None,
+            },
+            rules,
+            kinds_for: None,
             control: gpu.block(Control::bytes(options.micro_batch))?,
             arena: gpu.block(memory.arena)?,
             constants: gpu.block(memory.folded)?,
@@ -365,6 +443,7 @@ impl Cuda {
             steps: 0,
             profile: None,
             cache,
+            peers: None,
             graph: graph.clone(),
             options: *options,
             caps,
@@ -373,6 +452,18 @@ impl Cuda {
         };
         cuda.load(state)?;
         Ok(cuda)
+    }
+
+    /// Makes it one of several: from now on every step is one of all ranks.
+    fn join(&mut self, collective: Arc<dyn Collective>) -> Result<(), Error> {
+        self.peers = Some(Peers::new(&self.gpu, &self.layout, collective)?);
+        Ok(())
+    }
+
+    /// Ranks that a step is shared by.
+    fn ranks(&self) -> usize {
+        let peers = self.peers.as_ref();
+        peers.map_or(1, |peers| peers.collective.ranks())
     }
 
     /// The card.
@@ -385,8 +476,12 @@ impl Cuda {
     /// # Errors
     /// If cuDNN is older than 9.8.
     pub fn describe_card(&self) -> Result<String, Error> {
-        self.device
-            .describe()
+        let device = self
+            .device
+            .as_ref()
+            .ok_or("convolutions are our own".to_owned());
+        device
+            .and_then(Device::describe)
             .map_err(|e| Error::device(e, "cuDNN 9.8 or newer describes cards"))
     }
 
@@ -427,25 +522,43 @@ impl Cuda {
             running: self.running.address,
             sums: self.sums.address,
             labels: control.labels,
+            others: control.others,
             hyper: control.hyper,
             scale: control.scale,
             scored: control.scored,
             totals: control.totals,
+            momentum: self.momentum.address,
+            average: self.average.as_ref().map_or(0, |[v, _]| v.address),
+            running_average: self.average.as_ref().map_or(0, |[_, v]| v.address),
+            rules: Rules::new(&self.layout, self.rules.address).0,
         }
     }
 
-    fn do_call(&self, call: &Call, bound: Option<&Bound>) -> Result<(), Error> {
-        match (call, bound) {
-            (
-                Call::Launch {
-                    name, grid, args, ..
-                },
-                _,
-            ) => self.gpu.launch(name, *grid, &mut args.clone()),
-            (Call::Conv { conv, .. }, Some(bound)) => {
-                bound.run(&self.device, &self.plans[&conv.name()])
+    fn launch(&self, call: &Call) -> Result<(), Error> {
+        match call {
+            Call::Launch {
+                name, grid, args, ..
+            } => self.gpu.launch(name, *grid, &mut args.clone()),
+            Call::Conv { .. } => unreachable!("convolutions go their way"),
+        }
+    }
+
+    fn go(&self, way: &Way) -> Result<(), Error> {
+        match (way, &self.device) {
+            (Way::Launch(call), _) => self.launch(call),
+            (Way::Launches(_, calls), _) => calls.iter().try_for_each(|call| self.launch(call)),
+            (Way::Plan(Call::Conv { conv, .. }, bound), Some(device)) => {
+                bound.run(device, &self.plans[&conv.name()])
             }
-            (Call::Conv { .. }, None) => unreachable!("convolutions are bound"),
+            (Way::Plan(..), _) => unreachable!("plans are cuDNN's and of convolutions"),
+        }
+    }
+
+    /// Parts of the gradients that are complete together.
+    fn buckets(&self) -> Vec<Range<usize>> {
+        match &self.peers {
+            Some(peers) => peers.buckets.clone(),
+            None => std::iter::once(0..self.layout.which.len()).collect(),
         }
     }
 
@@ -482,15 +595,20 @@ impl Cuda {
                 &self.layout,
                 &places,
                 add,
+                &self.buckets(),
             )
         };
         let (first, further) = (calls(false), calls(true));
         self.race(&first)?;
         let (image, logits, setup) = (first.image, first.logits, first.setup);
-        let first = self.record(first.body)?;
+        let record = |parts: Vec<Vec<Call>>| {
+            let steps = parts.into_iter().map(|calls| self.record(calls));
+            steps.collect::<Result<Vec<Step>, Error>>()
+        };
+        let first = record(first.body)?;
         let further = match mode {
-            Mode::Train => Some(self.record(further.body)?),
-            Mode::Infer => None,
+            Mode::Train => record(further.body)?,
+            Mode::Infer => vec![],
         };
         let compiled = Compiled {
             image,
@@ -505,6 +623,9 @@ impl Cuda {
 
     /// Finds the plans of a program's convolutions, and runs each once, so that nothing is left to load.
     fn race(&mut self, calls: &Calls) -> Result<(), Error> {
+        let Some(device) = &self.device else {
+            return Ok(());
+        };
         for (conv, at) in calls::convs(calls) {
             let workspace = self.workspace.address;
             let name = conv.name();
@@ -513,62 +634,73 @@ impl Cuda {
                     &conv,
                     &self.options,
                     &self.gpu,
-                    &self.device,
+                    device,
                     at,
                     workspace,
                     &*self.cache,
                 )?;
                 self.plans.insert(name.clone(), plan);
             }
-            Bound::new(at, workspace)?.run(&self.device, &self.plans[&name])?;
+            Bound::new(at, workspace)?.run(device, &self.plans[&name])?;
         }
         self.gpu.wait()
     }
 
-    fn record(&self, calls: Vec<Call>) -> Result<Step, Error> {
+    /// How a call is put on the card.
+    fn way(&self, call: Call) -> Result<Way, Error> {
+        let Call::Conv { conv, at } = &call else {
+            return Ok(Way::Launch(call));
+        };
         let workspace = self.workspace.address;
-        let bound = calls.iter().map(|call| match call {
-            Call::Launch { .. } => Ok(None),
-            Call::Conv { at, .. } => Bound::new(*at, workspace).map(Some),
-        });
-        let bound = bound.collect::<Result<Vec<_>, _>>()?;
-        let captured = self.gpu.capture(|| {
-            let mut both = calls.iter().zip(&bound);
-            both.try_for_each(|(call, bound)| self.do_call(call, bound.as_ref()))
-        })?;
-        Ok(Step {
-            calls,
-            bound,
-            captured,
-        })
+        if self.device.is_some() {
+            let bound = Bound::new(*at, workspace)?;
+            return Ok(Way::Plan(call, bound));
+        }
+        let launches = own::Launches {
+            precision: self.options.precision,
+            multiprocessors: self.gpu.card.multiprocessors,
+            workspace,
+            workspace_bytes: self.options.workspace,
+        };
+        let launches = launches.calls(conv, *at);
+        Ok(Way::Launches(call, launches))
     }
 
-    /// Brings a batch to the card, beside what runs there; the slot's number.
-    fn stage(&mut self, batch: &Batch<'_>, hyper: [f32; 8]) -> Result<usize, Error> {
-        let pixels: &[u8] = match batch.pixels {
-            Pixels::U8(p) => p,
+    fn record(&self, calls: Vec<Call>) -> Result<Step, Error> {
+        let calls = calls.into_iter().map(|call| self.way(call));
+        let calls = calls.collect::<Result<Vec<Way>, Error>>()?;
+        let captured = self
+            .gpu
+            .capture(|| calls.iter().try_for_each(|way| self.go(way)))?;
+        Ok(Step { calls, captured })
+    }
+
+    /// Brings a batch to the card, beside what runs there; the slot's number. `hypers`: those of each micro-batch.
+    fn stage(&mut self, batch: &Batch<'_>, hypers: &[hyper::Words]) -> Result<usize, Error> {
+        let (pixels, is_u8): (&[u8], bool) = match batch.pixels {
+            Pixels::U8(p) => (p, true),
             // SAFETY: any f32 is four bytes.
             Pixels::F32(p) => unsafe {
-                std::slice::from_raw_parts(p.as_ptr().cast(), size_of_val(p))
+                let bytes = std::slice::from_raw_parts(p.as_ptr().cast(), size_of_val(p));
+                (bytes, false)
             },
         };
         let images = batch.images();
-        let layout = SlotLayout::new(pixels.len(), images);
+        let layout = SlotLayout::new(pixels.len(), images, hypers.len());
         // The older of two; a third is never needed, for only two steps are under way.
-        let index = if self.slots.len() < 2 {
-            self.slots.len()
-        } else {
-            (self.steps % 2) as usize
-        };
+        let index = (self.steps % 2) as usize;
+        self.steps += 1;
         let fits = |slot: &Slot| slot.host.bytes() >= layout.end;
         if self.slots.get(index).is_none_or(|slot| !fits(slot)) {
             self.gpu.wait()?;
             let slot = Slot {
                 host: self.gpu.pinned(layout.end)?,
                 device: self.gpu.block(layout.end)?,
+                layout,
                 copied: Event::new()?,
                 done: Event::new()?,
                 images,
+                is_u8,
                 is_used: false,
             };
             match self.slots.get_mut(index) {
@@ -580,16 +712,19 @@ impl Cuda {
         if slot.is_used {
             slot.done.wait()?;
         }
-        slot.images = images;
+        (slot.images, slot.is_u8, slot.layout) = (images, is_u8, layout);
         let host = slot.host.get_mut();
         host[..pixels.len()].copy_from_slice(pixels);
-        let labels = host[layout.labels..].chunks_exact_mut(size_of::<u32>());
-        for (to, label) in labels.zip(batch.labels) {
-            to.copy_from_slice(&label.to_ne_bytes());
+        let others = batch.mixed.map_or(batch.labels, |mixed| mixed.labels);
+        for (at, labels) in [(layout.labels, batch.labels), (layout.others, others)] {
+            let to = host[at..].chunks_exact_mut(size_of::<u32>());
+            for (to, label) in to.zip(labels) {
+                to.copy_from_slice(&label.to_ne_bytes());
+            }
         }
-        let to = host[layout.hyper..].chunks_exact_mut(size_of::<f32>());
-        for (to, value) in to.zip(hyper) {
-            to.copy_from_slice(&value.to_ne_bytes());
+        let to = host[layout.hypers..layout.totals].chunks_exact_mut(SlotLayout::HYPER);
+        for (to, words) in to.zip(hypers) {
+            to[..hyper::BYTES].copy_from_slice(words.bytes());
         }
         // SAFETY: both are at least this long; the host's is not written again before `done`.
         unsafe {
@@ -614,62 +749,91 @@ impl Cuda {
             .map_err(|e| failed("copy on the card", e))
     }
 
-    /// Runs images `from..to` of what a slot holds.
+    /// Runs micro-batch `number`, images `from..to` of what a slot holds, adding to the sums of those before it. `sums`:
+    /// in training, of how many micro-batches the gradients are summed.
     fn micro(
         &mut self,
         index: usize,
-        is_u8: bool,
+        number: usize,
         (from, to): (usize, usize),
         program: (usize, Mode),
-        add: bool,
+        sums: Option<usize>,
     ) -> Result<(), Error> {
+        let add = number > 0;
         let image = self.graph.plane(self.graph.input());
-        let element = if is_u8 { 1 } else { size_of::<f32>() };
         let slot = &self.slots[index];
-        let layout = SlotLayout::new(slot.images * image.elements() * element, slot.images);
-        let at = slot.device.address;
-        let pixels = at + (from * image.elements() * element) as Address;
+        let is_u8 = slot.is_u8;
+        let element = if is_u8 { 1 } else { size_of::<f32>() };
+        let at = |offset: usize| slot.device.address + offset as Address;
+        let pixels = at(from * image.elements() * element);
         let control = self.control();
-        let labels = at + (layout.labels + from * size_of::<u32>()) as Address;
-        self.copy(control.labels, labels, (to - from) * size_of::<u32>())?;
-        self.copy(control.hyper, at + layout.hyper as Address, HYPER_BYTES)?;
+        let (labels, layout) = (size_of::<u32>(), slot.layout);
+        for (to_, of) in [
+            (control.labels, layout.labels),
+            (control.others, layout.others),
+        ] {
+            self.copy(to_, at(of + from * labels), (to - from) * labels)?;
+        }
+        let words = at(layout.hypers + number * SlotLayout::HYPER);
+        self.copy(control.hyper, words, hyper::BYTES)?;
         let compiled = &self.programs[&program];
         let count = (to - from) * image.pixels();
-        let step = match (&compiled.further, add) {
-            (Some(further), true) => further,
-            _ => &compiled.first,
+        let steps = match add && program.1 == Mode::Train {
+            true => &compiled.further,
+            false => &compiled.first,
         };
-        let input = calls::input(pixels, is_u8, count, compiled.image);
+        let input = Way::Launch(calls::input(pixels, is_u8, count, compiled.image));
+        let mut times = vec![];
         if self.profile.is_some() {
-            let calls = [(&input, None)];
-            let body = step.calls.iter().zip(step.bound.iter().map(Option::as_ref));
-            let times = self.timed(calls.into_iter().chain(body))?;
-            self.measured(times);
+            times.extend(self.timed(std::slice::from_ref(&input))?);
         } else {
-            self.do_call(&input, None)?;
-            self.gpu.replay(&step.captured)?;
+            self.go(&input)?;
         }
-        self.do_call(&calls::loss_finish(&self.places(), to - from, add), None)
+        for (part, step) in steps.iter().enumerate() {
+            if self.profile.is_some() {
+                times.extend(self.timed(&step.calls)?);
+            } else {
+                self.gpu.replay(&step.captured)?;
+            }
+            if let Some(sums) = sums {
+                self.after_part(part, number, sums)?;
+            }
+        }
+        self.measured(times);
+        self.launch(&calls::loss_finish(&self.places(), to - from, add))
+    }
+
+    /// The gradients of a bucket are complete: they join those of micro-batches before, and at last those of other
+    /// ranks.
+    fn after_part(&self, part: usize, number: usize, micro_batches: usize) -> Result<(), Error> {
+        let bucket = &self.buckets()[part];
+        let mut gradients = self.fresh.address;
+        if micro_batches > 1 {
+            let summed = self.summed.as_ref().expect("made when a step begins");
+            gradients = summed.address;
+            let call = calls::accumulate(gradients, self.fresh.address, bucket, number > 0);
+            self.launch(&call)?;
+        }
+        match &self.peers {
+            Some(peers) if number + 1 == micro_batches => peers.sum(&self.gpu, gradients, bucket),
+            _ => Ok(()),
+        }
     }
 
     /// Runs calls one by one, each with its time.
-    fn timed<'a>(
-        &self,
-        calls: impl Iterator<Item = (&'a Call, Option<&'a Bound>)>,
-    ) -> Result<Vec<KernelTime>, Error> {
+    fn timed(&self, calls: &[Way]) -> Result<Vec<KernelTime>, Error> {
         let mut events = vec![Event::new()?];
         events[0].record(self.gpu.stream)?;
-        let mut done = vec![];
-        for (call, bound) in calls {
-            self.do_call(call, bound)?;
+        for way in calls {
+            self.go(way)?;
             let event = Event::new()?;
             event.record(self.gpu.stream)?;
             events.push(event);
-            done.push(call);
         }
         self.gpu.wait()?;
         let element = self.options.precision.bytes();
-        let time = |(call, pair): (&&Call, &[Event])| {
+        let time = |(way, pair): (&Way, &[Event])| {
+            let call = way.call();
             let milliseconds = pair[0].milliseconds(&pair[1])?;
             let time = Duration::from_secs_f64(f64::from(milliseconds.max(0.0)) / 1e3);
             Ok(KernelTime {
@@ -681,7 +845,7 @@ impl Cuda {
                 bytes: call.bytes(element),
             })
         };
-        done.iter().zip(events.windows(2)).map(time).collect()
+        calls.iter().zip(events.windows(2)).map(time).collect()
     }
 
     /// Adds to the profile, if there is one.
@@ -706,95 +870,48 @@ impl Cuda {
     }
 
     /// What ends a step: one update from all gradients.
-    fn update(&mut self, micro_batches: usize) -> Result<(), Error> {
-        let places = self.places();
-        let address = Arg::address;
+    fn update(&mut self, hyper: &Hyper, micro_batches: usize) -> Result<(), Error> {
         let gradients = match &self.summed {
             Some(summed) if micro_batches > 1 => summed.address,
             _ => self.fresh.address,
         };
-        let scale = address(places.scale);
-        let cast = self.cast.as_ref().map_or(0, |c| c.address);
-        let mut calls = vec![];
-        let over = |name, args| calls::over_chunks(name, &self.layout, args);
-        if self.options.precision == Precision::F16 {
-            calls.push(over("check", vec![address(gradients), scale]));
-        }
-        calls.push(over(
-            "update",
-            vec![
-                address(places.hyper),
-                scale,
-                address(places.masters),
-                address(self.momentum.address),
-                address(gradients),
-                address(cast),
-                address(self.decays.address),
-            ],
-        ));
-        if self.options.precision == Precision::F16 {
-            calls.push(Call::Launch {
-                name: "rescale",
-                grid: (1, 1),
-                args: vec![scale],
-                bytes: 0,
-            });
-        }
-        calls.push(calls::running_update(&self.layout, &places, micro_batches));
+        let calls = calls::update(
+            &self.layout,
+            &self.places(),
+            gradients,
+            micro_batches * self.ranks(),
+            hyper.rule != Rule::Sgd || hyper.clip_norm.is_some(),
+            self.options.precision == Precision::F16,
+        );
         self.is_folded = false;
         if self.profile.is_some() {
-            let times = self.timed(calls.iter().map(|call| (call, None)))?;
+            let ways: Vec<Way> = calls.into_iter().map(Way::Launch).collect();
+            let times = self.timed(&ways)?;
             self.measured(times);
             return Ok(());
         }
-        calls.iter().try_for_each(|call| self.do_call(call, None))
+        calls.iter().try_for_each(|call| self.launch(call))
     }
 
-    /// Says of each chunk whether weight decay acts on it.
-    fn set_decays(&mut self, decay: crate::Decay) -> Result<(), Error> {
-        if self.decays_for == Some(decay) {
+    /// Says of each tensor what the rule has to know.
+    fn set_kinds(&mut self, decay: crate::Decay) -> Result<(), Error> {
+        if self.kinds_for == Some(decay) {
             return Ok(());
         }
-        let mut flags = vec![0u8; self.layout.len / CHUNK];
-        for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
-            if decay.covers(p.decay) {
-                let chunks = slot.len.div_ceil(CHUNK);
-                flags[slot.offset / CHUNK..][..chunks].fill(1);
-            }
-        }
-        self.gpu.upload(self.decays.address, &flags)?;
-        self.decays_for = Some(decay);
+        let kinds = self.layout.kinds(&self.graph, decay);
+        self.gpu.upload(self.places().rules.kinds, &kinds)?;
+        self.kinds_for = Some(decay);
         Ok(())
     }
 
-    /// Gradients of this micro-batch join those before.
-    fn accumulate(&mut self, add: bool) -> Result<(), Error> {
-        let summed = match &self.summed {
-            Some(summed) => summed.address,
-            None => {
-                let block = self.gpu.block(self.layout.len * size_of::<f32>())?;
-                self.summed.insert(block).address
-            }
-        };
-        let args = vec![
-            Arg::address(summed),
-            Arg::address(self.fresh.address),
-            Arg::int(usize::from(add)),
-        ];
-        self.do_call(&calls::over_chunks("accumulate", &self.layout, args), None)
-    }
-
     /// Asks for the totals of the step in a slot.
-    fn ask_totals(&mut self, index: usize, is_u8: bool) -> Result<(), Error> {
+    fn ask_totals(&mut self, index: usize) -> Result<(), Error> {
         let totals = self.control().totals;
-        let image = self.graph.plane(self.graph.input()).elements();
         let slot = &mut self.slots[index];
-        let element = if is_u8 { 1 } else { size_of::<f32>() };
-        let layout = SlotLayout::new(slot.images * image * element, slot.images);
         // SAFETY: the host's memory ends behind the totals, and nobody reads it before `done`.
         unsafe {
             sys::cuMemcpyDtoHAsync_v2(
-                slot.host.address().cast_mut().byte_add(layout.totals),
+                slot.host.address().cast_mut().byte_add(slot.layout.totals),
                 totals,
                 TOTALS_BYTES,
                 self.gpu.stream,
@@ -807,13 +924,13 @@ impl Cuda {
     }
 
     /// Waits for the totals of the step in a slot.
-    fn totals(&self, index: usize, is_u8: bool) -> Result<Metrics, Error> {
-        let image = self.graph.plane(self.graph.input()).elements();
+    fn totals(&self, index: usize) -> Result<Metrics, Error> {
         let slot = &self.slots[index];
-        slot.done.wait()?;
-        let element = if is_u8 { 1 } else { size_of::<f32>() };
-        let layout = SlotLayout::new(slot.images * image * element, slot.images);
-        let bytes = &slot.host.get()[layout.totals..layout.end];
+        match &self.peers {
+            Some(peers) => peers.wait(&slot.done)?,
+            None => slot.done.wait()?,
+        }
+        let bytes = &slot.host.get()[slot.layout.totals..slot.layout.end];
         let word = |i: usize| <[u8; 4]>::try_from(&bytes[i..i + 4]).expect("four bytes");
         Ok(Metrics {
             images: slot.images,
@@ -828,7 +945,7 @@ impl Cuda {
         self.compile(batch, Mode::Infer)?;
         if !self.is_folded {
             let setup = &self.programs[&(batch, Mode::Infer)].setup;
-            setup.iter().try_for_each(|call| self.do_call(call, None))?;
+            setup.iter().try_for_each(|call| self.launch(call))?;
             self.is_folded = true;
         }
         Ok(())
@@ -846,15 +963,12 @@ impl Cuda {
         // A part of a micro-batch runs as a whole one, whose other images are not counted.
         let size = self.options.micro_batch;
         self.fold(size)?;
-        let (on, off) = targets(0.0, self.graph.classes());
-        let hyper = [0.0, 0.0, 0.0, 0.0, on as f32, off as f32, 1.0, 0.0];
-        let index = self.stage(batch, hyper)?;
-        self.steps += 1;
-        let is_u8 = matches!(batch.pixels, Pixels::U8(_));
         let images = batch.images();
-        for from in (0..images).step_by(size) {
+        let words = hyper::Words::of_inference(self.graph.classes());
+        let index = self.stage(batch, &vec![words; images.div_ceil(size)])?;
+        for (number, from) in (0..images).step_by(size).enumerate() {
             let to = (from + size).min(images);
-            self.micro(index, is_u8, (from, to), (size, Mode::Infer), from > 0)?;
+            self.micro(index, number, (from, to), (size, Mode::Infer), None)?;
             if let Some(all) = &mut all {
                 let logits = self.programs[&(size, Mode::Infer)].logits;
                 let classes = self.graph.classes();
@@ -862,8 +976,55 @@ impl Cuda {
                 all.extend(found);
             }
         }
-        self.ask_totals(index, is_u8)?;
-        self.totals(index, is_u8)
+        self.ask_totals(index)?;
+        self.totals(index)
+    }
+
+    /// Starts a step of `images` images in all, of which `batch` is the part that begins with number `first`.
+    fn start_part(
+        &mut self,
+        batch: &Batch<'_>,
+        hyper: &Hyper,
+        images: usize,
+        first: usize,
+    ) -> Result<Started, Error> {
+        batch.check(&self.graph);
+        assert!(
+            hyper.average.is_none() || self.average.is_some(),
+            "the engine was made to keep an average"
+        );
+        self.gpu.enter()?;
+        assert!(self.running_steps.len() < 2, "two steps at most are begun");
+        let size = self.options.micro_batch;
+        let parts: Vec<(usize, usize)> = (0..batch.images())
+            .step_by(size)
+            .map(|from| (from, (from + size).min(batch.images())))
+            .collect();
+        for (from, to) in &parts {
+            self.compile(to - from, Mode::Train)?;
+        }
+        self.set_kinds(hyper.decay)?;
+        let classes = self.graph.classes();
+        let words = |(from, _): &(usize, usize)| {
+            hyper::Words::of_step(hyper, batch, classes, images, first + from)
+        };
+        let words: Vec<hyper::Words> = parts.iter().map(words).collect();
+        let index = self.stage(batch, &words)?;
+        if parts.len() > 1 && self.summed.is_none() {
+            self.summed = Some(self.gpu.block(self.layout.len * size_of::<f32>())?);
+        }
+        for (i, (from, to)) in parts.iter().enumerate() {
+            let program = (to - from, Mode::Train);
+            self.micro(index, i, (*from, *to), program, Some(parts.len()))?;
+        }
+        if let Some(peers) = &self.peers {
+            peers.sum_all(&self.gpu, self.sums.address, 2 * self.layout.channels)?;
+            peers.join(&self.gpu)?;
+        }
+        self.update(hyper, parts.len())?;
+        self.ask_totals(index)?;
+        self.running_steps.push_back((self.steps, index));
+        Ok(Started::Running(self.steps))
     }
 
     fn set_scale(&self, scale: f32, good: u32) -> Result<(), Error> {
@@ -874,7 +1035,13 @@ impl Cuda {
     fn read_state(&self) -> Result<State, Error> {
         self.gpu.enter()?;
         let mut state = State::new();
-        for (prefix, block) in [("", &self.masters), (MOMENTUM_PREFIX, &self.momentum)] {
+        let mut blocks = vec![("", &self.masters), (MOMENTUM_PREFIX, &self.momentum)];
+        let mut runnings = vec![("", &self.running)];
+        if let Some([average, running]) = &self.average {
+            blocks.push((AVERAGE_PREFIX, average));
+            runnings.push((AVERAGE_PREFIX, running));
+        }
+        for (prefix, block) in blocks {
             let all: Vec<f32> = self.gpu.download(block.address, self.layout.len)?;
             for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
                 let tensor = Tensor {
@@ -885,15 +1052,17 @@ impl Cuda {
             }
         }
         let channels = self.layout.channels;
-        let running: Vec<f32> = self.gpu.download(self.running.address, 2 * channels)?;
-        for (i, n) in self.graph.norms().iter().enumerate() {
-            let from = self.layout.running(graph::NormId(i));
-            for (suffix, from) in [(RUNNING_MEAN, from), (RUNNING_VAR, channels + from)] {
-                let tensor = Tensor {
-                    shape: vec![n.channels],
-                    values: running[from..from + n.channels].to_vec(),
-                };
-                state.insert(format!("{}{suffix}", n.name), tensor);
+        for (prefix, block) in runnings {
+            let running: Vec<f32> = self.gpu.download(block.address, 2 * channels)?;
+            for (i, n) in self.graph.norms().iter().enumerate() {
+                let from = self.layout.running(graph::NormId(i));
+                for (suffix, from) in [(RUNNING_MEAN, from), (RUNNING_VAR, channels + from)] {
+                    let tensor = Tensor {
+                        shape: vec![n.channels],
+                        values: running[from..from + n.channels].to_vec(),
+                    };
+                    state.insert(format!("{prefix}{}{suffix}", n.name), tensor);
+                }
             }
         }
         if self.options.precision == Precision::F16 {
@@ -935,17 +1104,10 @@ fn check_memory(memory: &Memory, free: usize) -> Result<(), Error> {
 /// The loss scale that f16 begins with.
 const FIRST_SCALE: f32 = 65536.0;
 
-/// What a step asks for and the kernels do not do.
-fn lacks(hyper: &Hyper, batch: &Batch<'_>) -> Option<&'static str> {
-    let asked = [
-        (hyper.rule != Rule::Sgd, "LARS"),
-        (hyper.clip_norm.is_some(), "clipping of gradients"),
-        (hyper.average.is_some(), "moving average of parameters"),
-        (batch.mixed.is_some(), "mixed labels"),
-        (hyper.dropout.is_some(), "dropout"),
-    ];
-    let what = asked.into_iter().find(|(is_asked, _)| *is_asked);
-    what.map(|(_, what)| what)
+/// 91900 as 9.19.0.
+pub fn cudnn_version(version: usize) -> String {
+    let (major, minor) = (version / 10_000, version / 100 % 100);
+    format!("{major}.{minor}.{}", version % 100)
 }
 
 impl Engine for Cuda {
@@ -953,10 +1115,12 @@ impl Engine for Cuda {
         let Options {
             precision, ordinal, ..
         } = self.options;
-        let cudnn = libraries().cudnn.unwrap_or_default();
-        let cudnn = format!("{}.{}.{}", cudnn / 10_000, cudnn / 100 % 100, cudnn % 100);
+        let convolutions = match (&self.device, libraries().cudnn) {
+            (Some(_), Some(v)) => format!("cuDNN {}", cudnn_version(v)),
+            _ => "convolutions of our own".into(),
+        };
         format!(
-            "cuda:{ordinal}: {}, {precision}, cuDNN {cudnn}",
+            "cuda:{ordinal}: {}, {precision}, {convolutions}",
             self.gpu.card.name
         )
     }
@@ -964,25 +1128,39 @@ impl Engine for Cuda {
     fn load(&mut self, state: &State) -> Result<(), Error> {
         state::check(&self.graph, state)?;
         self.gpu.enter()?;
-        for (prefix, block) in [("", &self.masters), (MOMENTUM_PREFIX, &self.momentum)] {
+        let mut blocks = vec![("", &self.masters), (MOMENTUM_PREFIX, &self.momentum)];
+        let mut runnings = vec![("", &self.running)];
+        if let Some([average, running]) = &self.average {
+            blocks.push((AVERAGE_PREFIX, average));
+            runnings.push((AVERAGE_PREFIX, running));
+        }
+        // A moving average begins at the values themselves.
+        let of = |prefix: &str, name: &str| {
+            let tensor = state.get(&format!("{prefix}{name}"));
+            tensor.or_else(|| state.get(name).filter(|_| prefix == AVERAGE_PREFIX))
+        };
+        for (prefix, block) in blocks {
             let mut all = vec![0.0f32; self.layout.len];
             for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
-                if let Some(tensor) = state.get(&format!("{prefix}{}", p.name)) {
+                if let Some(tensor) = of(prefix, &p.name) {
                     slot.scatter(&tensor.values, &mut all);
                 }
             }
             self.gpu.upload(block.address, &all)?;
         }
         let channels = self.layout.channels;
-        let mut running = vec![0.0f32; 2 * channels];
-        for (i, n) in self.graph.norms().iter().enumerate() {
-            let to = self.layout.running(graph::NormId(i));
-            for (suffix, to) in [(RUNNING_MEAN, to), (RUNNING_VAR, channels + to)] {
-                let values = &state[&format!("{}{suffix}", n.name)].values;
-                running[to..to + n.channels].copy_from_slice(values);
+        for (prefix, block) in runnings {
+            let mut running = vec![0.0f32; 2 * channels];
+            for (i, n) in self.graph.norms().iter().enumerate() {
+                let to = self.layout.running(graph::NormId(i));
+                for (suffix, to) in [(RUNNING_MEAN, to), (RUNNING_VAR, channels + to)] {
+                    let tensor = of(prefix, &format!("{}{suffix}", n.name));
+                    let values = &tensor.expect("a state that was checked").values;
+                    running[to..to + n.channels].copy_from_slice(values);
+                }
             }
+            self.gpu.upload(block.address, &running)?;
         }
-        self.gpu.upload(self.running.address, &running)?;
         let (scale, good) = match (self.options.precision, state.get(LOSS_SCALE)) {
             (Precision::F16, Some(tensor)) => (tensor.values[0], tensor.values[1] as u32),
             (Precision::F16, None) => (FIRST_SCALE, 0),
@@ -994,7 +1172,7 @@ impl Engine for Cuda {
                 Arg::address(self.masters.address),
                 Arg::address(cast.address),
             ];
-            self.do_call(&calls::over_chunks("cast", &self.layout, args), None)?;
+            self.launch(&calls::over_chunks("cast", &self.layout, args))?;
         }
         self.is_folded = false;
         self.gpu.wait()
@@ -1011,50 +1189,7 @@ impl Engine for Cuda {
     }
 
     fn start_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Started, Error> {
-        batch.check(&self.graph);
-        if let Some(what) = lacks(hyper, batch) {
-            return Err(Error::device(
-                format!("CUDA has no {what}"),
-                "the CPU engine has it",
-            ));
-        }
-        self.gpu.enter()?;
-        assert!(self.running_steps.len() < 2, "two steps at most are begun");
-        let images = batch.images();
-        let size = self.options.micro_batch;
-        for from in (0..images).step_by(size) {
-            self.compile((from + size).min(images) - from, Mode::Train)?;
-        }
-        self.set_decays(hyper.decay)?;
-        let (on, off) = targets(hyper.label_smoothing, self.graph.classes());
-        let nesterov = if hyper.nesterov { 1.0 } else { 0.0 };
-        let values = [
-            hyper.lr as f32,
-            hyper.momentum as f32,
-            hyper.weight_decay as f32,
-            nesterov,
-            on as f32,
-            off as f32,
-            (1.0 / images as f64) as f32,
-            0.0,
-        ];
-        let index = self.stage(batch, values)?;
-        let is_u8 = matches!(batch.pixels, Pixels::U8(_));
-        let micro_batches = images.div_ceil(size);
-        for i in 0..micro_batches {
-            let (from, to) = (i * size, ((i + 1) * size).min(images));
-            self.micro(index, is_u8, (from, to), (to - from, Mode::Train), i > 0)?;
-            if micro_batches > 1 {
-                self.accumulate(i > 0)?;
-            }
-        }
-        self.update(micro_batches)?;
-        self.ask_totals(index, is_u8)?;
-        self.steps += 1;
-        // The kind of pixels says where the totals lie.
-        let number = self.steps * 2 + u64::from(is_u8);
-        self.running_steps.push_back((number, index));
-        Ok(Started::Running(number))
+        self.start_part(batch, hyper, batch.images(), 0)
     }
 
     fn finish_step(&mut self, step: Started) -> Result<Metrics, Error> {
@@ -1064,7 +1199,29 @@ impl Engine for Cuda {
             matches!(step, Started::Running(n) if n == number),
             "steps are finished in their order"
         );
-        self.totals(index, number % 2 == 1)
+        self.totals(index)
+    }
+
+    fn swap_average(&mut self) {
+        let [average, running] = self
+            .average
+            .as_ref()
+            .expect("an engine that was made to keep an average");
+        let calls = [
+            calls::swap(self.masters.address, average.address, self.layout.len),
+            calls::swap(
+                self.running.address,
+                running.address,
+                2 * self.layout.channels,
+            ),
+        ];
+        // What convolutions read in training stays as it is: nothing trains before the values are back.
+        let swapped = self
+            .gpu
+            .enter()
+            .and_then(|()| calls.iter().try_for_each(|call| self.launch(call)));
+        swapped.unwrap_or_else(|e| panic!("the average cannot be exchanged on the card: {e}"));
+        self.is_folded = false;
     }
 
     fn skipped_steps(&self) -> Result<u64, Error> {
@@ -1080,15 +1237,7 @@ impl Engine for Cuda {
     }
 
     fn predict(&mut self, pixels: Pixels<'_>) -> Result<Vec<f32>, Error> {
-        // The programs score what they infer; class 0 for every image, and the score is dropped.
-        let labels = vec![0; pixels.len() / self.graph.plane(self.graph.input()).elements()];
-        let batch = Batch {
-            pixels,
-            labels: &labels,
-            mixed: None,
-        };
-        let mut all = vec![];
-        self.infer(&batch, Some(&mut all))?;
-        Ok(all)
+        let plane = self.graph.plane(self.graph.input());
+        crate::predict(self, plane, pixels)
     }
 }

@@ -1,7 +1,10 @@
 // Compiled with -DELEMENT=0, 1 or 2: the kernels behind one function with C's calling convention.
 #include "shim.h"
+#include "shim_warp.h"
 
 #include "kernels.cu"
+
+#include "conv.cu"
 
 // The roundings of the 16-bit formats, 1 bf16 and 2 f16.
 extern "C" float shim_wide_value(int element, uint16_t bits) { return shim_wide(element, bits); }
@@ -45,5 +48,33 @@ extern "C" int shim_launch(const char* name, unsigned x, unsigned y, void** args
     ONE(cast)
     ONE(widen_gradients)
     ONE(fold)
+    ONE(sum_ranks)
+    ONE(sum_ranks_f64)
+    ONE(conv_forward_128)
+    ONE(conv_forward_64)
+    ONE(conv_input_128)
+    ONE(conv_input_64)
+    ONE(conv_weight_128)
+    ONE(conv_weight_64)
+    ONE(conv_weight_turned)
+#if ELEMENT == 0
+    ONE(conv_forward_128_tf32)
+    ONE(conv_forward_64_tf32)
+    ONE(conv_input_128_tf32)
+    ONE(conv_input_64_tf32)
+    ONE(conv_weight_128_tf32)
+    ONE(conv_weight_64_tf32)
+    ONE(conv_weight_turned_tf32)
+#else
+    ONE(conv_forward_image)
+    ONE(conv_weight_image)
+#endif
+    ONE(conv_sum)
+    ONE(conv_sum_many)
+    ONE(swap)
+    ONE(rates)
+    ONE(norms)
+    ONE(squares)
+    ONE(drop)
     return 1;
 }

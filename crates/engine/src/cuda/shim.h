@@ -78,6 +78,7 @@ struct Fiber {
     ucontext_t start;
     jmp_buf at;
     bool begun = false, done = false;
+    bool waits = false; // for the rest of the block
     std::vector<char> stack;
 };
 static std::vector<Fiber> fibers;
@@ -92,31 +93,52 @@ static void fiber_main() {
     _longjmp(scheduler, 1);
 }
 
-static void __syncthreads() {
+static void hand_over() {
     if (!_setjmp(fibers[running].at)) _longjmp(scheduler, 1);
 }
 
+static void __syncthreads() {
+    fibers[running].waits = true;
+    hand_over();
+}
+
+// Runs thread i until it hands over.
+static void run_thread(unsigned i) {
+    Fiber& f = fibers[i];
+    running = i;
+    threadIdx = {i, 0, 0};
+    if (_setjmp(scheduler)) return;
+    if (f.begun) _longjmp(f.at, 1);
+    f.begun = true;
+    f.stack.resize(32768);
+    getcontext(&f.start);
+    f.start.uc_stack.ss_sp = f.stack.data();
+    f.start.uc_stack.ss_size = f.stack.size();
+    f.start.uc_link = nullptr;
+    makecontext(&f.start, fiber_main, 0);
+    setcontext(&f.start);
+}
+
+// One warp runs as far as it gets before the next begins, and every other time the last warp is first: so a missing
+// __syncthreads shows.
 static void run_block(unsigned threads) {
     if (fibers.size() < threads) fibers.resize(threads);
     for (unsigned i = 0; i < threads; i++) fibers[i].begun = fibers[i].done = false;
-    for (bool any = true; any;) {
+    const unsigned warps = (threads + 31) / 32;
+    bool is_back = false;
+    for (bool any = true; any; is_back = !is_back) {
         any = false;
-        for (unsigned i = 0; i < threads; i++) {
-            Fiber& f = fibers[i];
-            if (f.done) continue;
-            any = true;
-            running = i;
-            threadIdx = {i, 0, 0};
-            if (_setjmp(scheduler)) continue;
-            if (f.begun) _longjmp(f.at, 1);
-            f.begun = true;
-            f.stack.resize(32768);
-            getcontext(&f.start);
-            f.start.uc_stack.ss_sp = f.stack.data();
-            f.start.uc_stack.ss_size = f.stack.size();
-            f.start.uc_link = nullptr;
-            makecontext(&f.start, fiber_main, 0);
-            setcontext(&f.start);
+        for (unsigned i = 0; i < threads; i++) fibers[i].waits = false;
+        for (unsigned w = 0; w < warps; w++) {
+            const unsigned from = (is_back ? warps - 1 - w : w) * 32, to = from + 32 < threads ? from + 32 : threads;
+            for (bool goes = true; goes;) {
+                goes = false;
+                for (unsigned i = from; i < to; i++) {
+                    if (fibers[i].done || fibers[i].waits) continue;
+                    any = goes = true;
+                    run_thread(i);
+                }
+            }
         }
     }
 }

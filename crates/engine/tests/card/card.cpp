@@ -1,6 +1,8 @@
 // A card that is made up: as much of the CUDA driver, NVRTC and cuDNN as the engine calls, on the host. One library under
 // three names; kernels are those of src/cuda/shim.cpp, in a library for each number format beside this one.
 //
+// There are as many cards as MADE_UP_CARDS says (1), which NCCL, too, joins.
+//
 // It is as late as a card may be: nothing on a stream happens before somebody waits for it. So a batch that is
 // overwritten too early, or totals that are read too early, give wrong numbers here too.
 
@@ -12,6 +14,7 @@
 #include <dlfcn.h>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -20,9 +23,14 @@ typedef unsigned long long Address;
 
 // ---- driver -------------------------------------------------------------------------------------------------------
 
-enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, INVALID_CONTEXT = 201 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, NOT_READY = 600, INVALID_CONTEXT = 201 };
+
+// One thread at a time works with any card.
+static std::recursive_mutex one;
+#define ONE std::lock_guard<std::recursive_mutex> guard(one)
 
 struct Stream {
+    int card = 0;
     std::deque<Op> queue;
     long queued = 0, done = 0;
     std::vector<Op>* capture = nullptr;
@@ -66,15 +74,24 @@ struct Module {
 
 static const size_t MEMORY = (size_t)8 << 30;
 static size_t used = 0;
-static std::map<Address, size_t> blocks;
-static thread_local bool has_context = false;
+struct Block {
+    size_t bytes;
+    int card;
+};
+static std::map<Address, Block> blocks;
+// The calling thread's card; none yet.
+static thread_local int current = -1;
 
-// Whether memory of this length is the card's.
-static bool holds(Address at, size_t bytes) {
+// Whether memory of this length is a card's: this one's, if it is named.
+static bool holds(Address at, size_t bytes, int card = -1) {
     auto after = blocks.upper_bound(at);
     if (after == blocks.begin()) return false;
     const auto& block = *std::prev(after);
-    return at + bytes <= block.first + block.second;
+    return at + bytes <= block.first + block.second.bytes && (card < 0 || block.second.card == card);
+}
+static int cards() {
+    const char* count = getenv("MADE_UP_CARDS");
+    return count ? atoi(count) : 1;
 }
 static void demand(bool it, const char* what) {
     if (it) return;
@@ -86,8 +103,8 @@ extern "C" {
 
 int cuInit(unsigned) { return SUCCESS; }
 int cuDriverGetVersion(int* v) { return *v = 13000, SUCCESS; }
-int cuDeviceGetCount(int* n) { return *n = 1, SUCCESS; }
-int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? SUCCESS : 101; }
+int cuDeviceGetCount(int* n) { return *n = cards(), SUCCESS; }
+int cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < cards() ? SUCCESS : 101; }
 int cuDeviceGetName(char* name, int len, int) { return snprintf(name, len, "made-up card"), SUCCESS; }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = MEMORY, SUCCESS; }
 int cuDeviceGetAttribute(int* v, int attribute, int) {
@@ -95,17 +112,25 @@ int cuDeviceGetAttribute(int* v, int attribute, int) {
     *v = attribute == 75 ? 9 : attribute == 76 ? 0 : attribute == 16 ? 3 : 1;
     return SUCCESS;
 }
-int cuDevicePrimaryCtxRetain(void** context, int) { return *context = (void*)1, SUCCESS; }
+int cuDevicePrimaryCtxRetain(void** context, int device) { return *context = (void*)(intptr_t)(device + 1), SUCCESS; }
 int cuDevicePrimaryCtxRelease_v2(int) { return SUCCESS; }
-int cuCtxSetCurrent(void* context) { return has_context = context != nullptr, SUCCESS; }
+int cuCtxSetCurrent(void* context) { return current = (int)(intptr_t)context - 1, SUCCESS; }
 int cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = MEMORY - used, *total = MEMORY, SUCCESS; }
 int cuGetErrorString(int, const char** text) { return *text = "made-up error", SUCCESS; }
 int cuGetErrorName(int, const char** text) { return *text = "MADE_UP", SUCCESS; }
 
-int cuStreamCreate(Stream** s, unsigned) { return *s = new Stream, has_context ? SUCCESS : INVALID_CONTEXT; }
-int cuStreamSynchronize(Stream* s) { return s->until(s->queued), SUCCESS; }
+int cuStreamCreate(Stream** s, unsigned) {
+    *s = new Stream;
+    (*s)->card = current;
+    return current >= 0 ? SUCCESS : INVALID_CONTEXT;
+}
+int cuStreamSynchronize(Stream* s) {
+    ONE;
+    return s->until(s->queued), SUCCESS;
+}
 int cuStreamDestroy_v2(Stream* s) { return delete s, SUCCESS; }
 int cuStreamWaitEvent(Stream* s, Event* e, unsigned) {
+    ONE;
     const Event at = *e;
     s->push([at] { at.reach(); });
     return SUCCESS;
@@ -121,36 +146,54 @@ int cuGraphInstantiateWithFlags(Graph** run, Graph* g, unsigned long long) { ret
 int cuGraphDestroy(Graph* g) { return delete g, SUCCESS; }
 int cuGraphExecDestroy(Graph* g) { return delete g, SUCCESS; }
 int cuGraphLaunch(Graph* g, Stream* s) {
+    ONE;
+    demand(s->card == current, "a stream of another card");
     for (const Op& op : g->ops) s->push(op);
     return SUCCESS;
 }
 
 int cuEventCreate(Event** e, unsigned) { return *e = new Event, SUCCESS; }
-int cuEventRecord(Event* e, Stream* s) { return e->stream = s, e->at = s->queued, SUCCESS; }
-int cuEventSynchronize(Event* e) { return e->reach(), SUCCESS; }
+int cuEventRecord(Event* e, Stream* s) {
+    ONE;
+    return e->stream = s, e->at = s->queued, SUCCESS;
+}
+int cuEventSynchronize(Event* e) {
+    ONE;
+    return e->reach(), SUCCESS;
+}
+// Not at the first time that it is asked.
+int cuEventQuery(Event* e) {
+    ONE;
+    if (!e->stream || e->stream->done >= e->at) return SUCCESS;
+    e->reach();
+    return NOT_READY;
+}
 int cuEventElapsedTime(float* ms, Event*, Event*) { return *ms = 1, SUCCESS; }
 int cuEventElapsedTime_v2(float* ms, Event*, Event*) { return *ms = 1, SUCCESS; }
 int cuEventDestroy_v2(Event* e) { return delete e, SUCCESS; }
 
 int cuMemAlloc_v2(Address* at, size_t bytes) {
-    if (!has_context) return INVALID_CONTEXT;
+    ONE;
+    if (current < 0) return INVALID_CONTEXT;
     if (bytes > MEMORY - used) return OUT_OF_MEMORY;
     void* p = aligned_alloc(512, (bytes + 511) / 512 * 512);
     memset(p, 0xff, bytes);
     *at = (Address)p;
-    blocks[*at] = bytes;
+    blocks[*at] = {bytes, current};
     used += bytes;
     return SUCCESS;
 }
 int cuMemFree_v2(Address at) {
-    demand(blocks.count(at), "memory that is not the card's is freed");
-    used -= blocks[at];
+    ONE;
+    demand(blocks.count(at) && blocks[at].card == current, "memory that is not the card's is freed");
+    used -= blocks[at].bytes;
     blocks.erase(at);
     free((void*)at);
     return SUCCESS;
 }
 int cuMemsetD8Async(Address at, unsigned char v, size_t bytes, Stream* s) {
-    demand(holds(at, bytes), "memory beyond a block is set");
+    ONE;
+    demand(holds(at, bytes, s->card), "memory beyond a block is set");
     return s->push([=] { memset((void*)at, v, bytes); }), SUCCESS;
 }
 int cuMemHostAlloc(void** p, size_t bytes, unsigned) { return *p = aligned_alloc(512, (bytes + 511) / 512 * 512), SUCCESS; }
@@ -161,14 +204,20 @@ static void copy(void* to, const void* from, size_t bytes, bool to_card, bool fr
     demand(!from_card || holds((Address)from, bytes), "a copy comes from beyond a block");
     memcpy(to, from, bytes);
 }
-int cuMemcpyDtoH_v2(void* to, Address from, size_t n) { return copy(to, (void*)from, n, false, true), SUCCESS; }
+int cuMemcpyDtoH_v2(void* to, Address from, size_t n) {
+    ONE;
+    return copy(to, (void*)from, n, false, true), SUCCESS;
+}
 int cuMemcpyHtoDAsync_v2(Address to, const void* from, size_t n, Stream* s) {
+    ONE;
     return s->push([=] { copy((void*)to, from, n, true, false); }), SUCCESS;
 }
 int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t n, Stream* s) {
+    ONE;
     return s->push([=] { copy(to, (void*)from, n, false, true); }), SUCCESS;
 }
 int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t n, Stream* s) {
+    ONE;
     return s->push([=] { copy((void*)to, (void*)from, n, true, true); }), SUCCESS;
 }
 
@@ -187,11 +236,16 @@ int cuModuleUnload(Module* m) { return delete m, SUCCESS; }
 
 // Arguments of each kernel, as kernels.cu declares them.
 static const std::map<std::string, int> ARGS = {
-    {"accumulate", 3}, {"apply", 7}, {"apply_add", 8}, {"apply_add_normed", 11}, {"avg_pool", 5}, {"cast", 2},
+    {"accumulate", 3}, {"apply", 7}, {"apply_add", 8}, {"apply_add_normed", 11}, {"avg_pool", 6}, {"cast", 2},
     {"check", 2}, {"close_0", 11}, {"close_0_spread", 12}, {"close_1", 11}, {"close_1_spread", 12}, {"close_2", 11},
-    {"close_2_spread", 12}, {"close_finish", 9}, {"close_lazy", 7}, {"close_lazy_pool", 10}, {"column_sums", 4},
-    {"fold", 9}, {"input_f32", 4}, {"input_u8", 4}, {"loss", 7}, {"loss_finish", 4}, {"matmul", 11}, {"max_pool", 9},
-    {"norm_backward", 7}, {"rescale", 1}, {"running_update", 5}, {"stats", 4}, {"stats_finish", 12}, {"update", 7}, {"widen_gradients", 3}};
+    {"close_2_spread", 12}, {"close_finish", 9}, {"close_lazy", 7}, {"close_lazy_pool", 10}, {"column_sums", 4}, {"drop", 4}, {"norms", 3}, {"rates", 5}, {"squares", 4}, {"swap", 3},
+    {"conv_forward_128", 5}, {"conv_forward_128_tf32", 5}, {"conv_forward_64", 5}, {"conv_forward_64_tf32", 5},
+    {"conv_input_128", 5}, {"conv_input_128_tf32", 5}, {"conv_input_64", 5}, {"conv_input_64_tf32", 5},
+    {"conv_weight_128", 5}, {"conv_weight_128_tf32", 5}, {"conv_weight_64", 5}, {"conv_weight_64_tf32", 5},
+    {"conv_weight_turned", 5}, {"conv_weight_turned_tf32", 5}, {"conv_forward_image", 5}, {"conv_weight_image",
+    5}, {"conv_sum", 4}, {"conv_sum_many", 4},
+    {"fold", 9}, {"input_f32", 4}, {"input_u8", 4}, {"loss", 8}, {"loss_finish", 4}, {"matmul", 11}, {"max_pool", 9},
+    {"norm_backward", 7}, {"rescale", 1}, {"running_update", 7}, {"stats", 4}, {"stats_finish", 12}, {"sum_ranks", 4}, {"sum_ranks_f64", 5}, {"update", 9}, {"widen_gradients", 3}};
 
 int cuModuleGetFunction(Function** f, Module* m, const char* name) {
     auto found = ARGS.find(name);
@@ -204,6 +258,8 @@ int cuLaunchKernel(Function* f, unsigned x, unsigned y, unsigned z, unsigned thr
     struct Arg {
         char bytes[32];
     };
+    ONE;
+    demand(s->card == current, "a kernel is put on a stream of another card");
     std::vector<Arg> copies(f->args);
     for (int i = 0; i < f->args; i++) memcpy(copies[i].bytes, args[i], 32);
     s->push([=]() mutable {
@@ -411,6 +467,7 @@ int cudnnBackendGetAttribute(Desc* d, int attribute, int type, int64_t room, int
     return 0;
 }
 int cudnnBackendExecute(Handle* h, Desc* plan, Desc* pack) {
+    ONE;
     const Desc* graph = find_graph(*plan);
     if (!graph) return 2000;
     // CUDNN_ATTR_OPERATIONGRAPH_OPS 801; CUDNN_ATTR_VARIANT_PACK_*: UNIQUE_IDS 1000, DATA_POINTERS 1001.
@@ -430,6 +487,116 @@ int cudnnBackendExecute(Handle* h, Desc* plan, Desc* pack) {
         narrow = (uint16_t (*)(int, float))dlsym(library, "shim_narrow_value");
     }
     h->stream->push([op, at] { convolve(op, at); });
+    return 0;
+}
+}
+
+// ---- NCCL: ranks are threads, and what one sends waits until another takes it --------------------------------------
+
+struct Sent {
+    const void* from;
+    void* to;
+    size_t bytes;
+    int peer;
+    bool leaves;
+};
+struct Exchange {
+    Stream* stream;
+    long at;      // the stream has begun it after so many operations
+    std::map<int, std::deque<std::vector<char>>> out; // to each peer
+};
+struct World;
+struct Comm {
+    World* world;
+    int rank, card;
+    bool is_aborted = false;
+    std::vector<Sent> group;
+    Stream* stream = nullptr;
+    std::deque<Exchange> exchanges; // all of them, by number
+};
+struct World {
+    std::map<int, Comm*> ranks;
+    int size = 0;
+};
+static std::map<std::string, World*> worlds;
+static thread_local int group_depth = 0;
+static thread_local std::vector<Comm*> grouped;
+struct Id {
+    char name[128];
+};
+
+// The exchange number `index` of a rank: it hands out, and takes from every peer what that has handed out in the exchange
+// of the same number, which the peer's stream has to reach first.
+static void do_exchange(Comm* c, size_t index, const std::vector<Sent>& group) {
+    Exchange& mine = c->exchanges[index];
+    for (const Sent& s : group)
+        if (s.leaves) mine.out[s.peer].push_back(std::vector<char>((const char*)s.from, (const char*)s.from + s.bytes));
+    for (const Sent& s : group) {
+        if (s.leaves) continue;
+        Comm* peer = c->world->ranks.at(s.peer);
+        demand(peer->exchanges.size() > index, "a rank waits for what nobody has sent");
+        Exchange& theirs = peer->exchanges[index];
+        theirs.stream->until(theirs.at + 1);
+        std::deque<std::vector<char>>& out = theirs.out[c->rank];
+        demand(!out.empty() && out.front().size() == s.bytes, "ranks exchange different lengths");
+        memcpy(s.to, out.front().data(), s.bytes);
+        out.pop_front();
+    }
+}
+
+extern "C" {
+
+int ncclGetVersion(int* v) { return *v = 22809, 0; }
+const char* ncclGetErrorString(int) { return "made-up NCCL error"; }
+int ncclGetUniqueId(Id* id) {
+    ONE;
+    static int number = 0;
+    memset(id, 0, sizeof *id);
+    return snprintf(id->name, sizeof id->name, "world %d", ++number), 0;
+}
+int ncclCommInitRank(Comm** c, int size, Id id, int rank) {
+    ONE;
+    World*& world = worlds[id.name];
+    if (!world) world = new World;
+    world->size = size;
+    demand(!world->ranks.count(rank) && rank < size, "a rank joins twice");
+    *c = world->ranks[rank] = new Comm{world, rank, current};
+    return 0;
+}
+int ncclCommAbort(Comm* c) {
+    ONE;
+    demand(!c->is_aborted, "a communicator is given back twice");
+    return c->is_aborted = true, 0;
+}
+int ncclCommGetAsyncError(Comm*, int* e) { return *e = 0, 0; }
+int ncclGroupStart() { return group_depth++, 0; }
+static int put(Comm* c, Sent sent, Stream* s) {
+    ONE;
+    demand(group_depth > 0, "an exchange is no group");
+    demand(s->card == c->card && current == c->card, "an exchange on a stream of another card");
+    demand(holds((Address)(sent.leaves ? sent.from : sent.to), sent.bytes, c->card), "an exchange goes beyond a block");
+    if (c->group.empty()) grouped.push_back(c);
+    c->stream = s;
+    c->group.push_back(sent);
+    return 0;
+}
+int ncclSend(const void* from, size_t bytes, int, int peer, Comm* c, Stream* s) {
+    return put(c, {from, nullptr, bytes, peer, true}, s);
+}
+int ncclRecv(void* to, size_t bytes, int, int peer, Comm* c, Stream* s) {
+    return put(c, {nullptr, to, bytes, peer, false}, s);
+}
+int ncclGroupEnd() {
+    ONE;
+    if (--group_depth > 0) return 0;
+    for (Comm* c : grouped) {
+        const size_t index = c->exchanges.size();
+        c->exchanges.push_back({c->stream, c->stream->queued, {}});
+        const std::vector<Sent> group = c->group;
+        c->group.clear();
+        c->stream->push([=] { do_exchange(c, index, group); });
+    }
+    grouped.clear();
     return 0;
 }
 }

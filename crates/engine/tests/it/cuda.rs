@@ -7,9 +7,11 @@ use std::process::Command;
 use std::sync::{Arc, Mutex};
 
 use engine::cpu::{self, Cpu};
-use engine::cuda::{Cuda, Options, Precision, cards};
+use engine::cuda::{Convolutions, Cuda, Options, Precision, Ranks, cards};
 use engine::oracle::Oracle;
-use engine::{Cache, Engine, Hyper, NoCache, State, initial_state};
+use engine::{
+    AVERAGE_PREFIX, Cache, Decay, Dropout, Engine, Hyper, NoCache, Rule, State, initial_state,
+};
 use graph::{Graph, Init, Plane, ValueId};
 
 use crate::{Data, NORMAL, Random, conv_bn, error, hyper, middle, worst};
@@ -47,7 +49,7 @@ fn a_card_that_is_made_up() {
         }
         Ok(status) => assert!(status.success(), "the compiler refuses card.cpp"),
     }
-    for name in ["libnvrtc.so", "libcudnn.so"] {
+    for name in ["libnvrtc.so", "libcudnn.so", "libnccl.so.2"] {
         std::os::unix::fs::symlink("libcuda.so", folder.path().join(name)).unwrap();
     }
     for element in 0..3 {
@@ -60,6 +62,7 @@ fn a_card_that_is_made_up() {
         .env("LD_LIBRARY_PATH", folder.path())
         .env("REQUIRE_CUDA", "1")
         .env("MADE_UP_CARD", "1")
+        .env("MADE_UP_CARDS", "3")
         .output()
         .unwrap();
     let said = format!(
@@ -68,7 +71,7 @@ fn a_card_that_is_made_up() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(output.status.success(), "{said}");
-    assert!(said.contains("test result: ok. 7 passed"), "{said}");
+    assert!(said.contains("test result: ok. 11 passed"), "{said}");
 }
 
 /// Whether the card is one that computes by plain loops, so that large networks would take too long.
@@ -91,6 +94,17 @@ fn has_card() -> bool {
     }
 }
 
+/// On the first card; one that is made up needs little workspace.
+fn options(micro_batch: usize, precision: Precision) -> Options {
+    let options = Options::new(0, micro_batch, precision);
+    Options {
+        workspace: options
+            .workspace
+            .min(if is_made_up() { 1 << 20 } else { usize::MAX }),
+        ..options
+    }
+}
+
 fn engine(graph: &Graph, micro_batch: usize, precision: Precision, state: &State) -> Cuda {
     cached_engine(graph, micro_batch, precision, state, Box::new(NoCache))
 }
@@ -102,7 +116,7 @@ fn cached_engine(
     state: &State,
     cache: Box<dyn Cache>,
 ) -> Cuda {
-    let options = Options::new(0, micro_batch, precision);
+    let options = options(micro_batch, precision);
     Cuda::new(graph, &options, state, cache).unwrap_or_else(|e| panic!("{e}"))
 }
 
@@ -151,9 +165,13 @@ fn network(plane: Plane, pad: usize, classes: usize) -> Graph {
 /// A step in two micro-batches and the scores after it against the oracle. `loss` is the most that the loss may be off by,
 /// `gradient` that of the middle one of all gradients; the logits and nine in ten of all tensors, twice that.
 fn check(precision: Precision, loss: f64, gradient: f64) {
-    if !has_card() {
-        return;
+    if has_card() {
+        check_with(&options(8, precision), loss, gradient);
     }
+}
+
+fn check_with(options: &Options, loss: f64, gradient: f64) {
+    let precision = options.precision;
     for (seed, plane) in [Plane { h: 32, w: 48, c: 3 }, Plane { h: 33, w: 29, c: 3 }]
         .into_iter()
         .enumerate()
@@ -163,7 +181,7 @@ fn check(precision: Precision, loss: f64, gradient: f64) {
         let state = initial_state(&graph, seed as u64);
         let data = Data::new(r, &graph, 16);
         let mut truth = Oracle::new(&graph, 8, &state).unwrap();
-        let mut ours = engine(&graph, 8, precision, &state);
+        let mut ours = Cuda::new(&graph, options, &state, Box::new(NoCache)).unwrap();
         let told = truth.train_step(&data.batch(), &hyper()).unwrap();
         let seen = ours.train_step(&data.batch(), &hyper()).unwrap();
         assert_eq!(seen.images, told.images);
@@ -237,6 +255,57 @@ fn steps(engine: &mut dyn Engine, data: &[Data], hyper: &Hyper) {
     }
 }
 
+/// The same without cuDNN.
+#[test]
+fn cuda_own_convolutions() {
+    if !has_card() {
+        return;
+    }
+    let own = |precision| Options {
+        convolutions: Convolutions::Own,
+        ..options(8, precision)
+    };
+    for (precision, loss, gradient) in [
+        (Precision::F32, 1e-6, 1e-5),
+        (Precision::Tf32, 1e-3, 0.15),
+        (Precision::Bf16, 5e-3, 0.35),
+        (Precision::F16, 1e-3, 0.15),
+    ] {
+        check_with(&own(precision), loss, gradient);
+    }
+}
+
+/// Every convolution of ResNet-50 by our own kernels against cuDNN's, in whole steps.
+#[test]
+fn cuda_own_convolutions_are_cudnns() {
+    if !has_card() {
+        return;
+    }
+    let (graph, images) = match is_made_up() {
+        true => (network(Plane { h: 32, w: 32, c: 3 }, 1, 10), 8),
+        false => (nn::resnet(50, 224, 1000, nn::Recipe::Tpu2018).unwrap(), 32),
+    };
+    let state = initial_state(&graph, 1);
+    let data = Data::new(&mut Random::new(5), &graph, images);
+    let step = |convolutions| {
+        let options = Options {
+            convolutions,
+            ..options(images, Precision::F32)
+        };
+        let mut engine = Cuda::new(&graph, &options, &state, Box::new(NoCache)).unwrap();
+        println!("{}", engine.describe());
+        let metrics = engine.train_step(&data.batch(), &hyper()).unwrap();
+        (metrics, engine.state())
+    };
+    let (told, cudnn) = step(Convolutions::Cudnn);
+    let (seen, own) = step(Convolutions::Own);
+    assert!((seen.loss() - told.loss()).abs() < 1e-5 * told.loss());
+    // A ReLU that switches changes whole gradients a little; a wrong product, much.
+    let (worst, middle) = (worst(&own, &cudnn), middle(&own, &cudnn));
+    println!("worst {:.1e} ({}), middle {middle:.1e}", worst.0, worst.1);
+    assert!(worst.0 < 5e-2 && middle < 1e-3, "{worst:?}, {middle}");
+}
+
 /// The same bits again, by steps that overlap, and through a state in the middle.
 #[test]
 fn cuda_bits_repeat() {
@@ -279,6 +348,146 @@ fn cuda_bits_repeat() {
         second.eval_step(&data[0].batch()).unwrap();
         steps(&mut second, &data[3..], &hyper());
         assert!(end == second.state(), "{precision}: resumed");
+    }
+}
+
+/// Several cards, or the one that there is, train to the bits of one that sees as many micro-batches, and score alike.
+#[test]
+fn cuda_ranks() {
+    if !has_card() {
+        return;
+    }
+    let ordinals: Vec<usize> = (0..cards().unwrap().len().min(4)).collect();
+    let (ranks, micro_batch) = (ordinals.len(), 4);
+    let graph = network(Plane { h: 32, w: 32, c: 3 }, 1, 10);
+    let images = ranks * micro_batch;
+    let r = &mut Random::new(11);
+    let data: Vec<Data> = (0..3).map(|_| Data::new(r, &graph, images)).collect();
+    let mut state = initial_state(&graph, 1);
+    for (name, tensor) in state.clone() {
+        state.insert(format!("{AVERAGE_PREFIX}{name}"), tensor);
+    }
+    let dropout = Dropout {
+        rate: 0.3,
+        path_rate: 0.0,
+        block_rate: 0.0,
+        seed: 1,
+        step: 2,
+    };
+    let hyper = Hyper {
+        rule: Rule::Lars { trust: 0.01 },
+        nesterov: false,
+        decay: Decay::NoNormNoBias,
+        clip_norm: Some(2.0),
+        average: Some(0.9),
+        dropout: Some(dropout),
+        ..hyper()
+    };
+    for precision in [Precision::F32, Precision::F16] {
+        let options = Options {
+            average: true,
+            ..options(micro_batch, precision)
+        };
+        let cache = Shared::default();
+        let boxed = || Box::new(cache.clone());
+        let mut one = Cuda::new(&graph, &options, &state, boxed()).unwrap();
+        let mut all = Ranks::new(&graph, &ordinals, &options, &state, boxed()).unwrap();
+        println!("{}", all.describe());
+        let mut under_way = None;
+        for data in &data {
+            let told = one.train_step(&data.batch(), &hyper).unwrap();
+            let step = all.start_step(&data.batch(), &hyper).unwrap();
+            if let Some((told, before)) = under_way.replace((told, step)) {
+                assert_eq!(all.finish_step(before).unwrap(), told);
+            }
+        }
+        let (told, step) = under_way.unwrap();
+        assert_eq!(all.finish_step(step).unwrap(), told);
+        assert!(all.state() == one.state(), "{precision}: parameters");
+        // Every rank has the same parameters, so whoever scores an image scores it alike.
+        for images in [1, images - 1, 2 * images + 3] {
+            let data = Data::new(r, &graph, images);
+            let seen = all.predict(data.batch().pixels).unwrap();
+            assert!(seen == one.predict(data.batch().pixels).unwrap());
+            let (seen, told) = (
+                all.eval_step(&data.batch()).unwrap(),
+                one.eval_step(&data.batch()).unwrap(),
+            );
+            assert_eq!((seen.images, seen.top1), (told.images, told.top1));
+            assert!((seen.loss() - told.loss()).abs() < 1e-12 * told.loss());
+        }
+        // Averages are exchanged on all, and back.
+        let trained = all.state();
+        all.swap_average();
+        one.swap_average();
+        assert_eq!(
+            all.eval_step(&data[0].batch()).unwrap().top1,
+            one.eval_step(&data[0].batch()).unwrap().top1
+        );
+        assert!(all.state() == one.state() && all.state() != trained);
+        all.swap_average();
+        assert!(all.state() == trained);
+        // From a state, with twice as many micro-batches: the sum has another order.
+        all.load(&trained).unwrap();
+        one.load(&trained).unwrap();
+        let data = Data::new(r, &graph, 2 * images);
+        let told = one.train_step(&data.batch(), &hyper).unwrap();
+        let seen = all.train_step(&data.batch(), &hyper).unwrap();
+        assert_eq!((seen.images, seen.top1), (told.images, told.top1));
+        assert!(worst(&all.state(), &one.state()).0 < 1e-5);
+        // What cannot be dealt is refused before anything is begun.
+        if ranks > 1 {
+            let odd = Data::new(r, &graph, micro_batch);
+            let error = all
+                .train_step(&odd.batch(), &hyper)
+                .unwrap_err()
+                .to_string();
+            assert!(error.contains("cannot be dealt to"), "{error}");
+        }
+    }
+}
+
+/// Every rule, and what a step may ask for besides, as the oracle.
+#[test]
+fn cuda_rules() {
+    if !has_card() {
+        return;
+    }
+    let graph = network(Plane { h: 32, w: 48, c: 3 }, 1, 10);
+    let r = &mut Random::new(3);
+    let data = Data::new(r, &graph, 16);
+    let mut state = initial_state(&graph, 1);
+    for (name, tensor) in state.clone() {
+        state.insert(format!("{AVERAGE_PREFIX}{name}"), tensor);
+    }
+    let slow = Hyper {
+        nesterov: false,
+        average: Some(0.8),
+        ..hyper()
+    };
+    for hyper in [
+        Hyper {
+            rule: Rule::Lars2018 { trust: 0.1 },
+            clip_norm: Some(0.5),
+            ..slow
+        },
+        Hyper {
+            rule: Rule::Lars { trust: 0.1 },
+            ..slow
+        },
+    ] {
+        let options = Options {
+            average: true,
+            ..options(8, Precision::F32)
+        };
+        let mut ours = Cuda::new(&graph, &options, &state, Box::new(NoCache)).unwrap();
+        let mut truth = Oracle::new(&graph, 8, &state).unwrap();
+        for _ in 0..2 {
+            ours.train_step(&data.batch(), &hyper).unwrap();
+            truth.train_step(&data.batch(), &hyper).unwrap();
+        }
+        let (error, name) = worst(&ours.state(), &truth.state());
+        assert!(error < 2e-4, "{:?}: {name}: {error}", hyper.rule);
     }
 }
 

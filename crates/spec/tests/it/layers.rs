@@ -405,7 +405,7 @@ fn an_old_flag() {
          hint: the 2018 reference's train_steps is train.length here: with a unit, \"112590 steps\" or \"90 epochs\", \
          from the start of the run\n\
          environment variable RUNNER__USE_TPU: use_tpu: unknown key\n\
-         hint: the 2018 reference's use_tpu is train.device here: \"auto\", \"cpu\", \"cuda\" or \"cuda:N\"; TPUs are not supported\n\
+         hint: the 2018 reference's use_tpu is train.device here: \"auto\", \"cpu\", \"cuda\", \"cuda:N\", \"cuda:N,M\" or \"cuda:all\"; TPUs are not supported\n\
          --set iterations_per_loop=100: iterations_per_loop: unknown key\n\
          hint: the 2018 reference's iterations_per_loop is not needed here: checkpoint.every and eval.every say when \
          something happens between steps\n\

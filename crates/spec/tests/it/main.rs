@@ -883,14 +883,31 @@ fn devices() {
         ("cuda", Device::Cuda(0)),
         ("cuda:0", Device::Cuda(0)),
         ("cuda:12", Device::Cuda(12)),
+        ("cuda:all", Device::AllCards),
     ] {
         let run = parse(FAKE, "x.toml", &sets(&[&format!("train.device={text}")])).unwrap();
         assert_eq!(run.train.device, device);
         let again = parse(&run.to_toml(), "x.toml", &[]).unwrap();
         assert_eq!(again, run);
     }
+    let run = parse(FAKE, "x.toml", &sets(&["train.device=cuda:3,0,63"])).unwrap();
+    let Device::Cards(cards) = run.train.device else {
+        panic!("{:?}", run.train.device)
+    };
+    assert_eq!(cards.numbers().collect::<Vec<_>>(), [0, 3, 63]);
+    assert_eq!(run.train.device.to_string(), "cuda:0,3,63");
+    assert_eq!(parse(&run.to_toml(), "x.toml", &[]).unwrap(), run);
+    let said = |text: &str| {
+        let forms = r#""auto", "cpu", "cuda", "cuda:N", "cuda:N,M" or "cuda:all""#;
+        format!("expected {forms}, not {text:?}")
+    };
+    // The schema cannot say that none comes twice.
+    check_set("train.device=cuda:1,0,1", &said("cuda:1,0,1"));
     for text in [
         "gpu",
+        "cuda:1,",
+        "cuda:1,64",
+        "cuda:0-3",
         "cuda:",
         "cuda:x",
         "cuda:-1",
@@ -899,10 +916,7 @@ fn devices() {
         "CUDA",
         "tpu",
     ] {
-        check_range(
-            &format!("train.device={text}"),
-            &format!("expected \"auto\", \"cpu\", \"cuda\" or \"cuda:N\", not {text:?}"),
-        );
+        check_range(&format!("train.device={text}"), &said(text));
     }
 }
 
