@@ -94,6 +94,11 @@ impl Dropout {
 }
 
 impl Squares {
+    /// What a card draws them by: the generator's key, and the logarithm of the chance that no square begins at a place.
+    pub(crate) fn draw_by(&self) -> (u64, f64) {
+        (self.stream.key(), self.none)
+    }
+
     /// Sets `mask`, H x W x C of one image, to 0 where it is dropped and to 1 elsewhere; returns the number of ones. Images
     /// are counted from the first of the global batch.
     pub(crate) fn draw(&self, image: usize, mask: &mut [u8]) -> usize {
@@ -137,6 +142,11 @@ pub(crate) fn make_up(all: usize, kept: usize) -> f64 {
 }
 
 impl Paths {
+    /// What a card drops branches by: the generator's key, and the chance.
+    pub(crate) fn draw_by(&self) -> (u64, f64) {
+        (self.stream.key(), self.rate)
+    }
+
     /// What the branch of an image is multiplied by; images are counted from the first of the global batch.
     pub(crate) fn factor(&self, image: usize) -> f64 {
         factor(&self.stream, image as u64, self.rate)

@@ -91,7 +91,6 @@ pub(crate) fn check(run: &Run, graph: &Graph) -> Result<(), Failure> {
         }
         (Target::Cuda(cards), _) => {
             let card = &cards[0];
-            refuse(lacks(run), card)?;
             check_deal(run, cards.len())?;
             let least = cards.iter().min_by_key(|card| card.memory).unwrap_or(card);
             let memory = cuda_memory(run, graph, least, cards.len());
@@ -136,45 +135,6 @@ fn check_deal(run: &Run, ranks: usize) -> Result<(), Failure> {
     )))
 }
 
-/// What a spec asks for: the key, and its name.
-type Asked = (&'static str, &'static str);
-
-/// Says what the engine of cards does not do.
-fn refuse(lacking: Option<Asked>, card: &Card) -> Result<(), Failure> {
-    let Some((key, what)) = lacking else {
-        return Ok(());
-    };
-    Err(Failure::Spec(format!(
-        "{key}: a card has no {what} yet, and this run computes on {card}\n\
-         hint: train.device = \"cpu\" has it"
-    )))
-}
-
-/// Operations of the network that a spec asks for and the engine of cards does not know.
-fn lacks(run: &Run) -> Option<Asked> {
-    let model = &run.model;
-    let asked = [
-        (
-            "model.shortcut",
-            "mean of 2x2 pixels",
-            model.shortcut == spec::Shortcut::Mean,
-        ),
-        (
-            "model.se_ratio",
-            "squeeze and excitation",
-            model.se_ratio > 0.0,
-        ),
-        (
-            "model.drop_connect",
-            "drop-connect",
-            model.drop_connect > 0.0,
-        ),
-        ("model.drop_block", "DropBlock", model.drop_block > 0.0),
-    ];
-    let found = asked.into_iter().find(|(_, _, is_asked)| *is_asked);
-    found.map(|(key, what, _)| (key, what))
-}
-
 /// The engine that a spec asks for, with `state`, or with initial values where there is none.
 pub(crate) fn engine(
     run: &Run,
@@ -189,7 +149,6 @@ pub(crate) fn engine(
     match target {
         Target::Cpu => Ok(Box::new(cpu(run, graph, &state)?)),
         Target::Cuda(cards) => {
-            refuse(lacks(run), &cards[0])?;
             let options = cuda_options(run, &cards[0]);
             let ordinals: Vec<usize> = cards.iter().map(|card| card.ordinal).collect();
             Ok(match ordinals.len() {
@@ -427,21 +386,6 @@ mod tests {
     fn is_accepted(key: &str, value: usize) -> bool {
         let text = "name = \"t\"\ndata.source = \"fake\"";
         spec::parse(text, "t.toml", &[format!("{key}={value}")]).is_ok()
-    }
-
-    #[test]
-    fn what_a_card_lacks_is_named() {
-        let lacks = |set: &[&str]| {
-            let sets: Vec<String> = set.iter().map(|set| set.to_string()).collect();
-            let text = "name = \"t\"\ndata.source = \"fake\"";
-            let run = spec::parse(text, "t.toml", &sets).unwrap_or_else(|e| panic!("{e}"));
-            super::lacks(&run).map(|(key, _)| key)
-        };
-        assert_eq!(lacks(&[]), None);
-        for key in ["model.drop_connect", "model.drop_block", "model.se_ratio"] {
-            assert_eq!(lacks(&[&format!("{key}=0.5")]), Some(key));
-        }
-        assert_eq!(lacks(&["model.shortcut=mean"]), Some("model.shortcut"));
     }
 
     #[test]

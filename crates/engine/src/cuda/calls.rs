@@ -3,14 +3,15 @@
 use std::ops::Range;
 
 use graph::{
-    After, BufferId, Caps, Close, Geometry, Graph, Kernel, Mode, NORM_EPSILON, Needs, NormId,
-    Normed, Op, Operand, ParamId, Plane, Program, STATE_ROWS, Window,
+    After, BufferId, Caps, Close, DropBlock, DropPath, Dropped, Geometry, Graph, Kernel, Mode,
+    NORM_EPSILON, Needs, NormId, Normed, Op, Operand, ParamId, Plane, Program, STATE_ROWS, Squeeze,
+    Window,
 };
 
 use super::cudnn::{Conv, Product, Tensors};
 use super::driver::{Address, Arg, THREADS};
 use super::{ALIGNMENT, Options};
-use crate::{Decay, MEAN, STD};
+use crate::{Decay, Dropout, MEAN, STD};
 
 /// Channels of the stored image: three and a zero, so that a pixel is 8 or 16 bytes.
 pub(crate) const IMAGE_CHANNELS: usize = 4;
@@ -173,8 +174,11 @@ impl Layout {
         };
         let slots: Vec<Slot> = graph.params().iter().enumerate().map(slot).collect();
         let mut convs = vec![0; len / CHUNK];
-        for slot in slots.iter().filter(|slot| slot.conv.is_some()) {
-            convs[slot.offset / CHUNK..][..slot.len.div_ceil(CHUNK)].fill(1);
+        for node in graph.nodes() {
+            if let Op::Conv { weight, .. } = node.op {
+                let slot = &slots[weight.0];
+                convs[slot.offset / CHUNK..][..slot.len.div_ceil(CHUNK)].fill(1);
+            }
         }
         let mut which = vec![0; len / CHUNK];
         let mut firsts: Vec<u32> = slots.iter().map(|s| (s.offset / CHUNK) as u32).collect();
@@ -249,6 +253,10 @@ pub(crate) struct Places {
     pub(crate) scored: Address,
     /// The kernels' Totals.
     pub(crate) totals: Address,
+    /// The kernels' Draw of each branch, then of each tensor of which squares are dropped.
+    pub(crate) draws: Address,
+    /// Elements of each image that are not dropped.
+    pub(crate) kept: Address,
     /// Momentum.
     pub(crate) momentum: Address,
     /// Moving average of the parameters and of the running statistics; 0 where none is kept.
@@ -256,6 +264,61 @@ pub(crate) struct Places {
     pub(crate) running_average: Address,
     /// What an update knows of each tensor.
     pub(crate) rules: Rules,
+}
+
+/// What training drops of a network besides what its classifier reads: branches, and squares with their planes.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct Drops {
+    pub(crate) paths: Vec<DropPath>,
+    pub(crate) squares: Vec<(DropBlock, Plane)>,
+}
+
+impl Drops {
+    /// Bytes of the kernels' Draw.
+    pub(crate) const DRAW: usize = 16;
+
+    pub(crate) fn new(graph: &Graph) -> Self {
+        let mut drops = Self::default();
+        for node in graph.nodes() {
+            match node.op {
+                Op::DropPath(path) => drops.paths.push(path),
+                Op::DropBlock(block) => drops.squares.push((block, node.plane)),
+                _ => {}
+            }
+        }
+        drops
+    }
+
+    /// Bytes of all.
+    pub(crate) fn bytes(&self) -> usize {
+        (self.paths.len() + self.squares.len()) * Self::DRAW
+    }
+
+    /// The kernels' Draw of each, in a step; zeros, which drop nothing, without dropout.
+    pub(crate) fn draws(&self, dropout: Option<Dropout>) -> Vec<u8> {
+        let Some(dropout) = dropout else {
+            return vec![0; self.bytes()];
+        };
+        let paths = self.paths.iter().map(|path| dropout.paths(*path).draw_by());
+        let squares = self
+            .squares
+            .iter()
+            .map(|(block, plane)| dropout.squares(*block, *plane).draw_by());
+        let all = paths.chain(squares);
+        all.flat_map(|(key, value)| [key.to_ne_bytes(), value.to_ne_bytes()])
+            .flatten()
+            .collect()
+    }
+
+    fn path(&self, path: DropPath) -> usize {
+        let found = self.paths.iter().position(|p| *p == path);
+        found.expect("a branch of the network")
+    }
+
+    fn square(&self, block: DropBlock) -> usize {
+        let found = self.squares.iter().position(|(b, _)| *b == block);
+        self.paths.len() + found.expect("squares of the network")
+    }
 }
 
 /// What updates know of tensors, in one block.
@@ -521,6 +584,7 @@ struct Writer<'a> {
     calls: Vec<Call>,
     /// Number of calls after which the gradient of each parameter is complete.
     complete: Vec<usize>,
+    drops: Drops,
 }
 
 /// What a program does, `add`ing to the sums of earlier micro-batches or not, in parts that complete the gradients of a
@@ -543,6 +607,7 @@ pub(crate) fn calls(
         add,
         calls: vec![],
         complete: vec![0; graph.params().len()],
+        drops: Drops::new(graph),
     };
     program.setup.iter().for_each(|k| writer.fold(k));
     let setup = std::mem::take(&mut writer.calls);
@@ -740,15 +805,108 @@ impl Writer<'_> {
                 self.conv(Product::Forward, geometry, tensors);
                 self.after(geometry.output, y, after);
             }
-            Kernel::Gate { .. }
-            | Kernel::GateBackward { .. }
-            | Kernel::HalfPool { .. }
-            | Kernel::HalfPoolBackward { .. }
-            | Kernel::DropBlock { .. }
-            | Kernel::DroppedSum { .. }
-            | Kernel::DropBlockBackward { .. }
-            | Kernel::Sum { gate: Some(_), .. } => {
-                unreachable!("whoever makes the engine refuses such networks")
+            Kernel::Gate {
+                plane,
+                x,
+                squeeze,
+                path,
+                gate,
+            } => self.gate(plane, x, squeeze, path, gate),
+            Kernel::GateBackward {
+                plane,
+                norm,
+                g,
+                z,
+                state,
+                squeeze,
+                path,
+                gate,
+                sums,
+                dz,
+            } => {
+                let gated = Gated {
+                    plane,
+                    norm,
+                    g,
+                    z,
+                    state,
+                    squeeze,
+                    path,
+                    gate,
+                    sums,
+                    dz,
+                };
+                self.gate_backward(&gated);
+            }
+            Kernel::Sum {
+                plane,
+                x,
+                gate: Some(gate),
+                side,
+                relu,
+                y,
+            } => {
+                let mut args = self.value(x, plane.c);
+                args.truncate(3); // a branch has no ReLU of its own
+                args.push(self.buffer(gate));
+                args.extend(self.side(side, plane.c));
+                args.extend([
+                    Arg::int(usize::from(relu)),
+                    self.buffer(y),
+                    Arg::int(plane.pixels()),
+                ]);
+                self.over_rows("gated_sum", plane, 2 + usize::from(side.is_some()), args);
+            }
+            Kernel::DropBlock {
+                plane,
+                block,
+                dropped,
+            } => self.draw_squares(plane, block, dropped),
+            Kernel::DroppedSum {
+                plane,
+                x,
+                side,
+                dropped,
+                relu,
+                y,
+            } => {
+                let mut args = self.value(x, plane.c);
+                args.truncate(3);
+                args.extend(self.side(side, plane.c));
+                let masks = dropped
+                    .map(|dropped| dropped.map_or([0, 0], |d| [self.at(d.mask), self.at(d.scale)]));
+                args.extend([
+                    Arg::addresses(masks.as_flattened()),
+                    Arg::int(usize::from(relu)),
+                    self.buffer(y),
+                ]);
+                self.over_rows("dropped_sum", plane, 3 + usize::from(side.is_some()), args);
+            }
+            Kernel::DropBlockBackward {
+                plane,
+                dropped,
+                d,
+                dx,
+                close,
+                partials,
+            } => {
+                let args = [d, dropped.mask, dropped.scale].map(|id| self.buffer(id));
+                self.close(plane, Source::Rest(args.to_vec()), dx, close, partials);
+            }
+            Kernel::HalfPool { plane, x, y } => {
+                let (sizes, halved) = halves(plane);
+                let args = vec![self.buffer(x), sizes, self.buffer(y)];
+                self.over_rows("half_pool", halved, 5, args);
+            }
+            Kernel::HalfPoolBackward {
+                plane,
+                d,
+                dx,
+                close,
+                partials,
+            } => {
+                let args = vec![self.buffer(d), halves(plane).0];
+                self.close(plane, Source::Half(args), dx, close, partials);
             }
             Kernel::Sum {
                 plane,
@@ -872,37 +1030,8 @@ impl Writer<'_> {
                 dx,
             } => {
                 let n = self.program.batch;
-                let none = Arg::address(0);
                 let (x, d, dx) = (self.buffer(x), self.buffer(d), self.buffer(dx));
-                let dw = Arg::address(self.fresh(weight));
-                let w = self.master(weight);
-                self.matmul(
-                    (d, 1, outputs),
-                    (x, inputs, 1),
-                    none,
-                    dw,
-                    outputs,
-                    inputs,
-                    n,
-                );
-                self.matmul(
-                    (d, outputs, 1),
-                    (w, inputs, 1),
-                    none,
-                    dx,
-                    n,
-                    inputs,
-                    outputs,
-                );
-                let args = vec![
-                    d,
-                    Arg::address(self.fresh(bias)),
-                    Arg::int(n),
-                    Arg::int(outputs),
-                ];
-                self.calls.push(over_values("column_sums", outputs, args));
-                self.completes(weight);
-                self.completes(bias);
+                self.layer_backward([weight, bias], (x, inputs), (d, outputs), dx);
                 let hyper = Arg::address(self.places.hyper);
                 let args = vec![dx, Arg::int(n), Arg::int(inputs), hyper];
                 self.calls.push(over_values("drop", n * inputs, args));
@@ -1009,6 +1138,187 @@ impl Writer<'_> {
         }
     }
 
+    /// A value as kernels of branches take it: where it lies, its scale and shift or none, whether there is a ReLU.
+    fn value(&self, x: Operand, channels: usize) -> Vec<Arg> {
+        let none = Arg::address(0);
+        match x {
+            Operand::Stored(x) => vec![self.buffer(x), none, none, Arg::int(0)],
+            Operand::Normed { z, state, relu } => vec![
+                self.buffer(z),
+                self.row(state, SCALE_ROW, channels),
+                self.row(state, SHIFT_ROW, channels),
+                Arg::int(usize::from(relu)),
+            ],
+            Operand::Gradient { .. } => unreachable!("a summand is a value"),
+        }
+    }
+
+    fn side(&self, side: Option<Operand>, channels: usize) -> Vec<Arg> {
+        let none = Arg::address(0);
+        match side {
+            Some(side) => self.value(side, channels),
+            None => vec![none, none, none, Arg::int(0)],
+        }
+    }
+
+    /// Where the Draw of a branch lies, if it may be dropped, and the Hyper beside it.
+    fn path(&self, path: Option<DropPath>) -> [Arg; 2] {
+        let at = |path| self.places.draws + (self.drops.path(path) * Drops::DRAW) as Address;
+        [path.map_or(0, at), self.places.hyper].map(Arg::address)
+    }
+
+    fn gate(
+        &mut self,
+        plane: Plane,
+        x: Operand,
+        squeeze: Option<Squeeze>,
+        path: Option<DropPath>,
+        gate: BufferId,
+    ) {
+        let (n, c) = (self.program.batch, plane.c);
+        if let Some(s) = squeeze {
+            let mut args = self.value(x, c);
+            args.truncate(3);
+            let mean = self.buffer(s.mean);
+            args.extend([mean, Arg::int(plane.pixels()), Arg::int(c)]);
+            self.launch("plane_means", n, args);
+            let (inner, sigmoid) = (self.buffer(s.inner), self.buffer(s.sigmoid));
+            let [reduce, expand] =
+                [s.reduce, s.expand].map(|layer| layer.map(|id| self.master(id)));
+            let [w, b] = reduce;
+            self.matmul((mean, c, 1), (w, 1, c), b, inner, n, s.hidden, c);
+            let args = vec![inner, Arg::int(n * s.hidden)];
+            self.calls
+                .push(over_values("squeeze_relu", n * s.hidden, args));
+            let [w, b] = expand;
+            self.matmul(
+                (inner, s.hidden, 1),
+                (w, 1, s.hidden),
+                b,
+                sigmoid,
+                n,
+                c,
+                s.hidden,
+            );
+        }
+        let mut args = vec![squeeze.map_or(Arg::address(0), |s| self.buffer(s.sigmoid))];
+        args.extend(self.path(path));
+        args.extend([self.buffer(gate), Arg::int(n * c), Arg::int(c)]);
+        self.calls.push(over_values("gate", n * c, args));
+    }
+
+    fn gate_backward(&mut self, of: &Gated) {
+        let (n, c, pixels) = (self.program.batch, of.plane.c, of.plane.pixels());
+        let (count, none) = (n * c, Arg::address(0));
+        let sums = self.at(of.sums);
+        // Three sums of each plane, the gradient of what the sigmoid reads, that of the means, that of hidden channels.
+        let part = |i: usize| Arg::address(sums + (i * count * size_of::<f32>()) as Address);
+        let tensors = [of.g, of.z, of.state].map(|id| self.buffer(id));
+        let mut args = tensors.to_vec();
+        args.extend([part(0), Arg::int(pixels), Arg::int(c)]);
+        self.launch("gated_sums", n, args);
+        let spec = &self.graph.norms()[of.norm.0];
+        if let Some(s) = of.squeeze {
+            let (expanded, d_mean, d_inner) = (part(3), part(4), part(5));
+            let [mean, inner, sigmoid] = [s.mean, s.inner, s.sigmoid].map(|id| self.buffer(id));
+            let mut args = vec![
+                part(0),
+                self.buffer(of.state),
+                self.master(spec.bias),
+                sigmoid,
+            ];
+            args.extend(self.path(of.path));
+            args.extend([expanded, Arg::int(count), Arg::int(c)]);
+            self.calls.push(over_values("excite_backward", count, args));
+            let h = s.hidden;
+            self.layer_backward(s.expand, (inner, h), (expanded, c), d_inner);
+            let args = vec![d_inner, inner, Arg::int(n * h)];
+            self.calls
+                .push(over_values("squeeze_relu_backward", n * h, args));
+            self.layer_backward(s.reduce, (mean, c), (d_inner, h), d_mean);
+        }
+        let args = vec![
+            part(0),
+            self.buffer(of.gate),
+            if of.squeeze.is_some() { part(4) } else { none },
+            self.buffer(of.state),
+            Arg::address(self.fresh(spec.weight)),
+            Arg::address(self.fresh(spec.bias)),
+            Arg::int(n),
+            Arg::int(pixels),
+            Arg::int(c),
+        ];
+        let (weight, bias) = (spec.weight, spec.bias);
+        self.calls.push(over_values("gate_close", c, args));
+        self.completes(weight);
+        self.completes(bias);
+        let mut args = tensors.to_vec();
+        args.extend([part(0), self.buffer(of.dz), Arg::int(n), Arg::int(pixels)]);
+        self.over_rows("gated_gradient", of.plane, 3, args);
+    }
+
+    /// The gradients of a layer's weight (outputs x inputs), bias and input, all f32: x is images x inputs, d images x
+    /// outputs.
+    fn layer_backward(
+        &mut self,
+        [weight, bias]: [ParamId; 2],
+        (x, inputs): (Arg, usize),
+        (d, outputs): (Arg, usize),
+        dx: Arg,
+    ) {
+        let (n, none) = (self.program.batch, Arg::address(0));
+        let (w, dw) = (self.master(weight), Arg::address(self.fresh(weight)));
+        self.matmul(
+            (d, 1, outputs),
+            (x, inputs, 1),
+            none,
+            dw,
+            outputs,
+            inputs,
+            n,
+        );
+        self.matmul(
+            (d, outputs, 1),
+            (w, inputs, 1),
+            none,
+            dx,
+            n,
+            inputs,
+            outputs,
+        );
+        let args = vec![
+            d,
+            Arg::address(self.fresh(bias)),
+            Arg::int(n),
+            Arg::int(outputs),
+        ];
+        self.calls.push(over_values("column_sums", outputs, args));
+        self.completes(weight);
+        self.completes(bias);
+    }
+
+    fn draw_squares(&mut self, plane: Plane, block: DropBlock, dropped: Dropped) {
+        let images = self.program.batch;
+        let draw = self.drops.square(block) * Drops::DRAW;
+        let (rows, columns) = (block.side.min(plane.h), block.side.min(plane.w));
+        let kept = Arg::address(self.places.kept);
+        let args = vec![
+            Arg::address(self.places.draws + draw as Address),
+            Arg::address(self.places.hyper),
+            Arg::ints(&[plane.h, plane.w, plane.c, rows, columns]),
+            self.buffer(dropped.mask),
+            kept,
+        ];
+        self.launch("draw_squares", images, args);
+        let args = vec![
+            kept,
+            Arg::int(images),
+            Arg::double((images * plane.elements()) as f64),
+            self.buffer(dropped.scale),
+        ];
+        self.launch("squares_scale", 1, args);
+    }
+
     /// What follows a convolution forward.
     fn after(&mut self, plane: Plane, y: BufferId, after: After) {
         match after {
@@ -1066,7 +1376,7 @@ impl Writer<'_> {
         partials: BufferId,
     ) {
         match close {
-            Close::Open { add: None } => {}
+            Close::Open { add: None } if matches!(source, Source::Stored(_)) => {}
             Close::Lazy { normed, relu } => {
                 let Source::Stored(mut args) = source else {
                     unreachable!("only convolutions and max-pools read lazily")
@@ -1108,16 +1418,19 @@ impl Writer<'_> {
     ) {
         let none = Arg::address(0);
         let norms: Vec<Normed> = normed.into_iter().flatten().collect();
+        let takes_more = !matches!(source, Source::Spread(_));
         let (mut args, names) = match source {
-            Source::Stored(mut args) => {
-                args.push(add.map_or(none, |a| self.buffer(a)));
-                (args, ["close_0", "close_1", "close_2"])
-            }
+            Source::Stored(args) => (args, ["close_0", "close_1", "close_2"]),
             Source::Spread(args) => {
                 let names = ["close_0_spread", "close_1_spread", "close_2_spread"];
                 (args, names)
             }
+            Source::Rest(args) => (args, ["close_0_rest", "close_1_rest", "close_2_rest"]),
+            Source::Half(args) => (args, ["close_0_half", "close_1_half", "close_2_half"]),
         };
+        if takes_more {
+            args.push(add.map_or(none, |a| self.buffer(a)));
+        }
         args.push(y.map_or(none, |y| self.buffer(y)));
         for i in 0..2 {
             match norms.get(i) {
@@ -1198,6 +1511,34 @@ impl Writer<'_> {
 enum Source {
     Stored(Vec<Arg>),
     Spread(Vec<Arg>),
+    /// What squares have left.
+    Rest(Vec<Arg>),
+    /// Means of 2 by 2.
+    Half(Vec<Arg>),
+}
+
+/// What the gradient of a branch with factors is computed from ([`Kernel::GateBackward`]).
+struct Gated {
+    plane: Plane,
+    norm: NormId,
+    g: BufferId,
+    z: BufferId,
+    state: BufferId,
+    squeeze: Option<Squeeze>,
+    path: Option<DropPath>,
+    gate: BufferId,
+    sums: BufferId,
+    dz: BufferId,
+}
+
+/// The kernels' Halves of a plane, and its plane of means.
+fn halves(plane: Plane) -> (Arg, Plane) {
+    let halved = Plane {
+        h: plane.h.div_ceil(2),
+        w: plane.w.div_ceil(2),
+        c: plane.c,
+    };
+    (Arg::ints(&[plane.h, plane.w, halved.h, halved.w]), halved)
 }
 
 /// The kernels' Window.

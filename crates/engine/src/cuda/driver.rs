@@ -300,6 +300,11 @@ impl Arg {
         Self::of(&bytes)
     }
 
+    pub(crate) fn addresses(v: &[Address]) -> Self {
+        let bytes: Vec<u8> = v.iter().flat_map(|v| v.to_ne_bytes()).collect();
+        Self::of(&bytes)
+    }
+
     pub(crate) fn floats(v: &[f32]) -> Self {
         let bytes: Vec<u8> = v.iter().flat_map(|v| v.to_ne_bytes()).collect();
         Self::of(&bytes)
@@ -315,10 +320,13 @@ impl Arg {
 pub(crate) const THREADS: u32 = 256;
 
 /// Source of the kernels.
-pub(crate) const SOURCE: &str = include_str!("kernels.cu");
+pub(crate) const SOURCE: &str = concat!(include_str!("kernels.cu"), include_str!("branches.cu"));
 /// The same, and those of convolutions.
-pub(crate) const SOURCE_WITH_CONVOLUTIONS: &str =
-    concat!(include_str!("kernels.cu"), include_str!("conv.cu"));
+pub(crate) const SOURCE_WITH_CONVOLUTIONS: &str = concat!(
+    include_str!("kernels.cu"),
+    include_str!("branches.cu"),
+    include_str!("conv.cu")
+);
 
 /// Compiles kernels to machine code of `arch` (`sm_90`), with activations as `element` (0 f32, 1 bf16, 2 f16); with it
 /// the compiler's notes.
@@ -396,7 +404,7 @@ pub(crate) struct Gpu {
 unsafe impl Send for Gpu {}
 
 /// The kernels of the source.
-pub(crate) const KERNELS: [&str; 38] = [
+pub(crate) const KERNELS: [&str; 57] = [
     "accumulate",
     "apply",
     "apply_add",
@@ -405,17 +413,32 @@ pub(crate) const KERNELS: [&str; 38] = [
     "cast",
     "check",
     "close_0",
+    "close_0_half",
+    "close_0_rest",
     "close_0_spread",
     "close_1",
+    "close_1_half",
+    "close_1_rest",
     "close_1_spread",
     "close_2",
+    "close_2_half",
+    "close_2_rest",
     "close_2_spread",
     "close_finish",
     "close_lazy",
     "close_lazy_pool",
     "column_sums",
+    "draw_squares",
     "drop",
+    "dropped_sum",
+    "excite_backward",
     "fold",
+    "gate",
+    "gate_close",
+    "gated_gradient",
+    "gated_sum",
+    "gated_sums",
+    "half_pool",
     "input_f32",
     "input_u8",
     "loss",
@@ -424,10 +447,14 @@ pub(crate) const KERNELS: [&str; 38] = [
     "max_pool",
     "norm_backward",
     "norms",
+    "plane_means",
     "rates",
     "rescale",
     "running_update",
     "squares",
+    "squares_scale",
+    "squeeze_relu",
+    "squeeze_relu_backward",
     "stats",
     "stats_finish",
     "sum_ranks",

@@ -36,7 +36,7 @@ use crate::state::{
     self, AVERAGE_PREFIX, LOSS_SCALE, MOMENTUM_PREFIX, RUNNING_MEAN, RUNNING_VAR, State, Tensor,
 };
 use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Rule, Started};
-use calls::{Call, Calls, CudaCaps, Layout, Places, Rules};
+use calls::{Call, Calls, CudaCaps, Drops, Layout, Places, Rules};
 use collective::{Collective, Peers};
 use cudnn::{Bound, Device, Plan};
 use driver::{Address, Arg, Block, Captured, Event, Gpu, Pinned, failed};
@@ -276,6 +276,8 @@ struct SlotLayout {
     others: usize,
     /// Those of each micro-batch.
     hypers: usize,
+    /// The kernels' Draw of all that is dropped.
+    draws: usize,
     totals: usize,
     end: usize,
 }
@@ -284,15 +286,17 @@ impl SlotLayout {
     /// From one micro-batch's [`hyper::Words`] to the next.
     const HYPER: usize = hyper::BYTES.next_multiple_of(64);
 
-    fn new(pixel_bytes: usize, images: usize, micro_batches: usize) -> Self {
+    fn new(pixel_bytes: usize, images: usize, micro_batches: usize, draw_bytes: usize) -> Self {
         let labels = pixel_bytes.next_multiple_of(256);
         let others = labels + images * size_of::<u32>();
         let hypers = (others + images * size_of::<u32>()).next_multiple_of(256);
-        let totals = hypers + micro_batches * Self::HYPER;
+        let draws = hypers + micro_batches * Self::HYPER;
+        let totals = draws + draw_bytes;
         Self {
             labels,
             others,
             hypers,
+            draws,
             totals,
             end: totals + TOTALS_BYTES,
         }
@@ -323,6 +327,8 @@ pub struct Cuda {
     /// Moving averages of parameters and of running statistics, where they are kept.
     average: Option<[Block; 2]>,
     rules: Block,
+    drops: Drops,
+    draws: Block,
     kinds_for: Option<crate::Decay>,
     control: Block,
     arena: Block,
@@ -349,11 +355,12 @@ struct Control {
     scored: Address,
     labels: Address,
     others: Address,
+    kept: Address,
 }
 
 impl Control {
     fn bytes(images: usize) -> usize {
-        1024 + images * 16
+        1024 + images * 20
     }
 
     fn new(block: &Block, images: usize) -> Self {
@@ -365,6 +372,7 @@ impl Control {
             scored: at + 1024,
             labels: at + 1024 + (images * 8) as Address,
             others: at + 1024 + (images * 12) as Address,
+            kept: at + 1024 + (images * 16) as Address,
         }
     }
 }
@@ -414,6 +422,7 @@ impl Cuda {
             gpu.upload(at, values)?;
         }
         let running = 2 * layout.channels * size_of::<f32>();
+        let drops = Drops::new(graph);
         let mut cuda = Self {
             programs: BTreeMap::new(),
             plans: BTreeMap::new(),
@@ -432,6 +441,8 @@ impl Cuda {
                 false => None,
             },
             rules,
+            draws: gpu.block(drops.bytes())?,
+            drops,
             kinds_for: None,
             control: gpu.block(Control::bytes(options.micro_batch))?,
             arena: gpu.block(memory.arena)?,
@@ -527,6 +538,8 @@ impl Cuda {
             scale: control.scale,
             scored: control.scored,
             totals: control.totals,
+            draws: self.draws.address,
+            kept: control.kept,
             momentum: self.momentum.address,
             average: self.average.as_ref().map_or(0, |[v, _]| v.address),
             running_average: self.average.as_ref().map_or(0, |[_, v]| v.address),
@@ -676,7 +689,13 @@ impl Cuda {
     }
 
     /// Brings a batch to the card, beside what runs there; the slot's number. `hypers`: those of each micro-batch.
-    fn stage(&mut self, batch: &Batch<'_>, hypers: &[hyper::Words]) -> Result<usize, Error> {
+    /// `draws`: what is dropped.
+    fn stage(
+        &mut self,
+        batch: &Batch<'_>,
+        hypers: &[hyper::Words],
+        draws: &[u8],
+    ) -> Result<usize, Error> {
         let (pixels, is_u8): (&[u8], bool) = match batch.pixels {
             Pixels::U8(p) => (p, true),
             // SAFETY: any f32 is four bytes.
@@ -686,7 +705,7 @@ impl Cuda {
             },
         };
         let images = batch.images();
-        let layout = SlotLayout::new(pixels.len(), images, hypers.len());
+        let layout = SlotLayout::new(pixels.len(), images, hypers.len(), draws.len());
         // The older of two; a third is never needed, for only two steps are under way.
         let index = (self.steps % 2) as usize;
         self.steps += 1;
@@ -722,7 +741,8 @@ impl Cuda {
                 to.copy_from_slice(&label.to_ne_bytes());
             }
         }
-        let to = host[layout.hypers..layout.totals].chunks_exact_mut(SlotLayout::HYPER);
+        host[layout.draws..layout.totals].copy_from_slice(draws);
+        let to = host[layout.hypers..layout.draws].chunks_exact_mut(SlotLayout::HYPER);
         for (to, words) in to.zip(hypers) {
             to[..hyper::BYTES].copy_from_slice(words.bytes());
         }
@@ -965,7 +985,7 @@ impl Cuda {
         self.fold(size)?;
         let images = batch.images();
         let words = hyper::Words::of_inference(self.graph.classes());
-        let index = self.stage(batch, &vec![words; images.div_ceil(size)])?;
+        let index = self.stage(batch, &vec![words; images.div_ceil(size)], &[])?;
         for (number, from) in (0..images).step_by(size).enumerate() {
             let to = (from + size).min(images);
             self.micro(index, number, (from, to), (size, Mode::Infer), None)?;
@@ -1009,7 +1029,12 @@ impl Cuda {
             hyper::Words::of_step(hyper, batch, classes, images, first + from)
         };
         let words: Vec<hyper::Words> = parts.iter().map(words).collect();
-        let index = self.stage(batch, &words)?;
+        let draws = self.drops.draws(hyper.dropout);
+        let index = self.stage(batch, &words, &draws)?;
+        let from = self.slots[index].device.address + self.slots[index].layout.draws as Address;
+        if !draws.is_empty() {
+            self.copy(self.draws.address, from, draws.len())?;
+        }
         if parts.len() > 1 && self.summed.is_none() {
             self.summed = Some(self.gpu.block(self.layout.len * size_of::<f32>())?);
         }

@@ -4,6 +4,8 @@
 
 #include "kernels.cu"
 
+#include "branches.cu"
+
 #include "conv.cu"
 
 // The roundings of the 16-bit formats, 1 bf16 and 2 f16.
@@ -48,6 +50,25 @@ extern "C" int shim_launch(const char* name, unsigned x, unsigned y, void** args
     ONE(cast)
     ONE(widen_gradients)
     ONE(fold)
+    ONE(plane_means)
+    ONE(gated_sums)
+    ONE(squeeze_relu)
+    ONE(gate)
+    ONE(gated_sum)
+    ONE(excite_backward)
+    ONE(squeeze_relu_backward)
+    ONE(gate_close)
+    ONE(gated_gradient)
+    ONE(draw_squares)
+    ONE(squares_scale)
+    ONE(dropped_sum)
+    ONE(half_pool)
+    ONE(close_0_rest)
+    ONE(close_0_half)
+    ONE(close_1_rest)
+    ONE(close_1_half)
+    ONE(close_2_rest)
+    ONE(close_2_half)
     ONE(sum_ranks)
     ONE(sum_ranks_f64)
     ONE(conv_forward_128)

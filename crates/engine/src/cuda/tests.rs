@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, OnceLock};
 
-use graph::{Graph, Init, Mode, Plane, Program, ValueId};
+use graph::{DropBlock, DropPath, Graph, Init, Mode, Plane, Program, ValueId};
 use half::{bf16, f16};
 
-use super::calls::{self, Call, CudaCaps, Layout, Places, Rules};
+use super::calls::{self, Call, CudaCaps, Drops, Layout, Places, Rules};
 use super::cudnn::{self, Conv, Product, Tensors};
 use super::driver::{self, Arg, Card, KERNELS, Libraries};
 use super::hyper::Words;
@@ -55,6 +55,9 @@ fn register_limit(kernel: &str) -> u32 {
         "close_lazy" | "close_2" | "close_2_spread" => 104,
         "close_lazy_pool" => 128,
         "close_1" | "close_1_spread" => 72,
+        "close_1_half" | "close_1_rest" => 88,
+        "close_2_half" | "close_2_rest" => 112,
+        "gated_gradient" | "gated_sum" | "gated_sums" | "dropped_sum" => 104,
         "conv_sum" | "conv_sum_many" => 64,
         conv if conv.starts_with("conv_") => 128,
         _ => 64,
@@ -327,6 +330,7 @@ struct Emulated {
     running: Memory,
     sums: Memory,
     rules: Memory,
+    draws: Memory,
     average: Memory,
     running_average: Memory,
     control: Memory,
@@ -364,6 +368,7 @@ impl Emulated {
             summed: Memory::zeros(bytes),
             running: Memory::zeros(8 * layout.channels),
             sums: Memory::new(16 * layout.channels),
+            draws: Memory::zeros(Drops::new(graph).bytes()),
             rules: Memory::zeros(Rules::new(&layout, 0).1 as usize),
             average: Memory::zeros(bytes),
             running_average: Memory::zeros(8 * layout.channels),
@@ -432,6 +437,8 @@ impl Emulated {
             scale: control.scale,
             scored: control.scored,
             totals: control.totals,
+            draws: self.draws.at(),
+            kept: control.kept,
             momentum: self.momentum.at(),
             average: self.average.at(),
             running_average: self.running_average.at(),
@@ -523,6 +530,8 @@ impl Emulated {
         let kinds = self.layout.kinds(&self.graph, hyper.decay);
         let at = Rules::new(&self.layout, self.rules.at()).0.kinds;
         self.rules.write(at, &kinds);
+        let draws = Drops::new(&self.graph).draws(hyper.dropout);
+        self.draws.write(self.draws.at(), &draws);
         let mut metrics = Metrics::default();
         let micro: Vec<Batch<'_>> = batch.micro_batches(self.micro_batch).collect();
         for (i, part) in micro.iter().enumerate() {
@@ -619,6 +628,73 @@ fn network(plane: Plane, pool: Option<usize>, classes: usize) -> Graph {
     x = block(&mut g, "one", x, 32, 1);
     x = block(&mut g, "two", x, 32, 1);
     x = block(&mut g, "three", x, 40, 2);
+    let x = g.avg_pool("pooled", x);
+    g.linear("fc", x, classes, NORMAL, Init::Uniform { bound: 0.1 });
+    g
+}
+
+/// What blocks of [`variant`] have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Extra {
+    /// Squeeze and excitation, means in shortcuts.
+    Squeezed,
+    /// Branches that are dropped.
+    Paths,
+    /// Both.
+    SqueezedPaths,
+    /// Squares that are dropped of branch and shortcut.
+    Squares,
+}
+
+/// A network of blocks with extras: one whose shape changes, two whose does not.
+fn variant(plane: Plane, extra: Extra, classes: usize) -> Graph {
+    let mut g = Graph::new(plane);
+    let image = g.input();
+    let x = conv_bn(&mut g, "stem", image, 16, 3, 1);
+    let mut x = g.relu("stem.relu", x);
+    let mut squares = 0;
+    for (number, (out, stride)) in [(24, 1), (40, 2), (40, 1), (40, 1)].into_iter().enumerate() {
+        let name = format!("block{number}");
+        let mut drop = |g: &mut Graph, v: ValueId| match extra {
+            Extra::Squares => {
+                let block = DropBlock {
+                    number: squares,
+                    side: 3,
+                    share: [1 + squares, 12],
+                };
+                squares += 1;
+                g.drop_block(&format!("{name}.squares{squares}"), v, block)
+            }
+            _ => v,
+        };
+        let a = conv_bn(&mut g, &format!("{name}.a"), x, out, 3, stride);
+        let a = drop(&mut g, a);
+        let a = g.relu(&format!("{name}.a.relu"), a);
+        let mut main = conv_bn(&mut g, &format!("{name}.b"), a, out, 3, 1);
+        main = drop(&mut g, main);
+        if matches!(extra, Extra::Squeezed | Extra::SqueezedPaths) {
+            let init = |_, _| (Init::Normal { std: 0.8 }, NORMAL);
+            main = g.squeeze_excite(&format!("{name}.se"), main, 1 + 4 * number, init);
+        }
+        if matches!(extra, Extra::Paths | Extra::SqueezedPaths) {
+            let path = DropPath {
+                block: number,
+                share: [number, 4],
+            };
+            main = g.drop_path(&format!("{name}.path"), main, path);
+        }
+        let mut side = match (stride, g.plane(x).c == out, extra) {
+            (1, true, _) => x,
+            (2, _, Extra::Squeezed | Extra::Paths) => {
+                let mean = g.half_pool(&format!("{name}.mean"), x);
+                conv_bn(&mut g, &format!("{name}.side"), mean, out, 1, 1)
+            }
+            _ => conv_bn(&mut g, &format!("{name}.side"), x, out, 1, stride),
+        };
+        side = drop(&mut g, side);
+        let sum = g.add(&format!("{name}.add"), main, side);
+        x = g.relu(&format!("{name}.relu"), sum);
+    }
     let x = g.avg_pool("pooled", x);
     g.linear("fc", x, classes, NORMAL, Init::Uniform { bound: 0.1 });
     g
@@ -857,6 +933,55 @@ fn rules_on_the_host_are_the_oracles() {
             for (tensor, value) in &b {
                 let error = error(&a[tensor], value);
                 assert!(error < 2e-4, "{name}, {share:?}: {tensor}: {error}");
+            }
+        }
+    }
+}
+
+/// Branches with factors, squares and means in shortcuts, in training and in inference, against the oracle in f32.
+#[test]
+fn branches_on_the_host_are_the_oracles() {
+    let dropout = Dropout {
+        rate: 0.2,
+        path_rate: 0.6,
+        block_rate: 0.4,
+        seed: 3,
+        step: 5,
+    };
+    let hyper = Hyper {
+        dropout: Some(dropout),
+        ..HYPER
+    };
+    for extra in [
+        Extra::Squeezed,
+        Extra::Paths,
+        Extra::SqueezedPaths,
+        Extra::Squares,
+    ] {
+        for (h, w) in [(9, 13), (12, 8)] {
+            let graph = variant(Plane { h, w, c: 3 }, extra, 7);
+            let state = initial_state(&graph, h as u64);
+            let Some(mut ours) = Emulated::new(&graph, 3, Precision::F32, &state) else {
+                return skip("there is no C++ compiler (c++)");
+            };
+            let mut truth = Oracle::new(&graph, 3, &state).unwrap();
+            let data = Data::new(&graph, 6, w as u64);
+            let seen = ours.train_step(&data.batch(), &hyper);
+            let told = truth.train_step(&data.batch(), &hyper).unwrap();
+            let gap = (seen.loss() - told.loss()).abs() / told.loss();
+            assert!(gap < 1e-5, "{extra:?}: loss {seen:?}, {told:?}");
+            let (a, b) = (ours.state(), truth.state());
+            for (name, value) in &b {
+                let error = error(&a[name], value);
+                assert!(error < 2e-4, "{extra:?}, {h} x {w}: {name}: {error}");
+            }
+            let mut ours = Emulated::new(&graph, 6, Precision::F32, &b).unwrap();
+            let words = Words::of_inference(7);
+            let (_, logits) = ours.micro(&data.batch(), words, Mode::Infer, false);
+            let predicted = truth.predict(data.batch().pixels).unwrap();
+            let size = predicted.iter().map(|v| v.abs()).fold(0.0, f32::max);
+            for (a, b) in logits.iter().zip(&predicted) {
+                assert!((a - b).abs() < 1e-5 * size, "{extra:?}: logit {a}, {b}");
             }
         }
     }

@@ -244,6 +244,11 @@ static const std::map<std::string, int> ARGS = {
     {"conv_weight_128", 5}, {"conv_weight_128_tf32", 5}, {"conv_weight_64", 5}, {"conv_weight_64_tf32", 5},
     {"conv_weight_turned", 5}, {"conv_weight_turned_tf32", 5}, {"conv_forward_image", 5}, {"conv_weight_image",
     5}, {"conv_sum", 4}, {"conv_sum_many", 4},
+    {"plane_means", 6}, {"gated_sums", 6}, {"squeeze_relu", 2}, {"gate", 6}, {"gated_sum", 13},
+    {"excite_backward", 9}, {"squeeze_relu_backward", 3}, {"gate_close", 9}, {"gated_gradient", 9},
+    {"draw_squares", 5}, {"squares_scale", 4}, {"dropped_sum", 12}, {"half_pool", 5}, {"close_0_rest", 13},
+    {"close_0_half", 12}, {"close_1_rest", 13}, {"close_1_half", 12}, {"close_2_rest", 13}, {"close_2_half",
+    12},
     {"fold", 9}, {"input_f32", 4}, {"input_u8", 4}, {"loss", 8}, {"loss_finish", 4}, {"matmul", 11}, {"max_pool", 9},
     {"norm_backward", 7}, {"rescale", 1}, {"running_update", 7}, {"stats", 4}, {"stats_finish", 12}, {"sum_ranks", 4}, {"sum_ranks_f64", 5}, {"update", 9}, {"widen_gradients", 3}};
 

@@ -71,7 +71,7 @@ fn a_card_that_is_made_up() {
         String::from_utf8_lossy(&output.stderr)
     );
     assert!(output.status.success(), "{said}");
-    assert!(said.contains("test result: ok. 11 passed"), "{said}");
+    assert!(said.contains("test result: ok. 12 passed"), "{said}");
 }
 
 /// Whether the card is one that computes by plain loops, so that large networks would take too long.
@@ -304,6 +304,79 @@ fn cuda_own_convolutions_are_cudnns() {
     let (worst, middle) = (worst(&own, &cudnn), middle(&own, &cudnn));
     println!("worst {:.1e} ({}), middle {middle:.1e}", worst.0, worst.1);
     assert!(worst.0 < 5e-2 && middle < 1e-3, "{worst:?}, {middle}");
+}
+
+/// Networks with factors of branches, dropped branches and squares, and means in shortcuts, as the CPU trains them.
+#[test]
+fn cuda_branches() {
+    if !has_card() {
+        return;
+    }
+    let (depth, resolution, images) = match is_made_up() {
+        true => (18, 32, 8),
+        false => (50, 64, 32),
+    };
+    let plain = nn::Blocks {
+        has_mean_shortcut: false,
+        squeeze: None,
+        are_dropped: false,
+        squares: None,
+    };
+    for blocks in [
+        nn::Blocks {
+            has_mean_shortcut: true,
+            squeeze: Some(0.25),
+            are_dropped: true,
+            ..plain
+        },
+        nn::Blocks {
+            squares: Some(nn::Squares {
+                side: 3,
+                groups: [false, false, true, true],
+            }),
+            ..plain
+        },
+    ] {
+        let stem = nn::Stem {
+            is_deep: true,
+            has_conv_pool: true,
+        };
+        let variant = nn::Variant { stem, blocks };
+        let recipe = nn::Recipe::Torchvision;
+        let graph = nn::resnet_with(variant, depth, resolution, 10, recipe).unwrap();
+        let state = initial_state(&graph, 2);
+        let data = Data::new(&mut Random::new(7), &graph, images);
+        let hyper = Hyper {
+            lr: 0.01,
+            dropout: Some(Dropout {
+                rate: 0.25,
+                path_rate: 0.2,
+                block_rate: 0.2,
+                seed: 1,
+                step: 3,
+            }),
+            ..hyper()
+        };
+        let mut ours = engine(&graph, images / 2, Precision::F32, &state);
+        let mut cpu = Cpu::new(&graph, &cpu::Options::new(images / 2, 2), &state).unwrap();
+        let (seen, told) = (
+            ours.train_step(&data.batch(), &hyper).unwrap(),
+            cpu.train_step(&data.batch(), &hyper).unwrap(),
+        );
+        assert!((seen.loss() - told.loss()).abs() < 1e-5 * told.loss());
+        // A ReLU that switches changes whole gradients a little; a wrong mask, much.
+        let (worst, middle) = (
+            worst(&ours.state(), &cpu.state()),
+            middle(&ours.state(), &cpu.state()),
+        );
+        println!("worst {:.1e} ({}), middle {middle:.1e}", worst.0, worst.1);
+        assert!(worst.0 < 5e-2 && middle < 1e-3, "{worst:?}, {middle}");
+        let (seen, told) = (
+            ours.eval_step(&data.batch()).unwrap(),
+            cpu.eval_step(&data.batch()).unwrap(),
+        );
+        assert!((seen.loss() - told.loss()).abs() < 1e-3 * told.loss());
+    }
 }
 
 /// The same bits again, by steps that overlap, and through a state in the middle.
