@@ -393,8 +393,15 @@ pub trait Cache: Send {
     /// What was put there.
     fn get(&self, name: &str) -> Option<Vec<u8>>;
 
-    /// Keeps it, if it can.
+    /// Keeps it, if it can, in the place of what is there.
     fn put(&self, name: &str, bytes: &[u8]);
+
+    /// Keeps it, if it can, unless something is there: whoever asks next gets what came first.
+    fn put_first(&self, name: &str, bytes: &[u8]) {
+        if self.get(name).is_none() {
+            self.put(name, bytes);
+        }
+    }
 }
 
 /// Keeps nothing.
@@ -449,14 +456,20 @@ pub trait Engine {
     fn load(&mut self, state: &State) -> Result<(), Error>;
 
     /// Parameters, running statistics, momentum and the average, if one is kept, as they are now.
-    fn state(&self) -> State;
+    ///
+    /// # Errors
+    /// If the device fails.
+    fn state(&self) -> Result<State, Error>;
 
     /// Exchanges parameters and running statistics with their moving average, to score that; the next call changes
     /// them back.
     ///
+    /// # Errors
+    /// If the device fails.
+    ///
     /// # Panics
     /// If the engine keeps no average.
-    fn swap_average(&mut self) {
+    fn swap_average(&mut self) -> Result<(), Error> {
         unreachable!("this engine keeps no average")
     }
 

@@ -686,7 +686,7 @@ impl Engine for Oracle {
         Ok(())
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> Result<State, Error> {
         let tensor = |shape: &[usize], values: &[f64]| Tensor {
             shape: shape.to_vec(),
             values: values.iter().map(|&v| v as f32).collect(),
@@ -721,7 +721,7 @@ impl Engine for Oracle {
                 }
             }
         }
-        state
+        Ok(state)
     }
 
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error> {
@@ -768,10 +768,11 @@ impl Engine for Oracle {
         Ok(total)
     }
 
-    fn swap_average(&mut self) {
+    fn swap_average(&mut self) -> Result<(), Error> {
         let (params, running) = self.average.as_mut().expect("there is an average");
         std::mem::swap(params, &mut self.params);
         std::mem::swap(running, &mut self.running);
+        Ok(())
     }
 
     fn score(
@@ -903,7 +904,7 @@ mod tests {
                 oracle.update(&split(numbers(gradient)), &hyper);
                 if let Some(decay) = hyper.average {
                     oracle.move_average(decay);
-                    oracle.swap_average();
+                    oracle.swap_average().unwrap();
                 }
                 let ours = oracle.params.concat();
                 check(
@@ -913,7 +914,7 @@ mod tests {
                     1e-12,
                 );
                 if hyper.average.is_some() {
-                    oracle.swap_average();
+                    oracle.swap_average().unwrap();
                 }
             }
         }

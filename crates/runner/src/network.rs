@@ -161,12 +161,19 @@ pub(crate) fn engine(
 
 /// The cards that a run would use, and whether they are there; those that are named and not there count as H100s.
 pub(crate) fn cards(run: &Run) -> Option<(Vec<Card>, bool)> {
-    let named = match (run.train.device, target(run)) {
+    let here = cuda::cards().unwrap_or_default();
+    let named: Vec<usize> = match (run.train.device, target(run)) {
         (_, Ok((Target::Cuda(cards), _))) => return Some((cards, true)),
         (Device::Cuda(ordinal), Err(_)) => vec![ordinal],
         (Device::Cards(cards), Err(_)) => cards.numbers().collect(),
+        (Device::AllCards, Err(_)) => (0..here.len().max(1)).collect(),
         _ => return None,
     };
+    // Cards may be there that cannot be used as they are.
+    let found = named.iter().map(|ordinal| here.get(*ordinal).cloned());
+    if let Some(cards) = found.collect() {
+        return Some((cards, true));
+    }
     let card = |ordinal| Card {
         ordinal,
         name: "not on this machine".into(),
@@ -204,6 +211,15 @@ impl Cache for Files {
         let _ = std::fs::create_dir_all(&self.0)
             .map_err(|_| ())
             .and_then(|()| store::write_atomic(&self.0.join(name), &[bytes]).map_err(|_| ()));
+    }
+
+    fn put_first(&self, name: &str, bytes: &[u8]) {
+        // Another process may look for the same. A link to a whole file is made only where there is none.
+        let mine = format!("{name}.{}", std::process::id());
+        self.put(&mine, bytes);
+        let mine = self.0.join(mine);
+        let _ = std::fs::hard_link(&mine, self.0.join(name));
+        let _ = std::fs::remove_file(mine);
     }
 }
 

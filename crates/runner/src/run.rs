@@ -149,7 +149,10 @@ pub(crate) fn run(args: &Spec, how: &How) -> Result<ExitCode, Failure> {
                     trackers = Trackers::open(&dir, Some(place(&at)), &config, terminal);
                 }
                 Ok(Ended::Interrupted) if !is_stopped && at.step == end && end < until => {
-                    state = Some(engine.state());
+                    match engine.state() {
+                        Ok(found) => state = Some(found),
+                        Err(e) => break 'phases Err(e.into()),
+                    }
                     continue 'phases;
                 }
                 ended => break 'phases ended,

@@ -152,7 +152,7 @@ fn steps(
     let before_now = at.seconds - pace.seconds();
     at.is_eval_due |= job.is_eval_due(at.step);
     if job.limits.max_rewinds > 0 {
-        saver.last = Some(job.snapshot(at, engine.state()));
+        saver.last = Some(job.snapshot(at, engine.state()?));
     }
     if at.is_eval_due && !evaluate(job, saver, at, engine, trackers, pace)? {
         return Ok(Ended::Interrupted);
@@ -226,7 +226,7 @@ fn steps(
     }
     if at.step < job.plan.steps {
         // With the evaluation, so that the next start need not make up for it.
-        write(job, saver, at, engine.state(), trackers);
+        write(job, saver, at, engine.state()?, trackers);
         return Ok(Ended::Interrupted);
     }
     Ok(Ended::Done)
@@ -412,7 +412,7 @@ fn hand_over(
     engine: &dyn Engine,
     trackers: &mut Trackers,
 ) -> Result<(), Error> {
-    let state = engine.state();
+    let state = engine.state()?;
     if let Some(name) = checkpoint::not_finite(&state) {
         return Err(Error::Diverged {
             step: at.step,
@@ -512,9 +512,9 @@ fn evaluate(
     }
     let mut average = None;
     if job.plan.scored != Scored::Raw {
-        engine.swap_average();
+        engine.swap_average()?;
         let scored = score(engine, trackers);
-        engine.swap_average();
+        engine.swap_average()?;
         average = scored?;
         if average.is_none() {
             return Ok(false);

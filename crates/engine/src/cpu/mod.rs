@@ -509,7 +509,7 @@ impl Engine for Cpu {
         Ok(())
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> Result<State, Error> {
         let mut state = State::new();
         for (p, slot) in self.graph.params().iter().zip(&self.layout.slots) {
             let mut blocks = vec![("", &self.params), (MOMENTUM_PREFIX, &self.momentum)];
@@ -549,7 +549,7 @@ impl Engine for Cpu {
                 }
             }
         }
-        state
+        Ok(state)
     }
 
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error> {
@@ -577,7 +577,7 @@ impl Engine for Cpu {
         Ok(total)
     }
 
-    fn swap_average(&mut self) {
+    fn swap_average(&mut self) -> Result<(), Error> {
         let average = self
             .average
             .as_mut()
@@ -588,6 +588,7 @@ impl Engine for Cpu {
             std::mem::swap(&mut running.var, var);
         }
         self.folded_for = None;
+        Ok(())
     }
 
     fn score(

@@ -36,8 +36,9 @@ pub(crate) trait Collective: Send + Sync {
     /// What has gone wrong meanwhile, on any rank.
     fn fault(&self) -> Option<String>;
 
-    /// Ends what hangs because another rank has failed. Nothing can be exchanged any more.
-    fn abort(&self);
+    /// Leaves the others: what hangs because they have failed ends, and nothing can be exchanged any more. Every rank
+    /// leaves, each on a thread of its own, for one may wait for another.
+    fn leave(&self);
 }
 
 /// Values of a bucket at least, 25 MiB: large enough for the wires, small enough that most are summed beside the
@@ -147,6 +148,11 @@ impl Peers {
     pub(crate) fn join(&self, gpu: &Gpu) -> Result<(), Error> {
         self.done.record(self.stream.raw())?;
         self.done.hold(gpu.stream)
+    }
+
+    /// Waits for all sums that were begun.
+    pub(crate) fn drain(&self, gpu: &Gpu) -> Result<(), Error> {
+        gpu.wait_for(&self.stream)
     }
 
     /// Sums wait for what has been put on the card so far.

@@ -169,11 +169,17 @@ impl Desc {
         bytes
     }
 
-    /// Notes of an engine.
-    fn notes(&self, attr: Attr, ty: Type) -> Vec<u32> {
+    /// Notes of an engine; none if they cannot be read.
+    fn notes(&self, attr: Attr, ty: Type) -> Option<Vec<u32>> {
         let mut notes = [0u32; 32];
-        let count = self.get(attr, ty, &mut notes);
-        notes[..count.min(32)].to_vec()
+        let mut count = 0i64;
+        // SAFETY: the library writes no more than the number that is asked for.
+        let status = unsafe {
+            let room = notes.as_mut_ptr().cast();
+            sys::cudnnBackendGetAttribute(self.0, attr, ty, notes.len() as i64, &mut count, room)
+        };
+        check("notes", status).ok()?;
+        Some(notes[..(count.max(0) as usize).min(32)].to_vec())
     }
 
     /// Descriptors that the library fills in.
@@ -395,11 +401,15 @@ fn suits(config: &Desc, precision: Precision, options: &Options) -> bool {
         Attr::CUDNN_ATTR_ENGINE_NUMERICAL_NOTE,
         Type::CUDNN_TYPE_NUMERICAL_NOTE,
     );
-    let has = |note: Note| notes.contains(&(note as u32));
     let behaviour = engine.notes(
         Attr::CUDNN_ATTR_ENGINE_BEHAVIOR_NOTE,
         Type::CUDNN_TYPE_BEHAVIOR_NOTE,
     );
+    // What cannot be read is no word that it suits.
+    let (Some(notes), Some(behaviour)) = (notes, behaviour) else {
+        return false;
+    };
+    let has = |note: Note| notes.contains(&(note as u32));
     let compiles = behaviour.contains(
         &(sys::cudnnBackendBehaviorNote_t::CUDNN_BEHAVIOR_NOTE_RUNTIME_COMPILATION as u32),
     );
@@ -531,6 +541,9 @@ impl Bound {
 const REPORT: &str =
     "this is a fault of the program; please report it with what runner doctor says";
 
+/// Changes when [`graph`] or [`suits`] do: plans of before are then no longer looked for.
+const FORM: u32 = 1;
+
 /// How many plans are timed.
 const TIMED: usize = 10;
 
@@ -554,7 +567,7 @@ pub(crate) fn fastest(
         unreachable!("a described card races nothing")
     };
     let key = format!(
-        "cudnn-{}-{}-{}{}-{}.json",
+        "cudnn{FORM}-{}-{}-{}{}-{}.json",
         // SAFETY: the library is there, and this takes no pointer.
         unsafe { sys::cudnnGetVersion() },
         gpu.card.name.replace(' ', "_"),
@@ -562,8 +575,8 @@ pub(crate) fn fastest(
         if options.deterministic { "" } else { "-any" },
         conv.name()
     );
-    if let Some(json) = cache.get(&key) {
-        let plan = Desc::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)
+    let load = |json: &[u8]| {
+        Desc::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)
             .and_then(|desc| {
                 desc.set(
                     Attr::CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
@@ -575,17 +588,17 @@ pub(crate) fn fastest(
                 desc.set(
                     Attr::CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
                     Type::CUDNN_TYPE_CHAR,
-                    &json,
+                    json,
                 )
             })
             .and_then(Desc::finalize)
-            .map(Plan::new);
-        // One that no longer loads is raced for again.
-        if let Ok(plan) = plan
-            && plan.workspace <= options.workspace
-        {
-            return Ok(plan);
-        }
+            .map(Plan::new)
+            .ok()
+            .filter(|plan| plan.workspace <= options.workspace)
+    };
+    let known = cache.get(&key);
+    if let Some(plan) = known.as_deref().and_then(load) {
+        return Ok(plan);
     }
     let plans = candidates(conv, options, device, TIMED).map_err(fail)?;
     let bound = Bound::new(at, workspace)?;
@@ -613,8 +626,15 @@ pub(crate) fn fastest(
     let json = plan
         .desc
         .bytes(Attr::CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION);
-    cache.put(&key, &json);
-    Ok(plan)
+    // One that no longer loads is replaced. Else the winner of whoever was first is everybody's, so that runs that share a
+    // cache compute the same bits, now and when they are resumed.
+    if known.is_some() {
+        cache.put(&key, &json);
+        return Ok(plan);
+    }
+    cache.put_first(&key, &json);
+    let first = cache.get(&key).filter(|first| *first != json);
+    Ok(first.as_deref().and_then(load).unwrap_or(plan))
 }
 
 /// How often each is run for its time.

@@ -69,8 +69,8 @@ const PACKAGED: [(&str, &str); 4] = [
     ("nvidia/nccl/lib", "libnccl.so.2"),
 ];
 
-/// Loads NVRTC and cuDNN from the packages of the Python below `prefix`, those that are there.
-pub(crate) fn load_packaged(prefix: &Path) {
+/// Loads libraries from the packages of the Python below `prefix`: of those that are wanted, those that are there.
+pub(crate) fn load_packaged(prefix: &Path, is_wanted: impl Fn(&str) -> bool) {
     let entries = |dir: &Path| {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
         entries.map(|e| e.path()).collect::<Vec<_>>()
@@ -81,7 +81,7 @@ pub(crate) fn load_packaged(prefix: &Path) {
     };
     let pythons = entries(&prefix.join("lib"));
     for python in pythons.iter().filter(|p| name(p).starts_with("python3")) {
-        for (folder, file) in PACKAGED {
+        for (folder, file) in PACKAGED.into_iter().filter(|(_, file)| is_wanted(file)) {
             let files = entries(&python.join("site-packages").join(folder));
             for path in files.iter().filter(|p| name(p).starts_with(file)) {
                 let Ok(path) = CString::new(path.as_os_str().as_encoded_bytes()) else {
@@ -99,17 +99,23 @@ pub(crate) fn find_packages() {
     static PACKAGES: Once = Once::new();
     PACKAGES.call_once(|| {
         // SAFETY: these only try to open libraries.
-        let are_there = unsafe {
+        let [has_nvrtc, has_cudnn, has_nccl] = unsafe {
             let nccl = libc::dlopen(c"libnccl.so.2".as_ptr(), libc::RTLD_LAZY);
-            nvrtc::sys::is_culib_present()
-                && cudarc::cudnn::sys::is_culib_present()
-                && !nccl.is_null()
+            [
+                nvrtc::sys::is_culib_present(),
+                cudarc::cudnn::sys::is_culib_present(),
+                !nccl.is_null(),
+            ]
         };
-        if !are_there {
-            for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
-                if let Some(prefix) = std::env::var_os(variable) {
-                    load_packaged(Path::new(&prefix));
-                }
+        // What the system has is not mixed with what a package has.
+        let is_wanted = |file: &str| match file {
+            file if file.starts_with("libnvrtc") => !has_nvrtc,
+            file if file.starts_with("libcudnn") => !has_cudnn,
+            _ => !has_nccl,
+        };
+        for variable in ["VIRTUAL_ENV", "CONDA_PREFIX"] {
+            if let Some(prefix) = std::env::var_os(variable) {
+                load_packaged(Path::new(&prefix), is_wanted);
             }
         }
     });
@@ -370,6 +376,21 @@ pub(crate) fn compile(source: &str, arch: &str, element: u8) -> Result<(Vec<u8>,
     }
 }
 
+/// Why a card gets no kernels.
+pub(crate) fn does_not_compile(arch: &str, version: Option<(i32, i32)>, log: &str) -> Error {
+    if log.contains("--gpu-architecture") {
+        let (major, minor) = version.unwrap_or_default();
+        return Error::device(
+            format!("NVRTC {major}.{minor} does not know cards of {arch}"),
+            "`pip install --upgrade nvidia-cuda-nvrtc` brings one that knows newer cards",
+        );
+    }
+    Error::device(
+        format!("NVRTC does not compile the kernels for {arch}: {log}"),
+        "this is a fault of the program; please report it",
+    )
+}
+
 /// FNV-1a, 64 bits: names files of a cache.
 pub(crate) fn hash(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf2_9ce4_8422_2325, |h, b| {
@@ -490,10 +511,8 @@ impl Gpu {
         let code = match cache.get(&key).and_then(unsealed) {
             Some(code) => code,
             None => {
-                let (code, _) = compile(source, &arch, element).map_err(|log| Error::Device {
-                    what: format!("NVRTC does not compile the kernels for {arch}: {log}"),
-                    hint: "this is a fault of the program; please report it".into(),
-                })?;
+                let (code, _) = compile(source, &arch, element)
+                    .map_err(|log| does_not_compile(&arch, version, &log))?;
                 cache.put(&key, &sealed(&code));
                 code
             }
@@ -631,6 +650,13 @@ impl Gpu {
         .map_err(|e| failed("the card has stopped", e))
     }
 
+    /// Waits for another stream.
+    pub(crate) fn wait_for(&self, stream: &Stream) -> Result<(), Error> {
+        // SAFETY: the stream lives.
+        unsafe { result::stream::synchronize(stream.raw()) }
+            .map_err(|e| failed("the card has stopped", e))
+    }
+
     /// Writes memory, after everything that was begun before.
     pub(crate) fn upload<V: Copy>(&self, to: Address, values: &[V]) -> Result<(), Error> {
         self.wait()?;
@@ -672,7 +698,12 @@ impl Gpu {
             let graph = graph.map_err(fail)?;
             let run = result::graph::instantiate(graph, sys::CUgraphInstantiate_flags(0));
             result::graph::destroy(graph).ok();
-            Ok(Captured(run.map_err(fail)?))
+            let captured = Captured(run.map_err(fail)?);
+            // So that its first start allocates nothing.
+            sys::cuGraphUpload(captured.0, self.stream)
+                .result()
+                .map_err(fail)?;
+            Ok(captured)
         }
     }
 

@@ -269,7 +269,7 @@ struct Slot {
 }
 
 /// Where things lie in a slot.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct SlotLayout {
     labels: usize,
     /// Second labels.
@@ -688,6 +688,33 @@ impl Cuda {
         Ok(Step { calls, captured })
     }
 
+    /// Makes room for two batches of so many bytes, but for those of steps under way.
+    fn reserve(&mut self, bytes: usize) -> Result<(), Error> {
+        for index in 0..2 {
+            let is_under_way = self.running_steps.iter().any(|(_, i)| *i == index);
+            let slot = self.slots.get(index);
+            if slot.is_some_and(|slot| is_under_way || slot.host.bytes() >= bytes) {
+                continue;
+            }
+            self.gpu.wait()?;
+            let slot = Slot {
+                host: self.gpu.pinned(bytes)?,
+                device: self.gpu.block(bytes)?,
+                layout: SlotLayout::default(),
+                copied: Event::new()?,
+                done: Event::new()?,
+                images: 0,
+                is_u8: true,
+                is_used: false,
+            };
+            match self.slots.get_mut(index) {
+                Some(old) => *old = slot,
+                None => self.slots.push(slot),
+            }
+        }
+        Ok(())
+    }
+
     /// Brings a batch to the card, beside what runs there; the slot's number. `hypers`: those of each micro-batch.
     /// `draws`: what is dropped.
     fn stage(
@@ -709,27 +736,13 @@ impl Cuda {
         // The older of two; a third is never needed, for only two steps are under way.
         let index = (self.steps % 2) as usize;
         self.steps += 1;
-        let fits = |slot: &Slot| slot.host.bytes() >= layout.end;
-        if self.slots.get(index).is_none_or(|slot| !fits(slot)) {
-            self.gpu.wait()?;
-            let slot = Slot {
-                host: self.gpu.pinned(layout.end)?,
-                device: self.gpu.block(layout.end)?,
-                layout,
-                copied: Event::new()?,
-                done: Event::new()?,
-                images,
-                is_u8,
-                is_used: false,
-            };
-            match self.slots.get_mut(index) {
-                Some(old) => *old = slot,
-                None => self.slots.push(slot),
-            }
-        }
+        self.reserve(layout.end)?;
         let slot = &mut self.slots[index];
         if slot.is_used {
-            slot.done.wait()?;
+            match &self.peers {
+                Some(peers) => peers.wait(&slot.done)?,
+                None => slot.done.wait()?,
+            }
         }
         (slot.images, slot.is_u8, slot.layout) = (images, is_u8, layout);
         let host = slot.host.get_mut();
@@ -1000,7 +1013,62 @@ impl Cuda {
         self.totals(index)
     }
 
-    /// Starts a step of `images` images in all, of which `batch` is the part that begins with number `first`.
+    /// The micro-batches of so many images.
+    fn parts(&self, images: usize) -> Vec<(usize, usize)> {
+        let size = self.options.micro_batch;
+        (0..images)
+            .step_by(size)
+            .map(|from| (from, (from + size).min(images)))
+            .collect()
+    }
+
+    /// Whether [`Cuda::prepare`] has nothing to do for such a step.
+    fn is_prepared(&self, batch: &Batch<'_>, hyper: &Hyper) -> bool {
+        let parts = self.parts(batch.images());
+        let is_compiled =
+            |(from, to): &(usize, usize)| self.programs.contains_key(&(to - from, Mode::Train));
+        let bytes = self.slot_layout(batch, parts.len()).end;
+        parts.iter().all(is_compiled)
+            && self.kinds_for == Some(hyper.decay)
+            && (parts.len() == 1 || self.summed.is_some())
+            && self.slots.len() == 2
+            && self.slots.iter().all(|slot| slot.host.bytes() >= bytes)
+    }
+
+    /// Where a batch and what belongs to it lie in a slot.
+    fn slot_layout(&self, batch: &Batch<'_>, micro_batches: usize) -> SlotLayout {
+        let pixel_bytes = match batch.pixels {
+            Pixels::U8(p) => p.len(),
+            Pixels::F32(p) => size_of_val(p),
+        };
+        SlotLayout::new(
+            pixel_bytes,
+            batch.images(),
+            micro_batches,
+            self.drops.bytes(),
+        )
+    }
+
+    /// Makes everything that a step needs, so that the step itself allocates nothing: while ranks exchange gradients, an
+    /// allocation on one card may wait for the others.
+    fn prepare(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<(), Error> {
+        if self.is_prepared(batch, hyper) {
+            return Ok(());
+        }
+        self.gpu.enter()?;
+        let parts = self.parts(batch.images());
+        for (from, to) in &parts {
+            self.compile(to - from, Mode::Train)?;
+        }
+        self.set_kinds(hyper.decay)?;
+        if parts.len() > 1 && self.summed.is_none() {
+            self.summed = Some(self.gpu.block(self.layout.len * size_of::<f32>())?);
+        }
+        self.reserve(self.slot_layout(batch, parts.len()).end)
+    }
+
+    /// Starts a step of `images` images in all, of which `batch` is the part that begins with number `first`. It was
+    /// prepared.
     fn start_part(
         &mut self,
         batch: &Batch<'_>,
@@ -1008,22 +1076,13 @@ impl Cuda {
         images: usize,
         first: usize,
     ) -> Result<Started, Error> {
-        batch.check(&self.graph);
         assert!(
             hyper.average.is_none() || self.average.is_some(),
             "the engine was made to keep an average"
         );
-        self.gpu.enter()?;
         assert!(self.running_steps.len() < 2, "two steps at most are begun");
-        let size = self.options.micro_batch;
-        let parts: Vec<(usize, usize)> = (0..batch.images())
-            .step_by(size)
-            .map(|from| (from, (from + size).min(batch.images())))
-            .collect();
-        for (from, to) in &parts {
-            self.compile(to - from, Mode::Train)?;
-        }
-        self.set_kinds(hyper.decay)?;
+        self.gpu.enter()?;
+        let parts = self.parts(batch.images());
         let classes = self.graph.classes();
         let words = |(from, _): &(usize, usize)| {
             hyper::Words::of_step(hyper, batch, classes, images, first + from)
@@ -1034,9 +1093,6 @@ impl Cuda {
         let from = self.slots[index].device.address + self.slots[index].layout.draws as Address;
         if !draws.is_empty() {
             self.copy(self.draws.address, from, draws.len())?;
-        }
-        if parts.len() > 1 && self.summed.is_none() {
-            self.summed = Some(self.gpu.block(self.layout.len * size_of::<f32>())?);
         }
         for (i, (from, to)) in parts.iter().enumerate() {
             let program = (to - from, Mode::Train);
@@ -1105,7 +1161,12 @@ impl Cuda {
 impl Drop for Cuda {
     fn drop(&mut self) {
         // What is freed is not in use.
-        self.gpu.enter().and_then(|()| self.gpu.wait()).ok();
+        let peers = self.peers.as_ref();
+        self.gpu
+            .enter()
+            .and_then(|()| self.gpu.wait())
+            .and_then(|()| peers.map_or(Ok(()), |peers| peers.drain(&self.gpu)))
+            .ok();
     }
 }
 
@@ -1203,9 +1264,8 @@ impl Engine for Cuda {
         self.gpu.wait()
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> Result<State, Error> {
         self.read_state()
-            .unwrap_or_else(|error| panic!("the state cannot be read from the card: {error}"))
     }
 
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error> {
@@ -1214,6 +1274,8 @@ impl Engine for Cuda {
     }
 
     fn start_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Started, Error> {
+        batch.check(&self.graph);
+        self.prepare(batch, hyper)?;
         self.start_part(batch, hyper, batch.images(), 0)
     }
 
@@ -1227,26 +1289,26 @@ impl Engine for Cuda {
         self.totals(index)
     }
 
-    fn swap_average(&mut self) {
+    fn swap_average(&mut self) -> Result<(), Error> {
         let [average, running] = self
             .average
             .as_ref()
             .expect("an engine that was made to keep an average");
-        let calls = [
-            calls::swap(self.masters.address, average.address, self.layout.len),
-            calls::swap(
-                self.running.address,
-                running.address,
-                2 * self.layout.channels,
-            ),
-        ];
+        let channels = 2 * self.layout.channels;
         // What convolutions read in training stays as it is: nothing trains before the values are back.
-        let swapped = self
-            .gpu
-            .enter()
-            .and_then(|()| calls.iter().try_for_each(|call| self.launch(call)));
-        swapped.unwrap_or_else(|e| panic!("the average cannot be exchanged on the card: {e}"));
+        self.gpu.enter()?;
+        self.launch(&calls::swap(
+            self.masters.address,
+            average.address,
+            self.layout.len,
+        ))?;
+        self.launch(&calls::swap(
+            self.running.address,
+            running.address,
+            channels,
+        ))?;
         self.is_folded = false;
+        Ok(())
     }
 
     fn skipped_steps(&self) -> Result<u64, Error> {

@@ -2,8 +2,10 @@
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::ptr;
-use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use cudarc::driver::sys::CUstream;
 
@@ -16,19 +18,40 @@ use crate::Error;
 #[derive(Clone, Copy)]
 struct UniqueId([c_char; 128]);
 
+/// What a communicator is made with: as much of ncclConfig_t as NCCL 2.14 had, which later ones fill up themselves.
+#[repr(C)]
+struct Config {
+    size: usize,
+    magic: u32,
+    version: u32,
+    is_blocking: c_int,
+}
+
+impl Config {
+    /// Calls return at once, and [`Rank::settle`] waits: so what hangs because another rank has failed can be left.
+    fn new() -> Self {
+        Self {
+            size: size_of::<Self>(),
+            magic: 0xcafe_beef,
+            version: 21_400,
+            is_blocking: 0,
+        }
+    }
+}
+
 type Comm = *mut c_void;
 /// ncclUint8: everything is moved as bytes.
 const BYTES: c_int = 1;
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
-/// The oldest with ncclSend and ncclRecv.
-const OLDEST: usize = 2_700;
+/// The oldest whose communicators are given back by several threads without harm.
+const OLDEST: usize = 21_900;
 
 /// The functions of the library, as nccl.h declares them.
 struct Library {
     get_version: unsafe extern "C" fn(*mut c_int) -> c_int,
     get_unique_id: unsafe extern "C" fn(*mut UniqueId) -> c_int,
-    comm_init_rank: unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int) -> c_int,
+    comm_init_rank: unsafe extern "C" fn(*mut Comm, c_int, UniqueId, c_int, *mut Config) -> c_int,
     comm_abort: unsafe extern "C" fn(Comm) -> c_int,
     comm_get_async_error: unsafe extern "C" fn(Comm, *mut c_int) -> c_int,
     get_error_string: unsafe extern "C" fn(c_int) -> *const c_char,
@@ -69,7 +92,7 @@ impl Library {
             Some(Self {
                 get_version: function!(c"ncclGetVersion"),
                 get_unique_id: function!(c"ncclGetUniqueId"),
-                comm_init_rank: function!(c"ncclCommInitRank"),
+                comm_init_rank: function!(c"ncclCommInitRankConfig"),
                 comm_abort: function!(c"ncclCommAbort"),
                 comm_get_async_error: function!(c"ncclCommGetAsyncError"),
                 get_error_string: function!(c"ncclGetErrorString"),
@@ -120,7 +143,7 @@ pub(crate) fn probe() -> Result<(), Error> {
 fn check<L>(found: Option<(L, usize)>) -> Result<L, Error> {
     let what = match found {
         Some((library, version)) if version >= OLDEST => return Ok(library),
-        Some(_) => "NCCL 2.7 or newer is needed",
+        Some(_) => "NCCL 2.19 or newer is needed",
         None => "NCCL, which joins several cards, cannot be loaded (libnccl.so.2)",
     };
     Err(Error::device(
@@ -149,36 +172,78 @@ impl Group {
         Ok(Self { library, id })
     }
 
-    /// Joins as `rank`, on the calling thread's card; returns when all ranks have.
+    /// Joins as `rank`, on the calling thread's card; returns when all ranks have, or `failed` says that one will not.
     ///
     /// # Errors
     /// If the cards find no way to each other.
-    pub(crate) fn join(&self, rank: usize, ranks: usize) -> Result<Arc<dyn Collective>, Error> {
+    pub(crate) fn join(
+        &self,
+        rank: usize,
+        ranks: usize,
+        failed: Arc<AtomicBool>,
+    ) -> Result<Arc<dyn Collective>, Error> {
         let mut comm: Comm = ptr::null_mut();
-        // SAFETY: the library writes one handle; all ranks call it with the same name.
+        let mut config = Config::new();
+        // SAFETY: the library writes one handle and reads one structure; all ranks call it with the same name.
         let status = unsafe {
-            (self.library.comm_init_rank)(&mut comm, ranks as c_int, self.id, rank as c_int)
+            (self.library.comm_init_rank)(
+                &mut comm,
+                ranks as c_int,
+                self.id,
+                rank as c_int,
+                &mut config,
+            )
         };
-        self.library.check("does not start", status)?;
-        Ok(Arc::new(Rank {
+        let joined = Rank {
             library: self.library,
-            comm: AtomicPtr::new(comm),
-            asks: Mutex::new(()),
+            comm: Mutex::new(Handle(comm)),
+            failed,
             rank,
             ranks,
-        }))
+        };
+        joined.settle("does not start", status, comm)?;
+        Ok(Arc::new(joined))
     }
 }
 
+/// A communicator; null once it was given back.
+struct Handle(Comm);
+
+// SAFETY: NCCL lets any thread use a communicator, one at a time, which the mutex around it sees to.
+unsafe impl Send for Handle {}
+
 struct Rank {
     library: &'static Library,
-    /// Null once it was given back.
-    comm: AtomicPtr<c_void>,
-    /// Held while the communicator is asked how it is, so that it is not given back meanwhile. An exchange does not hold
-    /// it: one that hangs is ended by giving the communicator back, which NCCL allows beside any other call.
-    asks: Mutex<()>,
+    comm: Mutex<Handle>,
+    /// Whether any of the ranks has failed.
+    failed: Arc<AtomicBool>,
     rank: usize,
     ranks: usize,
+}
+
+impl Rank {
+    fn comm(&self) -> MutexGuard<'_, Handle> {
+        self.comm.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for what was begun with `status`, but not for a rank that has failed.
+    fn settle(&self, what: &str, mut status: c_int, comm: Comm) -> Result<(), Error> {
+        while status == IN_PROGRESS {
+            if self.failed.load(Ordering::Acquire) {
+                return Err(Error::device(OTHER, "its message says why"));
+            }
+            let mut now = SUCCESS;
+            // SAFETY: the communicator lives; the library writes one number.
+            status = match unsafe { (self.library.comm_get_async_error)(comm, &mut now) } {
+                SUCCESS => now,
+                failed => failed,
+            };
+            if status == IN_PROGRESS {
+                thread::sleep(Duration::from_micros(20));
+            }
+        }
+        self.library.check(what, status)
+    }
 }
 
 impl Collective for Rank {
@@ -196,8 +261,9 @@ impl Collective for Rank {
         arrives: &[(usize, Address, usize)],
         stream: CUstream,
     ) -> Result<(), Error> {
-        let comm = self.comm.load(Ordering::Acquire);
-        if comm.is_null() {
+        let guard = self.comm();
+        let Handle(comm) = *guard;
+        if comm.is_null() || self.failed.load(Ordering::Acquire) {
             return Err(Error::device(OTHER, "its message says why"));
         }
         let library = self.library;
@@ -206,7 +272,7 @@ impl Collective for Rank {
         let status = unsafe {
             let mut status = (library.group_start)();
             let mut and = |next: c_int| {
-                if status == SUCCESS {
+                if [SUCCESS, IN_PROGRESS].contains(&status) {
                     status = next;
                 }
             };
@@ -235,17 +301,17 @@ impl Collective for Rank {
             and((library.group_end)());
             status
         };
-        library.check("exchanges nothing", status)
+        self.settle("exchanges nothing", status, comm)
     }
 
     fn fault(&self) -> Option<String> {
-        let _asks = self.asks.lock().unwrap_or_else(PoisonError::into_inner);
-        let comm = self.comm.load(Ordering::Acquire);
-        if comm.is_null() {
+        let guard = self.comm();
+        let Handle(comm) = *guard;
+        if comm.is_null() || self.failed.load(Ordering::Acquire) {
             return Some(OTHER.into());
         }
         let mut error = SUCCESS;
-        // SAFETY: the communicator is not given back meanwhile; the library writes one number.
+        // SAFETY: the communicator lives; the library writes one number.
         let status = unsafe { (self.library.comm_get_async_error)(comm, &mut error) };
         let fault = [status, error]
             .into_iter()
@@ -253,11 +319,11 @@ impl Collective for Rank {
         fault.map(|e| self.library.text(e))
     }
 
-    fn abort(&self) {
-        let _asks = self.asks.lock().unwrap_or_else(PoisonError::into_inner);
-        let comm = self.comm.swap(ptr::null_mut(), Ordering::AcqRel);
+    fn leave(&self) {
+        let mut guard = self.comm();
+        let Handle(comm) = std::mem::replace(&mut *guard, Handle(ptr::null_mut()));
         if !comm.is_null() {
-            // SAFETY: the handle is given back once.
+            // SAFETY: the handle is given back once. (ncclCommDestroy would wait for what hangs.)
             unsafe { (self.library.comm_abort)(comm) };
         }
     }
@@ -268,8 +334,7 @@ const OTHER: &str = "another card has failed";
 
 impl Drop for Rank {
     fn drop(&mut self) {
-        // ncclCommDestroy would wait for the other ranks.
-        self.abort();
+        self.leave();
     }
 }
 
@@ -280,8 +345,6 @@ mod tests {
     #[test]
     fn what_is_missing_is_said() {
         assert_eq!(check(Some(((), 22_809))), Ok(()));
-        // Before 2.9 a version had one digit less.
-        assert_eq!(check(Some(((), 2_708))), Ok(()));
         let hint = "hint: `pip install nvidia-nccl-cu13` brings it; in an active virtual environment it is found, else put \
                     its folder into LD_LIBRARY_PATH; one card needs none";
         assert_eq!(
@@ -289,8 +352,8 @@ mod tests {
             format!("NCCL, which joins several cards, cannot be loaded (libnccl.so.2)\n{hint}")
         );
         assert_eq!(
-            check(Some(((), 2_604))).unwrap_err().to_string(),
-            format!("NCCL 2.7 or newer is needed\n{hint}")
+            check(Some(((), 21_805))).unwrap_err().to_string(),
+            format!("NCCL 2.19 or newer is needed\n{hint}")
         );
     }
 

@@ -5,6 +5,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
@@ -13,12 +15,15 @@ use graph::Graph;
 use super::collective::{Collective, inbox_bytes};
 use super::nccl::Group;
 use super::{Card, Cuda, Memory, Options, libraries, nccl};
+use crate::state;
 use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Started, State};
 
 /// The engine.
 pub struct Ranks {
     engines: Vec<Cuda>,
     links: Vec<Arc<dyn Collective>>,
+    /// Whether any of them has failed.
+    failed: Arc<AtomicBool>,
     micro_batch: usize,
     ordinals: Vec<usize>,
     /// Steps begun and not finished, oldest first: number and what each rank has started.
@@ -52,6 +57,13 @@ impl Cache for Shared {
         let mut found = self.found();
         found.known.insert(name.into(), bytes.into());
         found.below.put(name, bytes);
+    }
+
+    fn put_first(&self, name: &str, bytes: &[u8]) {
+        let mut found = self.found();
+        found.below.put_first(name, bytes);
+        let first = found.below.get(name).unwrap_or_else(|| bytes.into());
+        found.known.entry(name.into()).or_insert(first);
     }
 }
 
@@ -91,39 +103,42 @@ impl Ranks {
         let mut ranks = Self {
             engines,
             links: vec![],
+            failed: Arc::default(),
             micro_batch: options.micro_batch,
             ordinals: ordinals.to_vec(),
             running: VecDeque::new(),
             steps: 0,
         };
-        let count = ordinals.len();
+        let (count, failed) = (ordinals.len(), ranks.failed.clone());
         ranks.links = ranks.each(|rank, cuda| {
             cuda.gpu.enter()?;
-            let link = group.join(rank, count)?;
+            let link = group.join(rank, count, failed.clone())?;
             cuda.join(link.clone())?;
             Ok(link)
         })?;
         Ok(ranks)
     }
 
-    /// Asks every rank, each on a thread of its own. When one fails, what hangs on the others is ended.
+    /// Asks every rank, each on a thread of its own. When one fails, the others no longer wait for it.
     fn each<R: Send>(
         &mut self,
         ask: impl Fn(usize, &mut Cuda) -> Result<R, Error> + Sync,
     ) -> Result<Vec<R>, Error> {
         let first: Mutex<Option<Error>> = Mutex::new(None);
-        let links = &self.links;
+        let failed = &*self.failed;
         let ask = |rank: usize, cuda: &mut Cuda| {
-            ask(rank, cuda)
-                .map_err(|error| {
-                    // The others fail because this one has.
-                    first
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .get_or_insert(error);
-                    links.iter().for_each(|link| link.abort());
-                })
-                .ok()
+            let asked = catch_unwind(AssertUnwindSafe(|| ask(rank, cuda)));
+            if !matches!(asked, Ok(Ok(_))) {
+                failed.store(true, Ordering::Release);
+            }
+            let error = match asked.unwrap_or_else(|panic| resume_unwind(panic)) {
+                Ok(found) => return Some(found),
+                Err(error) => error,
+            };
+            // The others fail because this one has.
+            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+            first.get_or_insert(error);
+            None
         };
         let found: Vec<Option<R>> = thread::scope(|scope| {
             let ask = &ask;
@@ -134,9 +149,7 @@ impl Ranks {
                 .map(|(rank, cuda)| scope.spawn(move || ask(rank, cuda)))
                 .collect();
             let join = |thread: thread::ScopedJoinHandle<'_, Option<R>>| {
-                thread
-                    .join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+                thread.join().unwrap_or_else(|panic| resume_unwind(panic))
             };
             threads.into_iter().map(join).collect()
         });
@@ -144,6 +157,21 @@ impl Ranks {
             Some(error) => Err(error),
             None => Ok(found.into_iter().flatten().collect()),
         }
+    }
+}
+
+impl Drop for Ranks {
+    fn drop(&mut self) {
+        // What hangs ends before the engines wait for it.
+        let links = std::mem::take(&mut self.links);
+        self.each(|rank, cuda| {
+            cuda.gpu.enter()?;
+            if let Some(link) = links.get(rank) {
+                link.leave();
+            }
+            Ok(())
+        })
+        .ok();
     }
 }
 
@@ -169,6 +197,9 @@ pub fn probe_all(ordinals: Option<&[usize]>) -> Result<Vec<Card>, Error> {
     Ok(cards)
 }
 
+/// What NCCL keeps on each card for its channels to the others, about.
+const CHANNELS: usize = 512 << 20;
+
 impl Memory {
     /// The memory of each of `ranks` cards that train together by global batches of `batch` images.
     pub fn plan_rank(
@@ -180,7 +211,7 @@ impl Memory {
     ) -> Self {
         let mut memory = Self::plan(graph, options, card, batch.div_ceil(ranks));
         if ranks > 1 {
-            memory.exchange = inbox_bytes(&super::calls::Layout::new(graph), ranks);
+            memory.exchange = inbox_bytes(&super::calls::Layout::new(graph), ranks) + CHANNELS;
         }
         memory
     }
@@ -210,15 +241,16 @@ impl Engine for Ranks {
     }
 
     fn load(&mut self, state: &State) -> Result<(), Error> {
+        state::check(&self.engines[0].graph, state)?;
         self.each(|_, cuda| cuda.load(state)).map(drop)
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> Result<State, Error> {
         self.engines[0].state()
     }
 
-    fn swap_average(&mut self) {
-        self.engines.iter_mut().for_each(Cuda::swap_average);
+    fn swap_average(&mut self) -> Result<(), Error> {
+        self.engines.iter_mut().try_for_each(Cuda::swap_average)
     }
 
     fn train_step(&mut self, batch: &Batch<'_>, hyper: &Hyper) -> Result<Metrics, Error> {
@@ -237,11 +269,15 @@ impl Engine for Ranks {
                 "train.batch_size is a multiple of train.bn_batch times the number of cards",
             ));
         }
-        // The first finds the plans, the others take them.
-        self.engines[0].gpu.enter()?;
-        self.engines[0].compile(self.micro_batch, graph::Mode::Train)?;
+        batch.check(&self.engines[0].graph);
         let each = images / ranks;
         let parts: Vec<Batch<'_>> = batch.micro_batches(each).collect();
+        let mut engines = self.engines.iter().zip(&parts);
+        if !engines.all(|(cuda, part)| cuda.is_prepared(part, hyper)) {
+            // The first finds the plans, the others take them. Nobody begins before all are prepared.
+            self.engines[0].prepare(&parts[0], hyper)?;
+            self.each(|rank, cuda| cuda.prepare(&parts[rank], hyper))?;
+        }
         let started =
             self.each(|rank, cuda| cuda.start_part(&parts[rank], hyper, images, rank * each))?;
         self.steps += 1;
@@ -276,6 +312,7 @@ impl Engine for Ranks {
         batch: &Batch<'_>,
         logits: Option<&mut Vec<f32>>,
     ) -> Result<Metrics, Error> {
+        batch.check(&self.engines[0].graph);
         let (images, micro_batch, ranks) = (batch.images(), self.micro_batch, self.engines.len());
         self.engines[0].gpu.enter()?;
         self.engines[0].compile(micro_batch, graph::Mode::Infer)?;

@@ -143,6 +143,7 @@ int cuStreamEndCapture(Stream* s, Graph** g) {
     return SUCCESS;
 }
 int cuGraphInstantiateWithFlags(Graph** run, Graph* g, unsigned long long) { return *run = new Graph(*g), SUCCESS; }
+int cuGraphUpload(Graph*, Stream*) { return SUCCESS; }
 int cuGraphDestroy(Graph* g) { return delete g, SUCCESS; }
 int cuGraphExecDestroy(Graph* g) { return delete g, SUCCESS; }
 int cuGraphLaunch(Graph* g, Stream* s) {
@@ -510,11 +511,12 @@ struct Exchange {
     long at;      // the stream has begun it after so many operations
     std::map<int, std::deque<std::vector<char>>> out; // to each peer
 };
+enum { IN_PROGRESS = 7 };
 struct World;
 struct Comm {
     World* world;
     int rank, card;
-    bool is_aborted = false;
+    bool is_aborted = false, is_busy = false;
     std::vector<Sent> group;
     Stream* stream = nullptr;
     std::deque<Exchange> exchanges; // all of them, by number
@@ -559,21 +561,34 @@ int ncclGetUniqueId(Id* id) {
     memset(id, 0, sizeof *id);
     return snprintf(id->name, sizeof id->name, "world %d", ++number), 0;
 }
-int ncclCommInitRank(Comm** c, int size, Id id, int rank) {
+struct Config {
+    size_t size;
+    unsigned magic, version;
+    int blocking;
+};
+int ncclCommInitRankConfig(Comm** c, int size, Id id, int rank, const Config* config) {
     ONE;
+    demand(config->magic == 0xcafebeef && config->version >= 21400 && config->blocking == 0, "a config");
     World*& world = worlds[id.name];
     if (!world) world = new World;
     world->size = size;
     demand(!world->ranks.count(rank) && rank < size, "a rank joins twice");
     *c = world->ranks[rank] = new Comm{world, rank, current};
-    return 0;
+    return IN_PROGRESS;
 }
 int ncclCommAbort(Comm* c) {
     ONE;
     demand(!c->is_aborted, "a communicator is given back twice");
     return c->is_aborted = true, 0;
 }
-int ncclCommGetAsyncError(Comm*, int* e) { return *e = 0, 0; }
+// Nothing is done before all ranks have joined, and not when it is asked for the first time.
+int ncclCommGetAsyncError(Comm* c, int* e) {
+    ONE;
+    demand(!c->is_aborted, "a communicator that was given back is asked");
+    *e = (int)c->world->ranks.size() < c->world->size || c->is_busy ? IN_PROGRESS : 0;
+    c->is_busy = false;
+    return 0;
+}
 int ncclGroupStart() { return group_depth++, 0; }
 static int put(Comm* c, Sent sent, Stream* s) {
     ONE;
@@ -594,7 +609,9 @@ int ncclRecv(void* to, size_t bytes, int, int peer, Comm* c, Stream* s) {
 int ncclGroupEnd() {
     ONE;
     if (--group_depth > 0) return 0;
+    const bool any = !grouped.empty();
     for (Comm* c : grouped) {
+        c->is_busy = true;
         const size_t index = c->exchanges.size();
         c->exchanges.push_back({c->stream, c->stream->queued, {}});
         const std::vector<Sent> group = c->group;
@@ -602,6 +619,6 @@ int ncclGroupEnd() {
         c->stream->push([=] { do_exchange(c, index, group); });
     }
     grouped.clear();
-    return 0;
+    return any ? IN_PROGRESS : 0;
 }
 }

@@ -355,9 +355,9 @@ fn check_graph(seed: u64, graph: &Graph, images: usize, hyper: &Hyper, options: 
         assert!(gap < tolerance * truth, "{what}: loss {ours}, not {truth}");
     };
     for step in 0..2 {
-        let before = oracle.state();
+        let before = oracle.state().unwrap();
         let b = oracle.train_step(&data.batch(), hyper).unwrap();
-        let truth = oracle.state();
+        let truth = oracle.state().unwrap();
         for cpu in &mut all {
             let what = format!("seed {seed}, step {step}, {}", cpu.describe());
             // All start alike: networks this small amplify a last bit to 1e-1 within two steps.
@@ -368,16 +368,16 @@ fn check_graph(seed: u64, graph: &Graph, images: usize, hyper: &Hyper, options: 
                 assert_eq!((a.top1, a.top5), (b.top1, b.top5), "{what}");
             }
             check_loss(&what, a.loss(), b.loss(), tolerance.loss[0]);
-            let (error, name) = worst(&cpu.state(), &truth);
+            let (error, name) = worst(&cpu.state().unwrap(), &truth);
             assert!(error < tolerance.worst, "{what}: {name} is off by {error}");
-            let error = middle(&cpu.state(), &truth);
+            let error = middle(&cpu.state().unwrap(), &truth);
             assert!(
                 error < tolerance.middle,
                 "{what}: gradients are off by {error}"
             );
         }
     }
-    let truth = oracle.state();
+    let truth = oracle.state().unwrap();
     let b = oracle.eval_step(&data.batch()).unwrap();
     for cpu in &mut all {
         cpu.load(&truth).unwrap();
@@ -447,7 +447,7 @@ fn pixels_that_are_not_rounded_give_the_same() {
             mixed: None,
         };
         cpu.train_step(&batch, &hyper()).unwrap();
-        cpu.state()
+        cpu.state().unwrap()
     };
     assert!(step(Pixels::F32(&floats)) == step(Pixels::U8(&data.pixels)));
 }
@@ -528,7 +528,7 @@ fn trained(options: &Options) -> State {
     for _ in 0..3 {
         cpu.train_step(&data.batch(), &hyper()).unwrap();
     }
-    cpu.state()
+    cpu.state().unwrap()
 }
 
 /// Wide enough that every kernel has several tasks.
@@ -564,11 +564,11 @@ fn a_state_goes_round_without_loss() {
     for options in [Options::new(4, 1), bf16(4, 1)] {
         let mut one = Cpu::new(&graph, &options, &initial_state(&graph, 9)).unwrap();
         one.train_step(&data.batch(), &hyper()).unwrap();
-        let mut two = Cpu::new(&graph, &options, &one.state()).unwrap();
-        assert!(one.state() == two.state(), "{options:?}");
+        let mut two = Cpu::new(&graph, &options, &one.state().unwrap()).unwrap();
+        assert!(one.state().unwrap() == two.state().unwrap(), "{options:?}");
         one.train_step(&data.batch(), &hyper()).unwrap();
         two.train_step(&data.batch(), &hyper()).unwrap();
-        assert!(one.state() == two.state(), "{options:?}");
+        assert!(one.state().unwrap() == two.state().unwrap(), "{options:?}");
     }
 }
 
@@ -657,7 +657,7 @@ fn updates_are_the_references() {
                 ..hyper()
             };
             engine.train_step(&batch, &hyper).unwrap();
-            let after = engine.state()["fc.bias"].values[1];
+            let after = engine.state().unwrap()["fc.bias"].values[1];
             assert!(
                 (after - expected).abs() < 1e-6,
                 "{}: {after}, not {expected}",
@@ -754,7 +754,7 @@ fn norms_do_not_depend_on_threads() {
         let after = |threads| {
             let mut cpu = Cpu::new(&graph, &averaging(4, threads), &state).unwrap();
             cpu.train_step(&data.batch(), hyper).unwrap();
-            cpu.state()
+            cpu.state().unwrap()
         };
         let one = after(1);
         assert!(one == after(2) && one == after(5), "{:?}", hyper.rule);
@@ -768,12 +768,12 @@ fn an_average_is_kept_scored_and_resumed() {
     let hyper = &rules()[0];
     let mut cpu = Cpu::new(&graph, &averaging(4, 2), &initial_state(&graph, 8)).unwrap();
     cpu.train_step(&data.batch(), hyper).unwrap();
-    let half = cpu.state();
+    let half = cpu.state().unwrap();
     cpu.train_step(&data.batch(), hyper).unwrap();
-    let whole = cpu.state();
+    let whole = cpu.state().unwrap();
     let mut resumed = Cpu::new(&graph, &averaging(4, 2), &half).unwrap();
     resumed.train_step(&data.batch(), hyper).unwrap();
-    assert!(resumed.state() == whole);
+    assert!(resumed.state().unwrap() == whole);
 
     // Scored as if the average were all there is; and nothing has changed after that.
     let mut averaged = State::new();
@@ -784,20 +784,21 @@ fn an_average_is_kept_scored_and_resumed() {
         }
     }
     let raw = cpu.eval_step(&data.batch()).unwrap();
-    cpu.swap_average();
+    cpu.swap_average().unwrap();
     let ours = cpu.eval_step(&data.batch()).unwrap();
-    cpu.swap_average();
+    cpu.swap_average().unwrap();
     let mut alone = Cpu::new(&graph, &Options::new(4, 2), &averaged).unwrap();
     assert_eq!(ours, alone.eval_step(&data.batch()).unwrap());
     assert_ne!(ours, raw);
     assert_eq!(cpu.eval_step(&data.batch()).unwrap(), raw);
-    assert!(cpu.state() == whole);
+    assert!(cpu.state().unwrap() == whole);
     // An engine that keeps none passes over it.
     let mut without = Cpu::new(&graph, &Options::new(4, 2), &whole).unwrap();
     assert_eq!(without.eval_step(&data.batch()).unwrap(), raw);
     assert!(
         !without
             .state()
+            .unwrap()
             .keys()
             .any(|name| name.starts_with(AVERAGE_PREFIX))
     );
@@ -829,7 +830,7 @@ fn mixed_labels_equal_the_oracles() {
             let a = cpu.train_step(&batch, &hyper()).unwrap();
             assert!((a.loss() - b.loss()).abs() < 1e-4 * b.loss());
             assert_eq!((a.top1, a.top5), (b.top1, b.top5));
-            let (error, name) = worst(&cpu.state(), &oracle.state());
+            let (error, name) = worst(&cpu.state().unwrap(), &oracle.state().unwrap());
             assert!(error < F32.worst, "{name} is off by {error}");
         }
     }

@@ -113,7 +113,7 @@ fn check(make: impl Fn(&Graph, &State) -> Box<dyn Engine>, tolerance: f64) {
     };
     let ours = engine.train_step(&batch, &hyper).unwrap().loss();
     assert!((ours / loss - 1.0).abs() < tolerance, "{ours}, not {loss}");
-    let after = engine.state();
+    let after = engine.state().unwrap();
     for (name, truth) in truth {
         let ours = after
             .get(&format!("{MOMENTUM_PREFIX}{name}"))

@@ -132,7 +132,7 @@ impl Engine for Forgetful {
         )
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> Result<State, Error> {
         self.0.state()
     }
 
@@ -181,7 +181,7 @@ impl Engine for Poisoned {
         self.cpu.load(state)
     }
 
-    fn state(&self) -> State {
+    fn state(&self) -> Result<State, Error> {
         self.cpu.state()
     }
 
@@ -189,7 +189,7 @@ impl Engine for Poisoned {
         self.seen.borrow_mut().push(batch.labels.to_vec());
         let mut metrics = self.cpu.train_step(batch, hyper)?;
         if self.bad.iter().any(|bad| bad == batch.labels) {
-            let mut state = self.cpu.state();
+            let mut state = self.cpu.state()?;
             state.values_mut().for_each(|t| t.values.fill(f32::NAN));
             self.cpu.load(&state)?;
             metrics.loss_sum = f64::NAN;
