@@ -16,6 +16,7 @@
 #include <map>
 #include <mutex>
 #include <string>
+#include <sys/mman.h>
 #include <vector>
 
 typedef std::function<void()> Op;
@@ -89,6 +90,8 @@ static bool holds(Address at, size_t bytes, int card = -1) {
     const auto& block = *std::prev(after);
     return at + bytes <= block.first + block.second.bytes && (card < 0 || block.second.card == card);
 }
+// Such memory, the workspace, is taken page by page.
+static bool is_large(size_t bytes) { return bytes >= (size_t)64 << 20; }
 static int cards() {
     const char* count = getenv("MADE_UP_CARDS");
     return count ? atoi(count) : 1;
@@ -177,8 +180,9 @@ int cuMemAlloc_v2(Address* at, size_t bytes) {
     ONE;
     if (current < 0) return INVALID_CONTEXT;
     if (bytes > MEMORY - used) return OUT_OF_MEMORY;
-    void* p = aligned_alloc(512, (bytes + 511) / 512 * 512);
-    memset(p, 0xff, bytes);
+    void* p = is_large(bytes) ? mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+                              : aligned_alloc(512, (bytes + 511) / 512 * 512);
+    if (!is_large(bytes)) memset(p, 0xff, bytes);
     *at = (Address)p;
     blocks[*at] = {bytes, current};
     used += bytes;
@@ -187,15 +191,19 @@ int cuMemAlloc_v2(Address* at, size_t bytes) {
 int cuMemFree_v2(Address at) {
     ONE;
     demand(blocks.count(at) && blocks[at].card == current, "memory that is not the card's is freed");
-    used -= blocks[at].bytes;
+    const size_t bytes = blocks[at].bytes;
+    used -= bytes;
     blocks.erase(at);
-    free((void*)at);
+    is_large(bytes) ? (void)munmap((void*)at, bytes) : free((void*)at);
     return SUCCESS;
 }
 int cuMemsetD8Async(Address at, unsigned char v, size_t bytes, Stream* s) {
     ONE;
     demand(holds(at, bytes, s->card), "memory beyond a block is set");
-    return s->push([=] { memset((void*)at, v, bytes); }), SUCCESS;
+    return s->push([=] {
+        // Pages that are given back are zeros.
+        if (v != 0 || !is_large(bytes) || madvise((void*)at, bytes, MADV_DONTNEED) != 0) memset((void*)at, v, bytes);
+    }), SUCCESS;
 }
 int cuMemHostAlloc(void** p, size_t bytes, unsigned) { return *p = aligned_alloc(512, (bytes + 511) / 512 * 512), SUCCESS; }
 int cuMemFreeHost(void* p) { return free(p), SUCCESS; }

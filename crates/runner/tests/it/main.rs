@@ -8,6 +8,7 @@
 
 mod bench;
 mod buckets;
+mod cards;
 mod data;
 mod fake_bucket;
 mod longrun;
