@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use engine::KernelTime;
-use engine::cuda::{self, Cuda, Options};
+use engine::cuda::{self, Convolutions, Cuda, Options, Ranks};
 use engine::{Batch, Engine, Pixels};
 use serde::Serialize;
 
@@ -75,26 +75,30 @@ pub(crate) fn cuda(args: &BenchCudaArgs) -> Result<ExitCode, Failure> {
         nn::Recipe::Torchvision,
     )
     .expect("the arguments name a depth and a resolution that are compiled in");
-    let card = cuda::probe(args.card)?;
+    let ordinals: Vec<usize> = (args.card..args.card + args.cards).collect();
+    let card = cuda::probe_all(Some(&ordinals))?.swap_remove(0);
     let options = Options {
         deterministic: !args.any_bits,
+        convolutions: match args.own_convolutions {
+            true => Convolutions::Own,
+            false => Convolutions::Cudnn,
+        },
         ..Options::new(args.card, args.batch, args.precision)
     };
     let state = engine::initial_state(&graph, 0);
-    let mut engine = Cuda::new(&graph, &options, &state, network::cache())?;
-    let images = Images::new(args.batch, args.resolution);
+    let mut engine = Bench::new(&graph, &ordinals, &options, &state)?;
+    let images = Images::new(args.batch * args.cards, args.resolution);
     let batch = Batch {
         pixels: Pixels::U8(&images.pixels),
         labels: &images.labels,
         mixed: None,
     };
-    run(&mut engine, &batch, args.mode, WARM_UP, Duration::ZERO)?;
-    let (steps, seconds) = run(&mut engine, &batch, args.mode, args.steps, TIMED)?;
-    let kernels = match args.by_kernel {
-        false => None,
-        true => {
+    run(engine.get(), &batch, args.mode, WARM_UP, Duration::ZERO)?;
+    let (steps, seconds) = run(engine.get(), &batch, args.mode, args.steps, TIMED)?;
+    let kernels = match &mut engine {
+        Bench::One(engine) if args.by_kernel => {
             engine.start_profile();
-            run(&mut engine, &batch, args.mode, PROFILED, Duration::ZERO)?;
+            run(&mut **engine, &batch, args.mode, PROFILED, Duration::ZERO)?;
             Some(
                 engine
                     .take_profile()
@@ -103,25 +107,27 @@ pub(crate) fn cuda(args: &BenchCudaArgs) -> Result<ExitCode, Failure> {
                     .collect::<Vec<_>>(),
             )
         }
+        _ => None,
     };
     let counts = graph.counts();
     let macs = match args.mode {
         BenchMode::Train => counts.training_macs,
         BenchMode::Infer => counts.macs,
     };
-    let images_per_s = (steps * args.batch) as f64 / seconds;
+    let images_per_s = (steps * images.labels.len()) as f64 / seconds;
+    let memory = cuda::Memory::plan_rank(&graph, &options, &card, images.labels.len(), args.cards);
     let report = Report {
         card: card.to_string(),
-        device: engine.describe(),
+        device: engine.get().describe(),
         depth: args.depth,
         resolution: args.resolution,
-        batch: args.batch,
+        batch: images.labels.len(),
         mode: args.mode,
         steps,
         images_per_s,
         milliseconds: seconds / steps as f64 * 1e3,
         flops: 2.0 * macs as f64 * images_per_s,
-        planned_bytes: cuda::Memory::plan(&graph, &options, &card, args.batch).total(),
+        planned_bytes: memory.total(),
         kernel_milliseconds: kernels
             .as_ref()
             .map(|rows| rows.iter().map(|row| row.milliseconds).sum()),
@@ -134,10 +140,38 @@ pub(crate) fn cuda(args: &BenchCudaArgs) -> Result<ExitCode, Failure> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// What is timed.
+enum Bench {
+    One(Box<Cuda>),
+    Several(Ranks),
+}
+
+impl Bench {
+    fn new(
+        graph: &graph::Graph,
+        ordinals: &[usize],
+        options: &Options,
+        state: &engine::State,
+    ) -> Result<Self, Failure> {
+        let cache = network::cache();
+        Ok(match ordinals.len() {
+            1 => Self::One(Box::new(Cuda::new(graph, options, state, cache)?)),
+            _ => Self::Several(Ranks::new(graph, ordinals, options, state, cache)?),
+        })
+    }
+
+    fn get(&mut self) -> &mut dyn Engine {
+        match self {
+            Self::One(engine) => &mut **engine,
+            Self::Several(engine) => engine,
+        }
+    }
+}
+
 /// Runs at least `steps` steps for at least `duration`; how many, in how many seconds. Training goes as in a run: a
 /// step is started before the one before has ended.
 fn run(
-    engine: &mut Cuda,
+    engine: &mut dyn Engine,
     batch: &Batch<'_>,
     mode: BenchMode,
     steps: usize,
@@ -193,7 +227,10 @@ impl Report {
             "speed       {:.1} TFLOP/s with every multiply-add counted",
             self.flops * 1e-12
         ));
-        line(format!("memory      {} planned", mib(self.planned_bytes)));
+        line(format!(
+            "memory      {} planned for each card",
+            mib(self.planned_bytes)
+        ));
         if let (Some(rows), Some(sum)) = (&self.kernels, self.kernel_milliseconds) {
             line(format!(
                 "kernels     {sum:.2} ms in one step, launched one by one\n"

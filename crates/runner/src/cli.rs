@@ -575,6 +575,14 @@ pub(crate) struct BenchCudaArgs {
     #[arg(long, value_name = "N", default_value = "0", value_parser = RangedU64ValueParser::<usize>::new().range(..=999))]
     pub(crate) card: usize,
 
+    /// Cards that share each step, from --card on; each has --batch images
+    #[arg(long, value_name = "N", default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..=64))]
+    pub(crate) cards: usize,
+
+    /// Convolutions of our own, even if cuDNN is there
+    #[arg(long)]
+    pub(crate) own_convolutions: bool,
+
     /// Also take convolutions that need not give the same bits each time
     #[arg(long)]
     pub(crate) any_bits: bool,
@@ -583,8 +591,8 @@ pub(crate) struct BenchCudaArgs {
     #[arg(long, value_name = "N", default_value = "20", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
     pub(crate) steps: usize,
 
-    /// Also say where the time goes: a line for each kind and shape of kernel
-    #[arg(long)]
+    /// Also say where the time of one card goes: a line for each kind and shape of kernel
+    #[arg(long, conflicts_with = "cards")]
     pub(crate) by_kernel: bool,
 
     /// Print one JSON document instead of text
