@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use engine::KernelTime;
-use engine::cuda::{self, Convolutions, Cuda, Options, Ranks};
+use engine::cuda::{self, Cuda, Options, Ranks};
 use engine::{Batch, Engine, Pixels};
 use serde::Serialize;
 
@@ -79,10 +79,7 @@ pub(crate) fn cuda(args: &BenchCudaArgs) -> Result<ExitCode, Failure> {
     let card = cuda::probe_all(Some(&ordinals))?.swap_remove(0);
     let options = Options {
         deterministic: !args.any_bits,
-        convolutions: match args.own_convolutions {
-            true => Convolutions::Own,
-            false => Convolutions::Cudnn,
-        },
+        convolutions: args.convolutions,
         ..Options::new(args.card, args.batch, args.precision)
     };
     let state = engine::initial_state(&graph, 0);

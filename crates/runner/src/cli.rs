@@ -579,9 +579,9 @@ pub(crate) struct BenchCudaArgs {
     #[arg(long, value_name = "N", default_value = "1", value_parser = RangedU64ValueParser::<usize>::new().range(1..=64))]
     pub(crate) cards: usize,
 
-    /// Convolutions of our own, even if cuDNN is there
-    #[arg(long)]
-    pub(crate) own_convolutions: bool,
+    /// Whose convolutions run: the fastest, each, or all of one
+    #[arg(long, value_name = "WHOSE", default_value = "fastest", value_parser = one_of(&cuda::Convolutions::ALL))]
+    pub(crate) convolutions: cuda::Convolutions,
 
     /// Also take convolutions that need not give the same bits each time
     #[arg(long)]

@@ -52,20 +52,28 @@ KERNEL(plane_means)(const T* x, const float* scale, const float* shift, float* m
     const Place p = image_place(channels);
     float sum[8] = {};
     if (p.works) {
-        float a[8], b[8] = {};
-#pragma unroll
-        for (int i = 0; i < 8; i++) a[i] = 1;
-        if (scale) load_f32(scale + p.c, a), load_f32(shift + p.c, b);
-        const T* from = x + (size_t)blockIdx.x * pixels * channels;
-        for (int row = p.row; row < pixels; row += p.step) {
+        const T* from = x + (size_t)blockIdx.x * pixels * channels + p.c;
+        auto add = [&](Raw raw) {
             float v[8];
-            widen(load(from + at(row, channels, p.c)), v);
-            affine(v, a, b);
+            widen(raw, v);
 #pragma unroll
             for (int i = 0; i < 8; i++) sum[i] += v[i];
+        };
+        const size_t step = (size_t)p.step * channels;
+        int row = p.row;
+        for (; row + 3 * p.step < pixels; row += 4 * p.step) {
+            const T* at = from + (size_t)row * channels;
+            const Raw a = load(at), b = load(at + step), c = load(at + 2 * step), d = load(at + 3 * step);
+            add(a), add(b), add(c), add(d);
         }
+        for (; row < pixels; row += p.step) add(load(from + (size_t)row * channels));
     }
+    // A sum of x * scale + shift is the sum of x, so.
     leave_plane(sum, p, means, channels, 1.0f / pixels);
+    if (!scale) return;
+    __syncthreads();
+    float* mine = means + (size_t)blockIdx.x * channels;
+    for (int c = (int)threadIdx.x; c < channels; c += THREADS) mine[c] = mine[c] * scale[c] + shift[c];
 }
 
 // Sums of g, of g (z - mean) and of z - mean over the plane of each image: three arrays of images x channels.
@@ -76,17 +84,26 @@ KERNEL2(gated_sums)
     if (p.works) {
         float mean[8];
         load_f32(state + MEAN * channels + p.c, mean);
-        const size_t first = (size_t)blockIdx.x * pixels * channels;
-        for (int row = p.row; row < pixels; row += p.step) {
-            const size_t i = first + at(row, channels, p.c);
+        const size_t first = (size_t)blockIdx.x * pixels * channels + p.c;
+        auto add = [&](Raw raw_g, Raw raw_z) {
             float d[8], v[8];
-            widen(load(g + i), d);
-            widen(load(z + i), v);
+            widen(raw_g, d);
+            widen(raw_z, v);
 #pragma unroll
             for (int k = 0; k < 8; k++) {
                 const float away = v[k] - mean[k];
                 sum[k] += d[k], dot[k] += d[k] * away, rest[k] += away;
             }
+        };
+        int row = p.row;
+        for (; row + p.step < pixels; row += 2 * p.step) {
+            const size_t i = first + (size_t)row * channels, j = i + (size_t)p.step * channels;
+            const Raw a = load(g + i), b = load(z + i), c = load(g + j), d = load(z + j);
+            add(a, b), add(c, d);
+        }
+        if (row < pixels) {
+            const size_t i = first + (size_t)row * channels;
+            add(load(g + i), load(z + i));
         }
     }
     const size_t all = (size_t)gridDim.x * channels;
@@ -168,57 +185,65 @@ KERNEL(squeeze_relu_backward)(float* d, const float* v, int count) {
     if (i < count && v[i] <= 0) d[i] = 0;
 }
 
-// From the sums over planes to the normalisation's gradients and the constants of dz; those that differ by image come
-// where the first two sums were. `d_mean` is the gradient of the means over planes, if there is squeeze and excitation.
-// A thread a channel.
+// From the sums over planes to the normalisation's gradients and the constants of dz, but for what differs by image.
+// `d_mean` is the gradient of the means over planes, if there is squeeze and excitation. Eight channels a block, whose 32
+// lanes share the images.
 KERNEL(gate_close)
-(float* sums, const float* gate, const float* d_mean, float* state, float* d_gamma, float* d_beta, int images,
+(const float* sums, const float* gate, const float* d_mean, float* state, float* d_gamma, float* d_beta, int images,
  int pixels, int channels) {
-    const int c = (int)(blockIdx.x * THREADS + threadIdx.x);
-    if (c >= channels) return;
-    const int count = images * channels;
-    float *g = sums, *gz = sums + count;
-    const float* z = sums + 2 * (size_t)count;
+    __shared__ double shared[2][THREADS];
+    const int t = (int)threadIdx.x, lane = t / 8, c = (int)blockIdx.x * 8 + (t & 7), count = images * channels;
+    const float *g = sums, *gz = sums + count, *z = sums + 2 * (size_t)count;
+    const double share = 1.0 / pixels;
     double sum = 0, dot = 0;
-    for (int i = c; i < count; i += channels) {
-        const double k = gate[i], dm = d_mean ? d_mean[i] : 0.0f;
-        sum += k * g[i] + dm;
-        dot += k * gz[i] + dm / pixels * z[i];
+    if (c < channels)
+        for (int image = lane; image < images; image += 32) {
+            const int i = image * channels + c;
+            const double k = gate[i], dm = d_mean ? d_mean[i] : 0.0f;
+            sum += k * g[i] + dm;
+            dot += k * gz[i] + dm * share * z[i];
+        }
+    shared[0][t] = sum, shared[1][t] = dot;
+    __syncthreads();
+    for (int half = 16; half > 0; half /= 2) {
+        if (lane < half)
+            for (int k = 0; k < 2; k++) shared[k][t] += shared[k][t + half * 8];
+        __syncthreads();
     }
+    if (lane > 0 || c >= channels) return;
+    sum = shared[0][t], dot = shared[1][t];
     const double rows = (double)images * pixels;
     const double inv_std = state[INV_STD * channels + c], scale = state[SCALE * channels + c];
-    const float b = (float)(-scale * inv_std * inv_std * dot / rows), rest = (float)(-scale * sum / rows);
     state[GRAD_A * channels + c] = (float)scale;
-    state[GRAD_B * channels + c] = b;
-    state[GRAD_C * channels + c] = rest;
+    state[GRAD_B * channels + c] = (float)(-scale * inv_std * inv_std * dot / rows);
+    state[GRAD_C * channels + c] = (float)(-scale * sum / rows);
     d_gamma[c] = (float)(dot * inv_std);
     d_beta[c] = (float)sum;
-    for (int i = c; i < count; i += channels) {
-        const double dm = d_mean ? d_mean[i] : 0.0f;
-        g[i] = (float)(scale * gate[i]);
-        gz[i] = (float)(scale * dm / pixels + rest);
-    }
 }
 
-// dz = a g + b (z - mean) + c, a and c being the image's.
+// dz = a (k g + dm) + b (z - mean) + c: k is the gate of the image, dm each pixel's share of the gradient of the mean over
+// its plane.
 KERNEL2(gated_gradient)
-(const T* g, const T* z, const float* state, const float* sums, T* dz, int images, int pixels, int rows,
+(const T* g, const T* z, const float* state, const float* gate, const float* d_mean, T* dz, int pixels, int rows,
  int channels) {
     const Place p = place(channels);
     if (!p.works) return;
-    float mean[8], b[8];
+    float mean[8], a[8], b[8], c[8];
     load_f32(state + MEAN * channels + p.c, mean);
+    load_f32(state + GRAD_A * channels + p.c, a);
     load_f32(state + GRAD_B * channels + p.c, b);
+    load_f32(state + GRAD_C * channels + p.c, c);
+    const float share = 1.0f / pixels;
     for (int row = p.row; row < rows; row += p.step) {
         const size_t i = at(row, channels, p.c), image = (size_t)(row / pixels) * channels + p.c;
-        float d[8], v[8], a[8], c[8];
+        float d[8], v[8], k[8], dm[8] = {};
         const Raw raw = load(g + i), other = load(z + i);
-        load_f32(sums + image, a);
-        load_f32(sums + (size_t)images * channels + image, c);
+        load_f32(gate + image, k);
+        if (d_mean) load_f32(d_mean + image, dm);
         widen(raw, d);
         widen(other, v);
 #pragma unroll
-        for (int j = 0; j < 8; j++) d[j] = a[j] * d[j] + (b[j] * (v[j] - mean[j]) + c[j]);
+        for (int j = 0; j < 8; j++) d[j] = a[j] * (k[j] * d[j] + dm[j] * share) + (b[j] * (v[j] - mean[j]) + c[j]);
         store(dz + i, d);
     }
 }
@@ -237,7 +262,9 @@ KERNEL(draw_squares)(const Draw* draw, const Hyper* hyper, Squares s, u8* mask, 
     const int t = (int)threadIdx.x, size = s.h * s.w * s.c, across = s.w - s.columns + 1;
     const u64 places = (u64)(s.h - s.rows + 1) * across * s.c;
     u8* mine = mask + (size_t)blockIdx.x * size;
-    for (int i = t; i < size; i += THREADS) mine[i] = 1;
+    // Channels come in eights, and so do the places of an image.
+    const uint2 ones = {0x01010101u, 0x01010101u};
+    for (int i = t; i < size / 8; i += THREADS) ((uint2*)mine)[i] = ones;
     __syncthreads();
     const u64 first = ((u64)hyper->first_image + blockIdx.x) << 32;
     u64 done = 0;
@@ -264,7 +291,10 @@ KERNEL(draw_squares)(const Draw* draw, const Hyper* hyper, Squares s, u8* mask, 
     }
     __syncthreads();
     u32 count = 0;
-    for (int i = t; i < size; i += THREADS) count += mine[i];
+    for (int i = t; i < size / 8; i += THREADS) {
+        const uint2 v = ((const uint2*)mine)[i];
+        count += __popc(v.x) + __popc(v.y);
+    }
     ends[t] = count;
     __syncthreads();
     for (int half = THREADS / 2; half > 0; half /= 2) {

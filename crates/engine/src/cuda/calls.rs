@@ -1209,7 +1209,7 @@ impl Writer<'_> {
 
     fn gate_backward(&mut self, of: &Gated) {
         let (n, c, pixels) = (self.program.batch, of.plane.c, of.plane.pixels());
-        let (count, none) = (n * c, Arg::address(0));
+        let count = n * c;
         let sums = self.at(of.sums);
         // Three sums of each plane, the gradient of what the sigmoid reads, that of the means, that of hidden channels.
         let part = |i: usize| Arg::address(sums + (i * count * size_of::<f32>()) as Address);
@@ -1218,8 +1218,9 @@ impl Writer<'_> {
         args.extend([part(0), Arg::int(pixels), Arg::int(c)]);
         self.launch("gated_sums", n, args);
         let spec = &self.graph.norms()[of.norm.0];
+        let d_mean = of.squeeze.map_or(Arg::address(0), |_| part(4));
         if let Some(s) = of.squeeze {
-            let (expanded, d_mean, d_inner) = (part(3), part(4), part(5));
+            let (expanded, d_inner) = (part(3), part(5));
             let [mean, inner, sigmoid] = [s.mean, s.inner, s.sigmoid].map(|id| self.buffer(id));
             let mut args = vec![
                 part(0),
@@ -1240,7 +1241,7 @@ impl Writer<'_> {
         let args = vec![
             part(0),
             self.buffer(of.gate),
-            if of.squeeze.is_some() { part(4) } else { none },
+            d_mean,
             self.buffer(of.state),
             Arg::address(self.fresh(spec.weight)),
             Arg::address(self.fresh(spec.bias)),
@@ -1249,11 +1250,16 @@ impl Writer<'_> {
             Arg::int(c),
         ];
         let (weight, bias) = (spec.weight, spec.bias);
-        self.calls.push(over_values("gate_close", c, args));
+        self.launch("gate_close", c.div_ceil(8), args);
         self.completes(weight);
         self.completes(bias);
         let mut args = tensors.to_vec();
-        args.extend([part(0), self.buffer(of.dz), Arg::int(n), Arg::int(pixels)]);
+        args.extend([
+            self.buffer(of.gate),
+            d_mean,
+            self.buffer(of.dz),
+            Arg::int(pixels),
+        ]);
         self.over_rows("gated_gradient", of.plane, 3, args);
     }
 

@@ -538,6 +538,8 @@ DEV void product(float sum[Warp<BN>::M][4][4], A& a, B& b, int steps, Shared til
         const int before = (now == 0 ? STAGES * BYTES : now) - BYTES;
         if (steps > STAGES - 1) a.copy(tiles + before), b.copy(tiles + before + A_BYTES);
         copies_commit();
+        // The copies' counters went their own ways.
+        __syncwarp();
         stage<HOW, BN, A::ACROSS, B::ACROSS>(sum, tiles + now, tiles + now + A_BYTES, warp);
         now = now == (STAGES - 1) * BYTES ? 0 : now + BYTES;
     }

@@ -10,9 +10,9 @@ use sys::cudnnBackendAttributeType_t as Type;
 use sys::cudnnBackendDescriptorType_t as Kind;
 use sys::cudnnDataType_t as DataType;
 
-use super::driver::{Address, Event, Gpu, text};
+use super::driver::{Address, Gpu, text};
 use super::{Options, Precision};
-use crate::{Cache, Error};
+use crate::Error;
 
 /// What a convolution computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -377,6 +377,37 @@ pub(crate) struct Plan {
 }
 
 impl Plan {
+    /// A plan that was kept as JSON, where it still loads.
+    pub(crate) fn load(device: &Device, json: &[u8]) -> Option<Self> {
+        let Device::Handle(handle) = device else {
+            unreachable!("a described card runs nothing")
+        };
+        Desc::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)
+            .and_then(|desc| {
+                desc.set(
+                    Attr::CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
+                    Type::CUDNN_TYPE_HANDLE,
+                    &[handle.0],
+                )
+            })
+            .and_then(|desc| {
+                desc.set(
+                    Attr::CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
+                    Type::CUDNN_TYPE_CHAR,
+                    json,
+                )
+            })
+            .and_then(Desc::finalize)
+            .map(Self::new)
+            .ok()
+    }
+
+    /// As JSON.
+    pub(crate) fn json(&self) -> Vec<u8> {
+        self.desc
+            .bytes(Attr::CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION)
+    }
+
     fn new(desc: Desc) -> Self {
         let workspace = desc.int(Attr::CUDNN_ATTR_EXECUTION_PLAN_WORKSPACE_SIZE);
         Self {
@@ -541,101 +572,14 @@ impl Bound {
 const REPORT: &str =
     "this is a fault of the program; please report it with what runner doctor says";
 
-/// Changes when [`graph`] or [`suits`] do: plans of before are then no longer looked for.
-const FORM: u32 = 1;
+/// Changes when [`graph()`] or [`suits`] do: plans of before are then no longer looked for.
+pub(crate) const FORM: u32 = 1;
 
 /// How many plans are timed.
-const TIMED: usize = 10;
+pub(crate) const TIMED: usize = 10;
 
-/// The fastest plan for a convolution: the one that the cache knows, or the winner of a race on the card.
-pub(crate) fn fastest(
-    conv: &Conv,
-    options: &Options,
-    gpu: &Gpu,
-    device: &Device,
-    at: Tensors,
-    workspace: Address,
-    cache: &dyn Cache,
-) -> Result<Plan, Error> {
-    let fail = |e| {
-        Error::device(
-            e,
-            "another cuDNN may have one; train.precision or train.bn_batch change the question",
-        )
-    };
-    let Device::Handle(handle) = device else {
-        unreachable!("a described card races nothing")
-    };
-    let key = format!(
-        "cudnn{FORM}-{}-{}-{}{}-{}.json",
-        // SAFETY: the library is there, and this takes no pointer.
-        unsafe { sys::cudnnGetVersion() },
-        gpu.card.name.replace(' ', "_"),
-        options.precision,
-        if options.deterministic { "" } else { "-any" },
-        conv.name()
-    );
-    let load = |json: &[u8]| {
-        Desc::new(Kind::CUDNN_BACKEND_EXECUTION_PLAN_DESCRIPTOR)
-            .and_then(|desc| {
-                desc.set(
-                    Attr::CUDNN_ATTR_EXECUTION_PLAN_HANDLE,
-                    Type::CUDNN_TYPE_HANDLE,
-                    &[handle.0],
-                )
-            })
-            .and_then(|desc| {
-                desc.set(
-                    Attr::CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION,
-                    Type::CUDNN_TYPE_CHAR,
-                    json,
-                )
-            })
-            .and_then(Desc::finalize)
-            .map(Plan::new)
-            .ok()
-            .filter(|plan| plan.workspace <= options.workspace)
-    };
-    let known = cache.get(&key);
-    if let Some(plan) = known.as_deref().and_then(load) {
-        return Ok(plan);
-    }
-    let plans = candidates(conv, options, device, TIMED).map_err(fail)?;
-    let bound = Bound::new(at, workspace)?;
-    let (begin, end) = (Event::new()?, Event::new()?);
-    let mut best: Option<(f32, Plan)> = None;
-    for plan in plans {
-        // A plan that does not run here drops out.
-        if bound.run(device, &plan).is_err() {
-            continue;
-        }
-        begin.record(gpu.stream)?;
-        for _ in 0..RUNS {
-            bound.run(device, &plan)?;
-        }
-        end.record(gpu.stream)?;
-        end.wait()?;
-        let time = begin.milliseconds(&end)?;
-        if best.as_ref().is_none_or(|(fastest, _)| time < *fastest) {
-            best = Some((time, plan));
-        }
-    }
-    let Some((_, plan)) = best else {
-        return Err(fail(format!("no plan of cuDNN runs {}", conv.name())));
-    };
-    let json = plan
-        .desc
-        .bytes(Attr::CUDNN_ATTR_EXECUTION_PLAN_JSON_REPRESENTATION);
-    // One that no longer loads is replaced. Else the winner of whoever was first is everybody's, so that runs that share a
-    // cache compute the same bits, now and when they are resumed.
-    if known.is_some() {
-        cache.put(&key, &json);
-        return Ok(plan);
-    }
-    cache.put_first(&key, &json);
-    let first = cache.get(&key).filter(|first| *first != json);
-    Ok(first.as_deref().and_then(load).unwrap_or(plan))
+/// The library's version.
+pub(crate) fn version() -> usize {
+    // SAFETY: the library is there, and this takes no pointer.
+    unsafe { sys::cudnnGetVersion() }
 }
-
-/// How often each is run for its time.
-const RUNS: usize = 3;

@@ -293,6 +293,10 @@ impl Arg {
         Self::of(&v.to_ne_bytes())
     }
 
+    pub(crate) fn long(v: usize) -> Self {
+        Self([v as u64, 0, 0, 0])
+    }
+
     pub(crate) fn float(v: f32) -> Self {
         Self::of(&v.to_ne_bytes())
     }
@@ -425,7 +429,7 @@ pub(crate) struct Gpu {
 unsafe impl Send for Gpu {}
 
 /// The kernels of the source.
-pub(crate) const KERNELS: [&str; 57] = [
+pub(crate) const KERNELS: [&str; 59] = [
     "accumulate",
     "apply",
     "apply_add",
@@ -449,10 +453,12 @@ pub(crate) const KERNELS: [&str; 57] = [
     "close_lazy",
     "close_lazy_pool",
     "column_sums",
+    "compare",
     "draw_squares",
     "drop",
     "dropped_sum",
     "excite_backward",
+    "fill",
     "fold",
     "gate",
     "gate_close",

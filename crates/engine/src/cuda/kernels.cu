@@ -722,25 +722,39 @@ KERNEL(drop)(float* d, int images, int channels, const Hyper* hyper) {
 
 // ---- classifier ---------------------------------------------------------------------------------------------------
 
-// c(m, n) = sum over k of a(m, k) b(k, n) + bias(n), all f32, any strides; tiles of 64 by 64 and 16 deep.
+// c(m, n) = sum over k of a(m, k) b(k, n) + bias(n), all f32, any strides; tiles of 64 by 64 and 16 deep. The next tiles are
+// read while these are multiplied.
 KERNEL2(matmul)
 (const float* a, int a_m, int a_k, const float* b, int b_k, int b_n, const float* bias, float* c, int m, int n, int k) {
-    __shared__ float as[16][68], bs[16][68];
+    __shared__ float4 as4[16][17], bs4[16][17];
+    float(*as)[68] = (float(*)[68])as4, (*bs)[68] = (float(*)[68])bs4;
     const int t = (int)threadIdx.x, m0 = (int)blockIdx.y * 64, n0 = (int)blockIdx.x * 64;
     const int tm = t / 16 * 4, tn = t % 16 * 4;
-    float sum[4][4] = {};
-    for (int k0 = 0; k0 < k; k0 += 16) {
+    float sum[4][4] = {}, next_a[4], next_b[4];
+    // Neighbouring threads read neighbouring values, whichever way the matrix lies.
+    auto read = [&](int k0) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            // Neighbouring threads read neighbouring values, whichever way the matrix lies.
             const int e = i * THREADS + t;
             const int ak = a_k == 1 ? e % 16 : e / 64, am = a_k == 1 ? e / 16 : e % 64;
             const int bk = b_k == 1 ? e % 16 : e / 64, bn = b_k == 1 ? e / 16 : e % 64;
             const bool has_a = m0 + am < m && k0 + ak < k, has_b = n0 + bn < n && k0 + bk < k;
-            as[ak][am] = has_a ? a[(size_t)(m0 + am) * a_m + (size_t)(k0 + ak) * a_k] : 0.0f;
-            bs[bk][bn] = has_b ? b[(size_t)(k0 + bk) * b_k + (size_t)(n0 + bn) * b_n] : 0.0f;
+            next_a[i] = has_a ? a[(size_t)(m0 + am) * a_m + (size_t)(k0 + ak) * a_k] : 0.0f;
+            next_b[i] = has_b ? b[(size_t)(k0 + bk) * b_k + (size_t)(n0 + bn) * b_n] : 0.0f;
+        }
+    };
+    read(0);
+    for (int k0 = 0; k0 < k; k0 += 16) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int e = i * THREADS + t;
+            const int ak = a_k == 1 ? e % 16 : e / 64, am = a_k == 1 ? e / 16 : e % 64;
+            const int bk = b_k == 1 ? e % 16 : e / 64, bn = b_k == 1 ? e / 16 : e % 64;
+            as[ak][am] = next_a[i];
+            bs[bk][bn] = next_b[i];
         }
         __syncthreads();
+        if (k0 + 16 < k) read(k0 + 16);
 #pragma unroll
         for (int kk = 0; kk < 16; kk++) {
             const float4 x = *(const float4*)&as[kk][tm], y = *(const float4*)&bs[kk][tn];
@@ -1099,4 +1113,31 @@ KERNEL(fold)
     if (threadIdx.x == 0) shift[o] = (float)(beta[o] - mean[o] * scale);
     for (int i = (int)threadIdx.x; i < depth; i += THREADS)
         to[(size_t)o * depth + i] = narrow(w[(size_t)o * depth + i] * (float)scale);
+}
+
+// ---- races --------------------------------------------------------------------------------------------------------
+
+// Random values from -1 to 1.
+KERNEL(fill)(T* to, u64 count, int seed) {
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (u64)gridDim.x * THREADS) {
+        const u64 bits = mix_bits((i + 1) * 0x9e3779b97f4a7c15ull + (u64)seed);
+        to[i] = narrow((float)(int)(bits >> 40) / 8388608.0f - 1.0f);
+    }
+}
+
+DEV float larger(float a, float b) { return a < b ? b : a; }
+
+// The largest difference of a and b, and the largest b, of a block's part; infinite where one is not finite.
+KERNEL(compare)(const T* a, const T* b, u64 count, float* found) {
+    __shared__ float shared[THREADS];
+    float gap = 0, size = 0;
+    for (u64 i = (u64)blockIdx.x * THREADS + threadIdx.x; i < count; i += (u64)gridDim.x * THREADS) {
+        const float v = wide(a[i]), w = wide(b[i]), d = v - w;
+        const bool is_finite = v - v == 0 && w - w == 0;
+        gap = larger(gap, is_finite ? (d < 0 ? -d : d) : 3.4e38f);
+        size = larger(size, w < 0 ? -w : w);
+    }
+    gap = block_max(gap, shared);
+    size = block_max(size, shared);
+    if (threadIdx.x == 0) found[2 * blockIdx.x] = gap, found[2 * blockIdx.x + 1] = size;
 }

@@ -17,10 +17,12 @@ mod driver;
 mod hyper;
 mod nccl;
 mod own;
+mod race;
 mod ranks;
 #[cfg(test)]
 mod tests;
 
+use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
 use std::ops::Range;
@@ -38,9 +40,10 @@ use crate::state::{
 use crate::{Batch, Cache, Engine, Error, Hyper, Metrics, Pixels, Rule, Started};
 use calls::{Call, Calls, CudaCaps, Drops, Layout, Places, Rules};
 use collective::{Collective, Peers};
-use cudnn::{Bound, Device, Plan};
+use cudnn::{Bound, Device};
 use driver::{Address, Arg, Block, Captured, Event, Gpu, Pinned, failed};
 pub use driver::{Card, Libraries, cards, libraries, probe};
+use race::{Choice, Race};
 pub use ranks::{Ranks, nccl_version, probe_all};
 
 /// Bytes at which buffers begin.
@@ -78,6 +81,32 @@ impl Precision {
             Self::Bf16 => 1,
             Self::F16 => 2,
         }
+    }
+}
+
+impl Convolutions {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Fastest, Self::Cudnn, Self::Own];
+}
+
+impl fmt::Display for Convolutions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Fastest => "fastest",
+            Self::Cudnn => "cudnn",
+            Self::Own => "own",
+        })
+    }
+}
+
+impl FromStr for Convolutions {
+    type Err = ();
+
+    fn from_str(name: &str) -> Result<Self, ()> {
+        Self::ALL
+            .into_iter()
+            .find(|whose| whose.to_string() == name)
+            .ok_or(())
     }
 }
 
@@ -135,7 +164,7 @@ impl Options {
                 Precision::F32 => 2 << 30,
                 _ => 256 << 20,
             },
-            convolutions: Convolutions::Cudnn,
+            convolutions: Convolutions::Fastest,
             average: false,
         }
     }
@@ -144,6 +173,8 @@ impl Options {
 /// Whose convolutions run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Convolutions {
+    /// Whichever are the fastest, each; our own where cuDNN is missing or too old.
+    Fastest,
     /// cuDNN's, or our own where it is missing or too old.
     Cudnn,
     /// Our own (conv.cu).
@@ -310,7 +341,8 @@ pub struct Cuda {
     caps: CudaCaps,
     layout: Layout,
     programs: BTreeMap<(usize, Mode), Compiled>,
-    plans: BTreeMap<String, Plan>,
+    /// Of convolutions by name; none where all are our own.
+    choices: BTreeMap<String, Choice>,
     /// cuDNN, where convolutions are its.
     device: Option<Device>,
     masters: Block,
@@ -400,7 +432,8 @@ impl Cuda {
             ));
         }
         let is_own = options.convolutions == Convolutions::Own || !driver::has_cudnn(&libraries());
-        let gpu = Gpu::start(&card, options.precision.element(), is_own, &*cache)?;
+        let has_own = is_own || options.convolutions == Convolutions::Fastest;
+        let gpu = Gpu::start(&card, options.precision.element(), has_own, &*cache)?;
         let device = match is_own {
             true => None,
             false => Some(Device::start(&gpu)?),
@@ -425,7 +458,7 @@ impl Cuda {
         let drops = Drops::new(graph);
         let mut cuda = Self {
             programs: BTreeMap::new(),
-            plans: BTreeMap::new(),
+            choices: BTreeMap::new(),
             device,
             masters: gpu.block(f32s)?,
             cast,
@@ -561,7 +594,10 @@ impl Cuda {
             (Way::Launch(call), _) => self.launch(call),
             (Way::Launches(_, calls), _) => calls.iter().try_for_each(|call| self.launch(call)),
             (Way::Plan(Call::Conv { conv, .. }, bound), Some(device)) => {
-                bound.run(device, &self.plans[&conv.name()])
+                match &self.choices[&conv.name()] {
+                    Choice::Plan(plan) => bound.run(device, plan),
+                    Choice::Own => unreachable!("it was bound to a plan"),
+                }
             }
             (Way::Plan(..), _) => unreachable!("plans are cuDNN's and of convolutions"),
         }
@@ -634,29 +670,38 @@ impl Cuda {
         Ok(())
     }
 
-    /// Finds the plans of a program's convolutions, and runs each once, so that nothing is left to load.
+    /// Finds the fastest way for each of a program's convolutions.
     fn race(&mut self, calls: &Calls) -> Result<(), Error> {
         let Some(device) = &self.device else {
             return Ok(());
         };
+        let parameters = self.cast.as_ref().unwrap_or(&self.masters);
+        let race = Race {
+            options: &self.options,
+            gpu: &self.gpu,
+            device,
+            own: self.launches(),
+            cache: &*self.cache,
+            parameters: parameters.address..parameters.address + parameters.bytes as Address,
+        };
         for (conv, at) in calls::convs(calls) {
-            let workspace = self.workspace.address;
-            let name = conv.name();
-            if !self.plans.contains_key(&name) {
-                let plan = cudnn::fastest(
-                    &conv,
-                    &self.options,
-                    &self.gpu,
-                    device,
-                    at,
-                    workspace,
-                    &*self.cache,
-                )?;
-                self.plans.insert(name.clone(), plan);
+            if let Entry::Vacant(choice) = self.choices.entry(conv.name()) {
+                choice.insert(race.winner(&conv, at)?);
             }
-            Bound::new(at, workspace)?.run(device, &self.plans[&name])?;
         }
-        self.gpu.wait()
+        // A race leaves random weights where folded ones were.
+        self.is_folded = false;
+        Ok(())
+    }
+
+    /// What convolutions of our own are launched with.
+    fn launches(&self) -> own::Launches {
+        own::Launches {
+            precision: self.options.precision,
+            multiprocessors: self.gpu.card.multiprocessors,
+            workspace: self.workspace.address,
+            workspace_bytes: self.options.workspace,
+        }
     }
 
     /// How a call is put on the card.
@@ -664,24 +709,22 @@ impl Cuda {
         let Call::Conv { conv, at } = &call else {
             return Ok(Way::Launch(call));
         };
-        let workspace = self.workspace.address;
-        if self.device.is_some() {
-            let bound = Bound::new(*at, workspace)?;
+        if let Some(Choice::Plan(plan)) = self.choices.get(&conv.name()) {
+            let bound = Bound::new(*at, self.workspace.address)?;
+            // Once, so that nothing is left to load when it is recorded.
+            if let Some(device) = &self.device {
+                bound.run(device, plan)?;
+            }
             return Ok(Way::Plan(call, bound));
         }
-        let launches = own::Launches {
-            precision: self.options.precision,
-            multiprocessors: self.gpu.card.multiprocessors,
-            workspace,
-            workspace_bytes: self.options.workspace,
-        };
-        let launches = launches.calls(conv, *at);
+        let launches = self.launches().calls(conv, *at);
         Ok(Way::Launches(call, launches))
     }
 
     fn record(&self, calls: Vec<Call>) -> Result<Step, Error> {
         let calls = calls.into_iter().map(|call| self.way(call));
         let calls = calls.collect::<Result<Vec<Way>, Error>>()?;
+        self.gpu.wait()?;
         let captured = self
             .gpu
             .capture(|| calls.iter().try_for_each(|way| self.go(way)))?;

@@ -74,6 +74,9 @@ fn is_narrow(width: usize) -> bool {
 }
 
 impl Launches {
+    /// Of the kernels.
+    pub(crate) const SOURCE: &str = include_str!("conv.cu");
+
     /// The name of a kernel in this number format.
     fn name(&self, plain: &'static str) -> &'static str {
         match self.precision {
@@ -85,8 +88,15 @@ impl Launches {
         }
     }
 
-    /// A convolution of a batch.
+    /// Whether there is room for what a convolution leaves behind in between.
+    pub(crate) fn fits(&self, conv: &Conv) -> bool {
+        let weights = conv.geometry.depth() * conv.geometry.output.c;
+        conv.product != Product::Weight || weights * size_of::<f32>() <= self.workspace_bytes
+    }
+
+    /// A convolution of a batch, which fits.
     pub(crate) fn calls(&self, conv: &Conv, at: Tensors) -> Vec<Call> {
+        assert!(self.fits(conv), "the workspace holds one part");
         let g = &conv.geometry;
         let sizes = [
             conv.batch, g.input.h, g.input.w, g.input.c, g.output.h, g.output.w, g.output.c,

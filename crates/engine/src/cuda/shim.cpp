@@ -50,6 +50,8 @@ extern "C" int shim_launch(const char* name, unsigned x, unsigned y, void** args
     ONE(cast)
     ONE(widen_gradients)
     ONE(fold)
+    ONE(fill)
+    ONE(compare)
     ONE(plane_means)
     ONE(gated_sums)
     ONE(squeeze_relu)

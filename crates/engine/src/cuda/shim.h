@@ -18,7 +18,7 @@
 #define __shared__ static
 #define __launch_bounds__(...)
 
-struct float4 {
+struct alignas(16) float4 {
     float x, y, z, w;
 };
 struct alignas(16) uint4 {
@@ -31,6 +31,8 @@ struct dim3 {
     unsigned x, y, z;
 };
 static dim3 threadIdx, blockIdx, gridDim;
+
+static int __popc(unsigned v) { return __builtin_popcount(v); }
 
 static float shim_float(uint32_t bits) {
     float v;

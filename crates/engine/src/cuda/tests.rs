@@ -51,7 +51,8 @@ pub(super) fn libraries() -> Libraries {
 /// Most registers of a thread; 64 let four blocks run on a multiprocessor, 128 two.
 fn register_limit(kernel: &str) -> u32 {
     match kernel {
-        "matmul" | "norm_backward" | "apply_add_normed" => 104,
+        "matmul" => 128,
+        "norm_backward" | "apply_add_normed" => 104,
         "close_lazy" | "close_2" | "close_2_spread" => 104,
         "close_lazy_pool" => 128,
         "close_1" | "close_1_spread" => 72,
