@@ -218,8 +218,13 @@ impl Cache for Files {
         let mine = format!("{name}.{}", std::process::id());
         self.put(&mine, bytes);
         let mine = self.0.join(mine);
-        let _ = std::fs::hard_link(&mine, self.0.join(name));
+        let to = self.0.join(name);
+        let linked = std::fs::hard_link(&mine, &to);
         let _ = std::fs::remove_file(mine);
+        // Where there are no links, as near as can be had.
+        if linked.is_err() && !to.exists() {
+            self.put(name, bytes);
+        }
     }
 }
 

@@ -180,6 +180,8 @@ fn steps(
         if matches!(step, Started::Running(_)) && !job.pauses_after(at.step + 1) {
             match start(job, at.step + 1, &mut stream, engine, trackers, pace) {
                 Ok(next) => under_way = Some(next),
+                // An engine that fails need not end the step before.
+                Err(error @ Error::Engine(_)) => return Err(error),
                 Err(error) => failed = Some(error),
             }
         }
@@ -203,9 +205,7 @@ fn steps(
             return rewind(job, saver, at, &what, (before, drawn), engine, trackers);
         }
         if let Some(error) = failed {
-            if !matches!(error, Error::Engine(_)) {
-                save(job, saver, at, engine, trackers, pace)?;
-            }
+            save(job, saver, at, engine, trackers, pace)?;
             return Err(error);
         }
 

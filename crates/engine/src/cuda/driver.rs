@@ -574,12 +574,20 @@ impl Gpu {
                 _ => failed("cannot allocate memory of the card", e),
             })?;
             let block = Block { address, bytes };
-            // On the engine's own stream: another is not ordered with it, and clearing would go on behind our back.
-            result::memset_d8_async(address, 0, bytes, self.stream)
-                .and_then(|()| result::stream::synchronize(self.stream))
-                .map_err(|e| failed("cuda", e))?;
+            self.clear(address, bytes)?;
             Ok(block)
         }
+    }
+
+    /// Sets memory to zero.
+    pub(crate) fn clear(&self, from: Address, bytes: usize) -> Result<(), Error> {
+        // On the engine's own stream: another is not ordered with it, and clearing would go on behind our back.
+        // SAFETY: callers name memory of at least this length.
+        unsafe {
+            result::memset_d8_async(from, 0, bytes, self.stream)
+                .and_then(|()| result::stream::synchronize(self.stream))
+        }
+        .map_err(|e| failed("cuda", e))
     }
 
     /// Another stream.

@@ -44,8 +44,8 @@ type Comm = *mut c_void;
 const BYTES: c_int = 1;
 const SUCCESS: c_int = 0;
 const IN_PROGRESS: c_int = 7;
-/// The oldest whose communicators are given back by several threads without harm.
-const OLDEST: usize = 21_900;
+/// The oldest whose calls that do not block may be begun by one thread and ended by another.
+const OLDEST: usize = 22_700;
 
 /// The functions of the library, as nccl.h declares them.
 struct Library {
@@ -143,7 +143,7 @@ pub(crate) fn probe() -> Result<(), Error> {
 fn check<L>(found: Option<(L, usize)>) -> Result<L, Error> {
     let what = match found {
         Some((library, version)) if version >= OLDEST => return Ok(library),
-        Some(_) => "NCCL 2.19 or newer is needed",
+        Some(_) => "NCCL 2.27 or newer is needed",
         None => "NCCL, which joins several cards, cannot be loaded (libnccl.so.2)",
     };
     Err(Error::device(
@@ -352,8 +352,8 @@ mod tests {
             format!("NCCL, which joins several cards, cannot be loaded (libnccl.so.2)\n{hint}")
         );
         assert_eq!(
-            check(Some(((), 21_805))).unwrap_err().to_string(),
-            format!("NCCL 2.19 or newer is needed\n{hint}")
+            check(Some(((), 22_605))).unwrap_err().to_string(),
+            format!("NCCL 2.27 or newer is needed\n{hint}")
         );
     }
 

@@ -127,18 +127,18 @@ impl Ranks {
         let first: Mutex<Option<Error>> = Mutex::new(None);
         let failed = &*self.failed;
         let ask = |rank: usize, cuda: &mut Cuda| {
-            let asked = catch_unwind(AssertUnwindSafe(|| ask(rank, cuda)));
-            if !matches!(asked, Ok(Ok(_))) {
-                failed.store(true, Ordering::Release);
-            }
-            let error = match asked.unwrap_or_else(|panic| resume_unwind(panic)) {
-                Ok(found) => return Some(found),
-                Err(error) => error,
+            let panic = match catch_unwind(AssertUnwindSafe(|| ask(rank, cuda))) {
+                Ok(Ok(found)) => return Some(found),
+                Ok(Err(error)) => {
+                    // The others fail because this one has.
+                    let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+                    first.get_or_insert(error);
+                    None
+                }
+                Err(panic) => Some(panic),
             };
-            // The others fail because this one has.
-            let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
-            first.get_or_insert(error);
-            None
+            failed.store(true, Ordering::Release);
+            panic.and_then(|panic| resume_unwind(panic))
         };
         let found: Vec<Option<R>> = thread::scope(|scope| {
             let ask = &ask;

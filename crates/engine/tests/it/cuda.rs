@@ -4,14 +4,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use engine::cpu::{self, Cpu};
 use engine::cuda::{Convolutions, Cuda, Options, Precision, Ranks, cards};
 use engine::oracle::Oracle;
-use engine::{
-    AVERAGE_PREFIX, Cache, Decay, Dropout, Engine, Hyper, NoCache, Rule, State, initial_state,
-};
+use engine::{AVERAGE_PREFIX, Cache, Decay, Dropout, Engine, Hyper, Rule, State, initial_state};
 use graph::{Graph, Init, Plane, ValueId};
 
 use crate::goldens::{Make, ROUNDING, SWITCHED, check_half, check_network};
@@ -109,7 +107,7 @@ fn options(micro_batch: usize, precision: Precision) -> Options {
 }
 
 fn engine(graph: &Graph, micro_batch: usize, precision: Precision, state: &State) -> Cuda {
-    cached_engine(graph, micro_batch, precision, state, Box::new(NoCache))
+    cached_engine(graph, micro_batch, precision, state, cache())
 }
 
 fn cached_engine(
@@ -135,6 +133,12 @@ impl Cache for Shared {
     fn put(&self, name: &str, bytes: &[u8]) {
         self.0.lock().unwrap().insert(name.into(), bytes.into());
     }
+}
+
+/// That of all tests which need none of their own: kernels are compiled once.
+fn cache() -> Box<Shared> {
+    static ALL: OnceLock<Shared> = OnceLock::new();
+    Box::new(ALL.get_or_init(Shared::default).clone())
 }
 
 fn bottleneck(g: &mut Graph, name: &str, x: ValueId, out: usize, stride: usize) -> ValueId {
@@ -184,7 +188,7 @@ fn check_with(options: &Options, loss: f64, gradient: f64) {
         let state = initial_state(&graph, seed as u64);
         let data = Data::new(r, &graph, 16);
         let mut truth = Oracle::new(&graph, 8, &state).unwrap();
-        let mut ours = Cuda::new(&graph, options, &state, Box::new(NoCache)).unwrap();
+        let mut ours = Cuda::new(&graph, options, &state, cache()).unwrap();
         let told = truth.train_step(&data.batch(), &hyper()).unwrap();
         let seen = ours.train_step(&data.batch(), &hyper()).unwrap();
         assert_eq!(seen.images, told.images);
@@ -295,7 +299,7 @@ fn cuda_own_convolutions_are_cudnns() {
             convolutions,
             ..options(images, Precision::F32)
         };
-        let mut engine = Cuda::new(&graph, &options, &state, Box::new(NoCache)).unwrap();
+        let mut engine = Cuda::new(&graph, &options, &state, cache()).unwrap();
         println!("{}", engine.describe());
         let metrics = engine.train_step(&data.batch(), &hyper()).unwrap();
         (metrics, engine.state().unwrap())
@@ -347,7 +351,7 @@ fn cuda_goldens_half() {
             convolutions: Convolutions::Own,
             ..options(images, Precision::Bf16)
         };
-        Box::new(Cuda::new(graph, &options, state, Box::new(NoCache)).unwrap())
+        Box::new(Cuda::new(graph, &options, state, cache()).unwrap())
     };
     if is_made_up() {
         return check_half("resnet18-64-torchvision", bf16);
@@ -659,7 +663,7 @@ fn cuda_rules() {
             average: true,
             ..options(8, Precision::F32)
         };
-        let mut ours = Cuda::new(&graph, &options, &state, Box::new(NoCache)).unwrap();
+        let mut ours = Cuda::new(&graph, &options, &state, cache()).unwrap();
         let mut truth = Oracle::new(&graph, 8, &state).unwrap();
         for _ in 0..2 {
             ours.train_step(&data.batch(), &hyper).unwrap();
