@@ -211,14 +211,7 @@ KERNEL(gate_close)
         __syncthreads();
     }
     if (lane > 0 || c >= channels) return;
-    sum = shared[0][t], dot = shared[1][t];
-    const double rows = (double)images * pixels;
-    const double inv_std = state[INV_STD * channels + c], scale = state[SCALE * channels + c];
-    state[GRAD_A * channels + c] = (float)scale;
-    state[GRAD_B * channels + c] = (float)(-scale * inv_std * inv_std * dot / rows);
-    state[GRAD_C * channels + c] = (float)(-scale * sum / rows);
-    d_gamma[c] = (float)(dot * inv_std);
-    d_beta[c] = (float)sum;
+    norm_gradient(shared[0][t], shared[1][t], (double)images * pixels, state, c, channels, d_gamma, d_beta);
 }
 
 // dz = a (k g + dm) + b (z - mean) + c: k is the gate of the image, dm each pixel's share of the gradient of the mean over

@@ -812,32 +812,7 @@ impl Writer<'_> {
                 path,
                 gate,
             } => self.gate(plane, x, squeeze, path, gate),
-            Kernel::GateBackward {
-                plane,
-                norm,
-                g,
-                z,
-                state,
-                squeeze,
-                path,
-                gate,
-                sums,
-                dz,
-            } => {
-                let gated = Gated {
-                    plane,
-                    norm,
-                    g,
-                    z,
-                    state,
-                    squeeze,
-                    path,
-                    gate,
-                    sums,
-                    dz,
-                };
-                self.gate_backward(&gated);
-            }
+            Kernel::GateBackward { .. } => self.gate_backward(kernel),
             Kernel::Sum {
                 plane,
                 x,
@@ -1207,28 +1182,38 @@ impl Writer<'_> {
         self.calls.push(over_values("gate", n * c, args));
     }
 
-    fn gate_backward(&mut self, of: &Gated) {
-        let (n, c, pixels) = (self.program.batch, of.plane.c, of.plane.pixels());
+    fn gate_backward(&mut self, kernel: &Kernel) {
+        let Kernel::GateBackward {
+            plane,
+            norm,
+            g,
+            z,
+            state,
+            squeeze,
+            path,
+            gate,
+            sums,
+            dz,
+        } = *kernel
+        else {
+            unreachable!("it is one")
+        };
+        let (n, c, pixels) = (self.program.batch, plane.c, plane.pixels());
         let count = n * c;
-        let sums = self.at(of.sums);
+        let sums = self.at(sums);
         // Three sums of each plane, the gradient of what the sigmoid reads, that of the means, that of hidden channels.
         let part = |i: usize| Arg::address(sums + (i * count * size_of::<f32>()) as Address);
-        let tensors = [of.g, of.z, of.state].map(|id| self.buffer(id));
+        let tensors = [g, z, state].map(|id| self.buffer(id));
         let mut args = tensors.to_vec();
         args.extend([part(0), Arg::int(pixels), Arg::int(c)]);
         self.launch("gated_sums", n, args);
-        let spec = &self.graph.norms()[of.norm.0];
-        let d_mean = of.squeeze.map_or(Arg::address(0), |_| part(4));
-        if let Some(s) = of.squeeze {
+        let spec = &self.graph.norms()[norm.0];
+        let d_mean = squeeze.map_or(Arg::address(0), |_| part(4));
+        if let Some(s) = squeeze {
             let (expanded, d_inner) = (part(3), part(5));
             let [mean, inner, sigmoid] = [s.mean, s.inner, s.sigmoid].map(|id| self.buffer(id));
-            let mut args = vec![
-                part(0),
-                self.buffer(of.state),
-                self.master(spec.bias),
-                sigmoid,
-            ];
-            args.extend(self.path(of.path));
+            let mut args = vec![part(0), self.buffer(state), self.master(spec.bias), sigmoid];
+            args.extend(self.path(path));
             args.extend([expanded, Arg::int(count), Arg::int(c)]);
             self.calls.push(over_values("excite_backward", count, args));
             let h = s.hidden;
@@ -1240,9 +1225,9 @@ impl Writer<'_> {
         }
         let args = vec![
             part(0),
-            self.buffer(of.gate),
+            self.buffer(gate),
             d_mean,
-            self.buffer(of.state),
+            self.buffer(state),
             Arg::address(self.fresh(spec.weight)),
             Arg::address(self.fresh(spec.bias)),
             Arg::int(n),
@@ -1254,13 +1239,8 @@ impl Writer<'_> {
         self.completes(weight);
         self.completes(bias);
         let mut args = tensors.to_vec();
-        args.extend([
-            self.buffer(of.gate),
-            d_mean,
-            self.buffer(of.dz),
-            Arg::int(pixels),
-        ]);
-        self.over_rows("gated_gradient", of.plane, 3, args);
+        args.extend([self.buffer(gate), d_mean, self.buffer(dz), Arg::int(pixels)]);
+        self.over_rows("gated_gradient", plane, 3, args);
     }
 
     /// The gradients of a layer's weight (outputs x inputs), bias and input, all f32: x is images x inputs, d images x
@@ -1521,20 +1501,6 @@ enum Source {
     Rest(Vec<Arg>),
     /// Means of 2 by 2.
     Half(Vec<Arg>),
-}
-
-/// What the gradient of a branch with factors is computed from ([`Kernel::GateBackward`]).
-struct Gated {
-    plane: Plane,
-    norm: NormId,
-    g: BufferId,
-    z: BufferId,
-    state: BufferId,
-    squeeze: Option<Squeeze>,
-    path: Option<DropPath>,
-    gate: BufferId,
-    sums: BufferId,
-    dz: BufferId,
 }
 
 /// The kernels' Halves of a plane, and its plane of means.

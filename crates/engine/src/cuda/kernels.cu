@@ -1,4 +1,4 @@
-// The kernels of the CUDA engine that are not convolutions.
+// The kernels of the CUDA engine that are not convolutions. branches.cu and conv.cu continue this file.
 //
 // ELEMENT says how activations are stored: 0 f32, 1 bf16, 2 f16. Sums, statistics, parameters and everything that has
 // lost its plane are f32. Tensors are NHWC; a "row" is one pixel of one image, `channels` values, a multiple of 8 and
@@ -592,7 +592,17 @@ CLOSE(close_1, 1)
 CLOSE(close_2, 2)
 
 // The constants of a normalisation's gradient, a g + b (z - mean) + c (Ioffe and Szegedy 2015, section 3, sorted by
-// what varies), and the gradients of its scale and shift.
+// what varies), and the gradients of its scale and shift, from the sums of g and of g (z - mean) over so many rows.
+DEV void norm_gradient(double sum, double dot, double rows, float* state, int c, int channels, float* d_gamma,
+                       float* d_beta) {
+    const double inv_std = state[INV_STD * channels + c], scale = state[SCALE * channels + c];
+    state[GRAD_A * channels + c] = (float)scale;
+    state[GRAD_B * channels + c] = (float)(-scale * inv_std * inv_std * dot / rows);
+    state[GRAD_C * channels + c] = (float)(-scale * sum / rows);
+    d_gamma[c] = (float)(dot * inv_std);
+    d_beta[c] = (float)sum;
+}
+
 KERNEL(close_finish)
 (const float* partials, int blocks, int which, int count, int rows, int channels, float* state, float* d_gamma,
  float* d_beta) {
@@ -600,12 +610,7 @@ KERNEL(close_finish)
     const double sum = gather(partials, blocks, 0, count, channels, c, lane);
     const double dot = gather(partials, blocks, which, count, channels, c, lane);
     if (lane > 0 || c >= channels) return;
-    const double inv_std = state[INV_STD * channels + c], scale = state[SCALE * channels + c];
-    state[GRAD_A * channels + c] = (float)scale;
-    state[GRAD_B * channels + c] = (float)(-scale * inv_std * inv_std * dot / rows);
-    state[GRAD_C * channels + c] = (float)(-scale * sum / rows);
-    d_gamma[c] = (float)(dot * inv_std);
-    d_beta[c] = (float)sum;
+    norm_gradient(sum, dot, rows, state, c, channels, d_gamma, d_beta);
 }
 
 // dz = a g + b (z - mean) + c, g being zero where z * scale + shift is not positive if `relu`.

@@ -1,7 +1,8 @@
-//! The CUDA engine: the same programs as the CPU's, as a recorded graph of launches on one NVIDIA card.
+//! The CUDA engine: the same programs as the CPU's, as recorded graphs of launches on an NVIDIA card, or on several
+//! ([`Ranks`]).
 //!
-//! Convolutions are cuDNN's, each by the plan that won a race on this card; everything else is kernels.cu, compiled
-//! by NVRTC for the card. Every library is found at run time, so the same binary runs without any of them. Tensors
+//! Convolutions are by plans of cuDNN or by kernels of our own, each by what won a race on this card; everything else is
+//! kernels.cu and branches.cu, compiled by NVRTC for the card. Every library is found at run time, so the same binary runs without any of them. Tensors
 //! are NHWC in f32, bf16 or f16 ([`Precision`]); parameters, momentum, statistics, the classifier and all sums are f32.
 //! docs/CUDA-ENGINE.md tells how it works and what was measured.
 
