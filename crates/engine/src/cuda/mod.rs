@@ -845,11 +845,11 @@ impl Cuda {
         let pixels = at(from * image.elements() * element);
         let control = self.control();
         let (labels, layout) = (size_of::<u32>(), slot.layout);
-        for (to_, of) in [
+        for (here, of) in [
             (control.labels, layout.labels),
             (control.others, layout.others),
         ] {
-            self.copy(to_, at(of + from * labels), (to - from) * labels)?;
+            self.copy(here, at(of + from * labels), (to - from) * labels)?;
         }
         let words = at(layout.hypers + number * SlotLayout::HYPER);
         self.copy(control.hyper, words, hyper::BYTES)?;
