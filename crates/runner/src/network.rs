@@ -192,6 +192,11 @@ pub(crate) fn cuda_options(run: &Run, card: &Card) -> cuda::Options {
         spec::Precision::F16 => cuda::Precision::F16,
     };
     cuda::Options {
+        convolutions: match run.train.convolutions {
+            spec::Convolutions::Fastest => cuda::Convolutions::Fastest,
+            spec::Convolutions::Cudnn => cuda::Convolutions::Cudnn,
+            spec::Convolutions::Own => cuda::Convolutions::Own,
+        },
         average: run.ema.half_life.is_some(),
         ..cuda::Options::new(card.ordinal, run.train.bn_batch(), precision)
     }

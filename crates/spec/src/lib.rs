@@ -24,9 +24,10 @@ pub use length::{Length, LengthError, Unit};
 pub use load::{Layers, Loaded, load, parse, parse_over};
 pub use problem::{Errors, Problem};
 pub use run::{
-    Augment, BestMetric, Checkpoint, Crop, Data, Decay, Decode, Ema, EmaEval, Eval, Instructions,
-    Loss, Mixup, Mlflow, Mode, Model, Optimizer, OptimizerKind, Precision, Progressive, Recipe,
-    Resize, Run, Schedule, ScheduleKind, Shortcut, Source, Stem, StemPool, Track, Train,
+    Augment, BestMetric, Checkpoint, Convolutions, Crop, Data, Decay, Decode, Ema, EmaEval, Eval,
+    Instructions, Loss, Mixup, Mlflow, Mode, Model, Optimizer, OptimizerKind, Precision,
+    Progressive, Recipe, Resize, Run, Schedule, ScheduleKind, Shortcut, Source, Stem, StemPool,
+    Track, Train,
 };
 pub use schema::schema;
 pub use sweep::{Cell, Halving, Sweep, sweep};

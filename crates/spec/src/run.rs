@@ -366,6 +366,20 @@ pub struct Train {
     /// Whether the CPU engine may compute 3 x 3 convolutions with fewer multiplications (Winograd's minimal
     /// filtering): faster, with about three times the rounding error of f32, far below that of bf16.
     pub winograd: bool,
+    /// Whose convolutions run on cards. Runs with different ones differ in their last bits.
+    pub convolutions: Convolutions,
+}
+
+/// Whose convolutions run on cards.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Convolutions {
+    /// The fastest of cuDNN's and our own, each; our own where cuDNN is missing.
+    Fastest,
+    /// cuDNN's, or our own where it is missing.
+    Cudnn,
+    /// Our own.
+    Own,
 }
 
 /// Vector instructions.
@@ -757,6 +771,7 @@ impl Default for Train {
             device: Device::Auto,
             threads: 0,
             instructions: Instructions::Auto,
+            convolutions: Convolutions::Fastest,
             winograd: true,
         }
     }
@@ -862,7 +877,7 @@ impl Train {
 }
 
 /// Keys that may change between a run and its resume: they move, watch or limit it, but compute nothing.
-const FREE: [&str; 27] = [
+const FREE: [&str; 28] = [
     "name",
     "mode",
     "run_dir",
@@ -877,6 +892,7 @@ const FREE: [&str; 27] = [
     "train.device",
     "train.threads",
     "train.instructions",
+    "train.convolutions",
     "ema.eval",
     "eval.every",
     "checkpoint.every",

@@ -51,10 +51,20 @@ impl Race<'_> {
         }
         self.fill(conv, at)?;
         let (time, plan) = self.fastest_plan(conv, at)?;
-        let is_own = match self.own_wins(conv, at, &plan, time)? {
-            true => self.own_agrees(conv, at, &plan)?,
-            false => Some(false),
-        };
+        let is_own = self
+            .own_wins(conv, at, &plan, time)
+            .and_then(|wins| match wins {
+                true => self.own_agrees(conv, at, &plan),
+                false => Ok(Some(false)),
+            })
+            .map_err(|e| {
+                let said = e.to_string();
+                let what = said.lines().next().unwrap_or_default();
+                Error::device(
+                    format!("our own convolution {} fails: {what}", conv.name()),
+                    "train.convolutions = \"cudnn\" does without; please report it with what runner doctor says",
+                )
+            })?;
         let choice = match is_own {
             Some(true) => Choice::Own,
             Some(false) => Choice::Plan(plan),

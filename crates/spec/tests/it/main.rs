@@ -691,7 +691,7 @@ fn set_without_a_key() {
         &["=3", "train.=3"],
         "--set =3: unknown key\nhint: the keys outside sections are mode, name, run_dir, seed\n\
          --set train.=3: train.: unknown key\n\
-         hint: the keys of [train] are batch_size, bn_batch, device, instructions, length, max_loss, max_rewinds, \
+         hint: the keys of [train] are batch_size, bn_batch, convolutions, device, instructions, length, max_loss, max_rewinds, \
          precision, threads, winograd",
     );
 }
@@ -1056,7 +1056,7 @@ fn missing_file() {
 }
 
 /// Every key, another value than its default, and whether it changes what is computed.
-const KEYS: [(&str, &str, bool); 86] = [
+const KEYS: [(&str, &str, bool); 87] = [
     ("name", "y", false),
     ("mode", "train", false),
     ("seed", "1", true),
@@ -1108,6 +1108,7 @@ const KEYS: [(&str, &str, bool); 86] = [
     ("train.device", "cpu", false),
     ("train.threads", "1", false),
     ("train.instructions", "avx2", false),
+    ("train.convolutions", "own", false),
     ("train.winograd", "false", true),
     ("optimizer.kind", "lars", true),
     ("optimizer.momentum", "0", true),
