@@ -8,17 +8,10 @@ struct Draw {
     double value;
 };
 
-DEV double uniform(u64 key, u64 counter) {
-    const u64 bits = mix_bits(key + counter * 0x9e3779b97f4a7c15ull);
-    const double v = ((double)(bits >> 11) + 0.5) / 9007199254740992.0;
-    return v < 1.0 ? v : 1.0 - 1.1102230246251565e-16;
-}
-
 // What dropping leaves of an image's branch.
 DEV float path_factor(const Draw* path, const Hyper* hyper, int image) {
     if (!path || !(path->value > 0)) return 1.0f;
-    const bool drops = uniform(path->key, (u64)hyper->first_image + image) < path->value;
-    return drops ? 0.0f : (float)(1.0 / (1.0 - path->value));
+    return drop_factor(path->key, (u64)hyper->first_image + image, path->value);
 }
 
 // ---- sums over planes ---------------------------------------------------------------------------------------------
@@ -29,22 +22,6 @@ DEV Place image_place(int channels) {
     p.row = p.lane;
     p.step = p.lanes;
     return p;
-}
-
-// Adds up the threads' sums of a plane: to[image][channel], times `share`.
-DEV void leave_plane(const float v[8], const Place& p, float* to, int channels, float share) {
-    __shared__ float rows[THREADS * 8];
-    __syncthreads();
-    if (p.works) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) rows[p.lane * channels + p.c + i] = v[i];
-    }
-    __syncthreads();
-    for (int c = (int)threadIdx.x; c < channels; c += THREADS) {
-        float sum = 0;
-        for (int lane = 0; lane < p.lanes; lane++) sum += rows[lane * channels + c];
-        to[(size_t)blockIdx.x * channels + c] = sum * share;
-    }
 }
 
 // Means of x, or of x * scale + shift, over the plane of each image; a block an image.
@@ -68,12 +45,13 @@ KERNEL(plane_means)(const T* x, const float* scale, const float* shift, float* m
         }
         for (; row < pixels; row += p.step) add(load(from + (size_t)row * channels));
     }
-    // A sum of x * scale + shift is the sum of x, so.
-    leave_plane(sum, p, means, channels, 1.0f / pixels);
-    if (!scale) return;
-    __syncthreads();
+    leave(sum, p, means, 0, 1, channels);
+    // Each thread goes on with the channels that it has left. The mean of x * scale + shift is that of x, so.
     float* mine = means + (size_t)blockIdx.x * channels;
-    for (int c = (int)threadIdx.x; c < channels; c += THREADS) mine[c] = mine[c] * scale[c] + shift[c];
+    for (int c = (int)threadIdx.x; c < channels; c += THREADS) {
+        const float mean = mine[c] * (1.0f / pixels);
+        mine[c] = scale ? mean * scale[c] + shift[c] : mean;
+    }
 }
 
 // Sums of g, of g (z - mean) and of z - mean over the plane of each image: three arrays of images x channels.
@@ -107,9 +85,9 @@ KERNEL2(gated_sums)
         }
     }
     const size_t all = (size_t)gridDim.x * channels;
-    leave_plane(sum, p, sums, channels, 1);
-    leave_plane(dot, p, sums + all, channels, 1);
-    leave_plane(rest, p, sums + 2 * all, channels, 1);
+    leave(sum, p, sums, 0, 1, channels);
+    leave(dot, p, sums + all, 0, 1, channels);
+    leave(rest, p, sums + 2 * all, 0, 1, channels);
 }
 
 // ---- factors of channels ------------------------------------------------------------------------------------------

@@ -685,17 +685,22 @@ KERNEL2(max_pool)
     }
 }
 
-// What dropout multiplies a channel of an image by; the generator is init::Stream.
+// What dropout multiplies something by, a channel of an image for one; the generator is init::Stream.
 DEV u64 mix_bits(u64 z) {
     z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
     z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
     return z ^ (z >> 31);
 }
-DEV float drop_factor(const Hyper& h, int image, int channel, int channels) {
-    const u64 counter = ((u64)h.first_image + image) * channels + channel;
-    const u64 bits = mix_bits(h.drop_key + counter * 0x9e3779b97f4a7c15ull);
-    const double uniform = ((double)(bits >> 11) + 0.5) / 9007199254740992.0;
-    return uniform < h.drop_rate ? 0.0f : (float)(1.0 / (1.0 - h.drop_rate));
+DEV double uniform(u64 key, u64 counter) {
+    const u64 bits = mix_bits(key + counter * 0x9e3779b97f4a7c15ull);
+    const double v = ((double)(bits >> 11) + 0.5) / 9007199254740992.0;
+    return v < 1.0 ? v : 1.0 - 1.1102230246251565e-16;
+}
+DEV float drop_factor(u64 key, u64 counter, double rate) {
+    return uniform(key, counter) < rate ? 0.0f : (float)(1.0 / (1.0 - rate));
+}
+DEV float channel_factor(const Hyper& h, int image, int channel, int channels) {
+    return drop_factor(h.drop_key, ((u64)h.first_image + image) * channels + channel, h.drop_rate);
 }
 
 // Means over the plane; one thread for eight channels of an image. With `hyper` they are dropped out.
@@ -713,7 +718,7 @@ KERNEL(avg_pool)(const T* x, float* y, int images, int pixels, int channels, con
     const bool drops = hyper && hyper->drop_rate > 0;
 #pragma unroll
     for (int j = 0; j < 8; j++) {
-        const float factor = drops ? drop_factor(*hyper, image, c + j, channels) : 1.0f;
+        const float factor = drops ? channel_factor(*hyper, image, c + j, channels) : 1.0f;
         y[(size_t)image * channels + c + j] = sum[j] / pixels * factor;
     }
 }
@@ -722,7 +727,7 @@ KERNEL(avg_pool)(const T* x, float* y, int images, int pixels, int channels, con
 KERNEL(drop)(float* d, int images, int channels, const Hyper* hyper) {
     const int i = (int)(blockIdx.x * THREADS + threadIdx.x);
     if (hyper->drop_rate > 0 && i < images * channels)
-        d[i] *= drop_factor(*hyper, i / channels, i % channels, channels);
+        d[i] *= channel_factor(*hyper, i / channels, i % channels, channels);
 }
 
 // ---- classifier ---------------------------------------------------------------------------------------------------
